@@ -1,0 +1,137 @@
+"""ONNX Runtime: `model.onnx` (and `model.onnx.data`), run by the CPU provider unless told otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from annotated_types import Ge
+
+from planish.optimizer import onnx_io
+from planish.optimizer.backend import Backend, Engine
+from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
+from planish.optimizer.graph import weights_as_inputs
+from planish.optimizer.program import Program, TensorSpec, guess_role
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ERROR, _WARNING = 3, 2
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(Backend):
+    """ONNX Runtime through its Python binding."""
+
+    name: ClassVar[str] = "onnxruntime"
+    distribution: ClassVar[str] = "onnxruntime"
+    model_file: ClassVar[str] = "model.onnx"
+
+    threads: Annotated[int, Ge(0)] = 0
+    """Threads that share one operator; 0 lets the runtime take one per core."""
+
+    provider: Literal["cpu", "cuda"] = "cpu"
+    """The execution provider that runs the graph."""
+
+    def emit(self, program: Program, folder: Path) -> None:
+        """Write `model.onnx`, with its weights beside it if they are large."""
+        model, _ = program.sole()
+        onnx_io.save(model, folder / self.model_file)
+
+    def open(self, path: Path) -> Engine:
+        """Open an engine folder or an `.onnx` file, with all of the runtime's own optimizations."""
+        file = path / self.model_file if path.is_dir() else path
+        if not file.is_file():
+            raise BadInput("there is no ONNX model here", where=file)
+        ort = self._import()
+        options = self._options(ort)
+        try:
+            session = ort.InferenceSession(str(file), options, providers=[_PROVIDERS[self.provider]])
+        except Exception as error:  # noqa: BLE001 - the binding raises a dozen types that share no base of its own
+            raise BadInput(f"ONNX Runtime refuses the model: {_first_line(error)}", where=file) from error
+        return OnnxRuntimeEngine(ort, session)
+
+    def load(self, model: ir.Model) -> Engine:
+        """Run a graph as it is written: no optimization, no packing, weights lent to the runtime and not copied."""
+        ort = self._import()
+        options = self._options(ort)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = _ERROR
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        graph, weights = weights_as_inputs(model)
+        lent = {
+            name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.numpy(), int(tensor.dtype))
+            for name, tensor in weights.items()
+        }
+        try:
+            session = ort.InferenceSession(
+                ir.to_proto(graph).SerializeToString(), options, providers=[_PROVIDERS[self.provider]]
+            )
+        except Exception as error:  # noqa: BLE001 - as above
+            raise CheckFailed(f"ONNX Runtime refuses the graph: {_first_line(error)}") from error
+        return OnnxRuntimeEngine(ort, session, lent)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Not installed, or broken; None if it imports."""
+        try:
+            import onnxruntime  # noqa: F401
+        except ImportError as error:
+            return f"onnxruntime does not import ({error}); pip install 'planish[cpu]'"
+        return None
+
+    def _import(self) -> Any:
+        reason = self.missing()
+        if reason is not None:
+            raise MissingRuntime(reason, where="target onnxruntime")
+        import onnxruntime as ort
+
+        ort.disable_telemetry_events()
+        wanted = _PROVIDERS[self.provider]
+        if wanted not in ort.get_available_providers():
+            raise MissingRuntime(
+                f"this build of ONNX Runtime has no {wanted}",
+                where=f"target {self}",
+                advice="pip install 'planish[gpu]' in an environment without planish[cpu]",
+            )
+        return ort
+
+    def _options(self, ort: Any) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = _WARNING
+        return options
+
+
+class OnnxRuntimeEngine(Engine):
+    """An inference session, with the weights that are lent to it at each call."""
+
+    def __init__(self, ort: Any, session: Any, lent: Mapping[str, Any] | None = None) -> None:
+        self._ort = ort
+        self._session = session
+        self._lent = dict(lent or {})
+        self.inputs = tuple(_spec(port) for port in session.get_inputs() if port.name not in self._lent)
+        self.outputs = tuple(map(_spec, session.get_outputs()))
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = [tensor.name for tensor in self.outputs]
+        values = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        try:
+            results = self._session.run_with_ort_values(names, values | self._lent)
+        except Exception as error:  # noqa: BLE001 - as above
+            raise BadInput(f"ONNX Runtime cannot run these inputs: {_first_line(error)}") from error
+        return {name: value.numpy() for name, value in zip(names, results, strict=True)}
+
+
+def _spec(port: Any) -> TensorSpec:
+    """What the runtime says of one input or output; its type reads `tensor(int64)`."""
+    short = port.type.removeprefix("tensor(").removesuffix(")")
+    dtype = ir.DataType[{"float": "FLOAT", "double": "DOUBLE"}.get(short, short.upper())]
+    shape = tuple(dim if isinstance(dim, int | str) else f"dim_{index}" for index, dim in enumerate(port.shape))
+    return TensorSpec(port.name, dtype, shape, guess_role(port.name, dtype))
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

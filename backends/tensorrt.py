@@ -1,0 +1,108 @@
+"""TensorRT: a strongly typed `model.onnx` of standard operators, `build.json` and `build.py`, written on any machine.
+
+The plan is built where it will run: `python build.py` in the engine's folder. Precision comes from the types in the graph
+(networks are always strongly typed since TensorRT 11, and are asked to be on 10), so nothing is left to builder flags.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import onnx_ir as ir
+from annotated_types import Len
+
+from planish.optimizer import onnx_io
+from planish.optimizer.backend import Backend, Engine
+from planish.optimizer.errors import CheckFailed, MissingRuntime
+from planish.optimizer.graph import graphs_of, location_of, opset_of
+from planish.optimizer.program import Program, Signature
+
+NEWEST_OPSET = 24
+"""The newest opset that the parser of TensorRT 10.15 and 11.1 reads."""
+_UNSUPPORTED = frozenset({"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"})
+"""Standard operators that TensorRT's parser refuses (onnx-tensorrt, docs/operators.md)."""
+_LONGEST = 512
+
+Range = Annotated[tuple[int, ...], Len(3, 3)]
+"""Smallest, most usual and largest size of an axis."""
+
+
+@dataclass(frozen=True)
+class TensorRt(Backend):
+    """TensorRT 10.15 or later."""
+
+    name: ClassVar[str] = "tensorrt"
+    distribution: ClassVar[str] = "tensorrt"
+    model_file: ClassVar[str] = "model.onnx"
+
+    batch: Range = (1, 1, 8)
+    """Smallest, most usual and largest number of examples that the plan shall take."""
+
+    sequence: Range = (1, 128, _LONGEST)
+    """Smallest, most usual and largest number of tokens; cut to what the model takes."""
+
+    def emit(self, program: Program, folder: Path) -> None:
+        """Write the graph, the build's settings and the script that builds the plan."""
+        model, signature = program.sole()
+        refuse_foreign(model)
+        onnx_io.save(model, folder / self.model_file)
+        settings = {
+            "onnx": self.model_file,
+            "plan": "model.plan",
+            "strongly_typed": True,
+            "tf32": False,
+            "decomposable_attention": True,
+            "profiles": [self._profile(signature)],
+        }
+        (folder / "build.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        template = Path(__file__).with_name("tensorrt_build.py.in")
+        (folder / "build.py").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+
+    def open(self, path: Path) -> Engine:
+        """Say what is missing: plans are built by `build.py` where they run, and this version does not run them."""
+        raise MissingRuntime(self.missing() or "", where=path, advice="build the plan there with build.py and run it with trtexec")
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """No package, no GPU, or no runner: the first that applies."""
+        try:
+            import tensorrt  # noqa: F401
+        except (ImportError, OSError) as error:
+            return f"the TensorRT runtime is not installed ({error}); pip install 'planish[gpu]' on a machine with an NVIDIA GPU"
+        import torch
+
+        if not torch.cuda.is_available():
+            return "there is no NVIDIA GPU that torch can use"
+        return "this version of planish emits TensorRT engines and does not run them"
+
+    def _profile(self, signature: Signature) -> Mapping[str, Mapping[str, list[int]]]:
+        """Shapes of each input at the smallest, most usual and largest sizes."""
+        kinds = ("min", "opt", "max")
+        sizes = {
+            kind: {name: axis.clamp(self._range(signature, name)[place]) for name, axis in signature.axes.items()}
+            for place, kind in enumerate(kinds)
+        }
+        return {t.name: {kind: list(signature.shape_of(t, sizes[kind])) for kind in kinds} for t in signature.inputs}
+
+    def _range(self, signature: Signature, axis: str) -> tuple[int, ...]:
+        """The range of an axis: `batch` if it leads the first input, else `sequence`."""
+        leads = bool(signature.inputs) and signature.inputs[0].shape[:1] == (axis,)
+        return self.batch if leads else self.sequence
+
+
+def refuse_foreign(model: ir.Model) -> None:
+    """CheckFailed if the graph has an operator that TensorRT's parser does not know, or a newer opset than it reads."""
+    if opset_of(model) > NEWEST_OPSET:
+        raise CheckFailed(f"TensorRT reads opset {NEWEST_OPSET} at most, the graph is written in {opset_of(model)}")
+    for graph in graphs_of(model):
+        for node in graph:
+            if node.domain not in ("", "ai.onnx") or node.op_type in _UNSUPPORTED:
+                raise CheckFailed(
+                    f"TensorRT has no operator {node.domain or 'ONNX'}::{node.op_type}",
+                    where=location_of(node),
+                    advice="leave out the pass that wrote it for this target",
+                )

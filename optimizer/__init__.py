@@ -1,0 +1,59 @@
+"""Planish: a compiler for trained Transformers. The names below are the public interface.
+
+They are imported when they are first used: importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planish.optimizer.backend import Backend, Engine
+    from planish.optimizer.base import Pass, PassResult, Refusal
+    from planish.optimizer.compare import Budget, Comparison
+    from planish.optimizer.driver import Result, optimize, verify
+    from planish.optimizer.errors import PlanishError
+    from planish.optimizer.pipeline import Pipeline
+    from planish.optimizer.program import Program, Signature
+
+_HOMES = {
+    "Backend": "backend",
+    "Budget": "compare",
+    "Comparison": "compare",
+    "Engine": "backend",
+    "Pass": "base",
+    "PassResult": "base",
+    "Pipeline": "pipeline",
+    "PlanishError": "errors",
+    "Program": "program",
+    "Refusal": "base",
+    "Result": "driver",
+    "Signature": "program",
+    "optimize": "driver",
+    "verify": "driver",
+}
+
+__all__ = [
+    "Backend",
+    "Budget",
+    "Comparison",
+    "Engine",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "PlanishError",
+    "Program",
+    "Refusal",
+    "Result",
+    "Signature",
+    "optimize",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

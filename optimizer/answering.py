@@ -1,0 +1,321 @@
+"""An engine's answers, by task: texts in, labels, embeddings, spans or words out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planish.optimizer import registry
+from planish.optimizer.backend import Arrays, Engine
+from planish.optimizer.benching import target_of
+from planish.optimizer.errors import BadInput
+from planish.optimizer.manifest import Manifest
+from planish.optimizer.output import MANIFEST
+
+BATCH = 16
+_TOP = 5
+_ENDLESS = 1 << 20
+"""Tokenizers that know no limit say so with a huge number."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to answer: a text, and where the task needs it a second text or several choices."""
+
+    text: str
+    pair: str | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass
+class Answerer:
+    """An opened engine with its tokenizer, for one task."""
+
+    engine: Engine
+    tokenizer: Any
+    task: str
+    config: Mapping[str, Any]
+    folder: Path
+    longest: int | None
+    """Most tokens of one text; longer ones are cut, and the answer says so."""
+
+    def answer(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """One answer for each question, in order; all of them run as one padded batch."""
+        encoded = self._encode(questions)
+        feeds = {t.name: np.asarray(encoded[t.name]) for t in self.engine.inputs if t.name in encoded}
+        outputs = self.engine.run(feeds)
+        found = _ANSWERS[self.task](self, questions, encoded, outputs)
+        return [answer | cut for answer, cut in zip(found, self._cuts(questions, encoded), strict=True)]
+
+    def _encode(self, questions: Sequence[Question]) -> Mapping[str, Any]:
+        common = {"padding": True, "truncation": self.longest is not None, "max_length": self.longest, "return_tensors": "np"}
+        if self.task == "multiple-choice":
+            return self._encode_choices(questions, common)
+        pairs = [question.pair for question in questions]
+        texts = [question.text for question in questions]
+        offsets = {"return_offsets_mapping": True} if self.task in _NEED_OFFSETS else {}
+        if any(pair is not None for pair in pairs):
+            encoded = self.tokenizer(texts, [pair or "" for pair in pairs], **common, **offsets)
+        else:
+            encoded = self.tokenizer(texts, **common, **offsets)
+        parts = [encoded.sequence_ids(index) for index in range(len(texts))] if offsets else []
+        return {**encoded, "parts": parts}
+
+    def _encode_choices(self, questions: Sequence[Question], common: Mapping[str, Any]) -> Mapping[str, Any]:
+        counts = {len(question.choices) for question in questions}
+        if len(counts) != 1 or 0 in counts:
+            raise BadInput("questions of one batch need the same number of choices, at least one")
+        texts = [question.text for question in questions for _ in question.choices]
+        flat = self.tokenizer(texts, [choice for question in questions for choice in question.choices], **common)
+        return {name: array.reshape(len(questions), -1, array.shape[-1]) for name, array in flat.items()}
+
+    def _beyond(self, question: Question) -> bool:
+        """Whether a text has more tokens than the engine takes."""
+        longest = self.longest or 0
+        texts = [(question.text, choice) for choice in question.choices] or [(question.text, question.pair)]
+        return any(len(self.tokenizer(*text)["input_ids"]) > longest for text in texts)
+
+    def _cuts(self, questions: Sequence[Question], encoded: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """`{"truncated": true}` for each text that reached the limit and would have gone beyond it."""
+        for index, question in enumerate(questions):
+            full = self.longest is not None and int(np.sum(encoded["attention_mask"][index], axis=-1).max()) >= self.longest
+            yield {"truncated": True} if full and self._beyond(question) else {}
+
+
+def open_answerer(path: Path, target: str | None = None) -> Answerer:
+    """Open an output (its first engine that runs here, or ``target``'s) or an engine folder, with its tokenizer."""
+    from planish.optimizer.lowering.tokenizer import load_tokenizer
+
+    folder, text = _engine_folder(path, target)
+    manifest = Manifest.read(folder.parent) if (folder.parent / MANIFEST).is_file() else None
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise BadInput("this engine has no tokenizer", where=folder, advice="run it from Python with arrays: engine.run({…})")
+    config = _json(folder / "config.json")
+    task = manifest.task if manifest is not None else _task(config, folder)
+    if task not in _ANSWERS:
+        raise BadInput(f"answers of task {task!r} are arrays", where=folder, advice="run it from Python: engine.run({…})")
+    return Answerer(registry.backend(text).open(folder), tokenizer, task, config, folder, _longest(manifest, tokenizer))
+
+
+def _engine_folder(path: Path, target: str | None) -> tuple[Path, str]:
+    if not (path / MANIFEST).is_file():
+        return path, target or target_of(path)
+    manifest = Manifest.read(path)
+    names = [registry.backend(target).name] if target is not None else list(manifest.targets)
+    for name in names:
+        if name not in manifest.targets:
+            raise BadInput(f"there is no engine for {name!r} here", where=path, advice=f"there are: {', '.join(manifest.targets)}")
+        if target is not None or registry.backend(manifest.targets[name].target).missing() is None:
+            return path / name, target or manifest.targets[name].target
+    return path / names[0], manifest.targets[names[0]].target
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _task(config: Mapping[str, Any], folder: Path) -> str:
+    from planish.optimizer.lowering.tasks import infer
+
+    return infer(str(next(iter(config.get("architectures") or ["?"]))), folder)
+
+
+def _longest(manifest: Manifest | None, tokenizer: Any) -> int | None:
+    axes = {} if manifest is None else manifest.signature.axes
+    limits = [axes["sequence"].maximum if "sequence" in axes else None, tokenizer.model_max_length]
+    return min((int(limit) for limit in limits if limit is not None and limit < _ENDLESS), default=None)
+
+
+def read_questions(path: Path) -> Iterator[Question]:
+    """Questions of a file: a text a line (`.txt`), or an object a line (`.jsonl`) with `text` and, by task, `question` and
+    `context`, `pair`, or `choices`. BadInput names the line that does not fit."""
+    if not path.is_file():
+        raise BadInput("there is no such file", where=path)
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _question(line, path, number) if path.suffix == ".jsonl" else Question(line.rstrip("\n"))
+
+
+def _question(line: str, path: Path, number: int) -> Question:
+    where = f"{path}, line {number}"
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise BadInput("this line is not JSON", where=where) from None
+    record = {"text": record} if isinstance(record, str) else record
+    if not isinstance(record, dict):
+        raise BadInput("this line is neither a text nor an object", where=where)
+    text, pair = record.get("text", record.get("question")), record.get("pair", record.get("context"))
+    choices = record.get("choices", [])
+    if not isinstance(text, str) or not isinstance(pair, str | None) or not isinstance(choices, list):
+        raise BadInput("this line has no field 'text' (or 'question' and 'context')", where=where)
+    return Question(text, pair, tuple(map(str, choices)))
+
+
+def answer_file(
+    answerer: Answerer, source: Path, output: Path, batch: int = BATCH, progress: Callable[[int], None] = lambda _: None
+) -> int:
+    """Answer every question of ``source`` into the `.jsonl` file ``output``; returns how many were answered now.
+
+    Answers gather in a hidden file beside it, which becomes ``output`` when all are there. An interrupted run goes on where
+    it stopped: the hidden file's name tells for which input and engine it is. BadInput if ``output`` exists.
+    """
+    if output.exists():
+        raise BadInput("this file exists", where=output, advice="remove it, or choose another output")
+    partial = output.with_name(f".{output.name}.{_identity(answerer, source)}.partial")
+    done = _complete_lines(partial)
+    answered = 0
+    with partial.open("a", encoding="utf-8") as file:
+        for group in _groups(read_questions(source), done, batch):
+            for answer in answerer.answer(group):
+                file.write(json.dumps({"index": done + answered, **answer}, ensure_ascii=False) + "\n")
+                answered += 1
+            file.flush()
+            progress(done + answered)
+    if not done + answered:
+        partial.unlink()
+        raise BadInput("this file holds no text", where=source)
+    partial.replace(output)
+    return answered
+
+
+def _identity(answerer: Answerer, source: Path) -> str:
+    if not source.is_file():
+        raise BadInput("there is no such file", where=source)
+    digest = hashlib.sha256(source.read_bytes())
+    digest.update(f"{answerer.folder.resolve()} {answerer.task} {answerer.longest}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _complete_lines(partial: Path) -> int:
+    """Number of whole lines in a file; what was cut off in the middle of a line is removed."""
+    if not partial.is_file():
+        return 0
+    content = partial.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        partial.write_bytes(whole)
+    return whole.count(b"\n")
+
+
+def _groups(questions: Iterator[Question], skip: int, size: int) -> Iterator[list[Question]]:
+    group: list[Question] = []
+    for index, question in enumerate(questions):
+        if index >= skip:
+            group.append(question)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities along the last axis."""
+    exponents = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
+
+
+def _label(answerer: Answerer, index: int) -> str:
+    return str(answerer.config.get("id2label", {}).get(str(index), f"LABEL_{index}"))
+
+
+def _embeddings(answerer: Answerer, _: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+    """Pooled as the checkpoint's sentence-transformers files say (mean of the tokens if they say nothing)."""
+    pooling = _json(answerer.folder / "1_Pooling" / "config.json")
+    hidden, mask = outputs["last_hidden_state"], np.asarray(encoded["attention_mask"])[..., None]
+    if pooling.get("pooling_mode_cls_token"):
+        pooled = hidden[:, 0]
+    elif pooling.get("pooling_mode_max_tokens"):
+        pooled = np.where(mask != 0, hidden, -np.inf).max(axis=1)
+    else:
+        pooled = (hidden * mask).sum(axis=1) / mask.sum(axis=1)
+    modules = answerer.folder / "modules.json"
+    if modules.is_file() and "Normalize" in modules.read_text(encoding="utf-8"):
+        pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+    return [{"embedding": [float(value) for value in row]} for row in pooled]
+
+
+def _classes(answerer: Answerer, _: Sequence[Question], __: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+    found = []
+    for row in softmax(outputs["logits"]):
+        order = np.argsort(-row, kind="stable")
+        scores = {_label(answerer, int(index)): float(row[index]) for index in order}
+        found.append({"label": _label(answerer, int(order[0])), "score": float(row[order[0]]), "scores": scores})
+    return found
+
+
+def _tags(answerer: Answerer, questions: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+    found = []
+    for index, (question, row) in enumerate(zip(questions, softmax(outputs["logits"]), strict=True)):
+        spans = encoded["offset_mapping"][index]
+        tokens = [
+            {
+                "word": question.text[start:end],
+                "label": _label(answerer, int(scores.argmax())),
+                "score": float(scores.max()),
+                "start": int(start),
+                "end": int(end),
+            }
+            for (start, end), scores in zip(spans, row, strict=True)
+            if end > start
+        ]
+        found.append({"tokens": tokens})
+    return found
+
+
+def _spans(answerer: Answerer, questions: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+    """The best span inside the context: start before end, at most 30 tokens."""
+    found = []
+    for index, question in enumerate(questions):
+        if question.pair is None:
+            raise BadInput("a question needs a context", advice="give --pair, or 'question' and 'context' in a .jsonl file")
+        inside = np.array([part == 1 for part in encoded["parts"][index]])
+        start, end = (np.where(inside, softmax(outputs[name][index]), 0) for name in ("start_logits", "end_logits"))
+        scores = np.triu(np.outer(start, end)) - np.triu(np.outer(start, end), 30)
+        first, last = np.unravel_index(int(scores.argmax()), scores.shape)
+        begin, finish = int(encoded["offset_mapping"][index][first][0]), int(encoded["offset_mapping"][index][last][1])
+        found.append({"answer": question.pair[begin:finish], "score": float(scores[first, last]), "start": begin, "end": finish})
+    return found
+
+
+def _words(answerer: Answerer, _: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+    mask = answerer.tokenizer.mask_token_id
+    found = []
+    for ids, row in zip(encoded["input_ids"], outputs["logits"], strict=True):
+        places = np.flatnonzero(np.asarray(ids) == mask)
+        if not len(places):
+            raise BadInput(f"the text has no {answerer.tokenizer.mask_token} to fill")
+        best = [[int(i) for i in np.argsort(-row[place], kind="stable")[:_TOP]] for place in places]
+        masks = [
+            [{"word": answerer.tokenizer.decode([i]).strip(), "score": float(softmax(row[place])[i])} for i in order]
+            for place, order in zip(places, best, strict=True)
+        ]
+        found.append({"masks": masks})
+    return found
+
+
+def _choices(_: Answerer, questions: Sequence[Question], __: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+    return [
+        {"choice": int(row.argmax()), "text": question.choices[int(row.argmax())], "scores": [float(value) for value in row]}
+        for question, row in zip(questions, softmax(outputs["logits"]), strict=True)
+    ]
+
+
+_NEED_OFFSETS = frozenset({"token-classification", "question-answering"})
+_ANSWERS: Mapping[str, Callable[..., list[dict[str, Any]]]] = {
+    "feature-extraction": _embeddings,
+    "text-classification": _classes,
+    "token-classification": _tags,
+    "question-answering": _spans,
+    "fill-mask": _words,
+    "multiple-choice": _choices,
+}

@@ -1,0 +1,74 @@
+"""What a pass is, and what it reports.
+
+A pass is a frozen dataclass whose fields are its options. There is no second schema: names, types, bounds, defaults
+and documentation are read off the class, and its text form is derived from it both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import onnx_ir as ir
+
+from planish.optimizer import spec
+from planish.optimizer.graph import location_of
+
+OPTIONS_CONFIG: dict[str, Any] = {
+    "arbitrary_types_allowed": True,
+    "extra": "forbid",
+    "use_attribute_docstrings": True,
+}
+"""How pydantic reads the fields of a pass or backend: the docstring under a field documents the option."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place where a rewrite could have applied and did not: what stood in the way, and the culprit."""
+
+    site: str
+    """The node that the rewrite is about, as `graph.location_of` describes it."""
+    reason: str
+    culprit: str = ""
+    """The value or node that differed from what the rewrite needs."""
+
+    @classmethod
+    def at(cls, node: ir.Node, reason: str, culprit: ir.Value | ir.Node | None = None) -> Self:
+        """A refusal located at ``node``."""
+        return cls(location_of(node), reason, "" if culprit is None else culprit.name or "")
+
+
+@dataclass
+class PassResult(ir.passes.PassResult):
+    """What a pass did: the model, whether it changed, where it fired, where it refused and what it found out."""
+
+    sites: list[str] = field(default_factory=list)
+    """One entry per rewritten place."""
+    refusals: list[Refusal] = field(default_factory=list)
+    facts: dict[str, float | int | str] = field(default_factory=dict)
+    """Figures of interest; deterministic ones only, for they go into the manifest."""
+
+
+@dataclass(frozen=True)
+class Pass(ir.passes.InPlacePass):
+    """One step of a pipeline: changes a model in place and says honestly whether it did.
+
+    A subclass is a frozen dataclass with a ``name`` (a kebab-case verb phrase); each field is an option with a type,
+    a default and a docstring of its own. Passes do no input or output.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = OPTIONS_CONFIG
+    name: ClassVar[str]
+    exact: ClassVar[bool] = True
+    """Whether the rewrite keeps every output up to rounding; a pass that does not is held against the fidelity that was
+    asked for instead of the noise floor."""
+
+    def __str__(self) -> str:
+        """The text form; options that have their default are left out."""
+        return spec.format_dataclass(self.name, self)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Make the pass from option texts; UsageError names the option, what it got and what it takes."""
+        return spec.build(cls, options, owner=f"pass {cls.name}")

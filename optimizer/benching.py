@@ -1,0 +1,122 @@
+"""Any mix of outputs, `.onnx` and `.xml` files, timed side by side on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from planish.optimizer import registry
+from planish.optimizer.building import DEFAULT_SHAPE, sized_case
+from planish.optimizer.errors import BadInput
+from planish.optimizer.manifest import Manifest
+from planish.optimizer.measure import EngineRef, Timing, race
+from planish.optimizer.output import MANIFEST
+from planish.optimizer.program import Axis, Signature, TensorSpec
+
+_BY_SUFFIX = {".onnx": "onnxruntime", ".xml": "openvino"}
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One engine in the race: how it is called in the table, where it is, what it takes."""
+
+    label: str
+    engine: EngineRef
+    signature: Signature
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine at one shape."""
+
+    label: str
+    shape: str
+    timing: Timing
+
+
+def bench(
+    models: Sequence[str | Path],
+    against: Sequence[str | Path] = (),
+    shapes: Sequence[Mapping[str, int]] = (),
+    targets: Sequence[str] = (),
+) -> list[Row]:
+    """Time every engine of ``models`` in alternation, compared with the first of ``against`` (or of ``models``).
+
+    ``targets`` give options to the runtimes (`onnxruntime{threads=2}`) and say which engines of an output take part; without
+    them all do. Raises BadInput if nothing is there to time.
+    """
+    entrants = [entrant for path in (*against, *models) for entrant in _entrants(Path(path), targets)]
+    if not entrants:
+        raise BadInput("there is no engine to time here", where=", ".join(map(str, models)))
+    bounds = {t.name: t.bound for e in entrants for t in e.signature.inputs if t.bound is not None}
+    rows = []
+    for sizes in shapes or (DEFAULT_SHAPE,):
+        cases = [sized_case(_bounded(entrant.signature, bounds), sizes) for entrant in entrants]
+        timings = race([entrant.engine for entrant in entrants], [case for case, _ in cases])
+        rows += [Row(e.label, text, t) for e, (_, text), t in zip(entrants, cases, timings, strict=True)]
+    return rows
+
+
+def _entrants(path: Path, targets: Sequence[str]) -> list[Entrant]:
+    """The engines of an output, the engine of an engine folder, or the one that opens a file."""
+    asked = {registry.backend(text).name: text for text in targets}
+    if (path / MANIFEST).is_file():
+        manifest = Manifest.read(path)
+        names = [name for name in manifest.targets if not asked or name in asked]
+        return [
+            Entrant(f"{path}/{n}", EngineRef(asked.get(n, manifest.targets[n].target), path / n), manifest.signature.signature())
+            for n in names
+            if registry.backend(manifest.targets[n].target).missing() is None
+        ]
+    target = target_of(path)
+    return [Entrant(str(path), EngineRef(asked.get(target, target), path), _signature_of(path, target))]
+
+
+def target_of(path: Path) -> str:
+    """The backend that opens a file, by its ending, or an engine folder, by the file it holds."""
+    if path.is_dir():
+        found = [name for name in registry.table(registry.BACKENDS) if (path / registry.backend_class(name).model_file).is_file()]
+        if found:
+            return path.name if path.name in found else found[0]
+    elif path.is_file() and path.suffix in _BY_SUFFIX:
+        return _BY_SUFFIX[path.suffix]
+    kinds = "an output of planish, an engine folder, an .onnx or an .xml file"
+    raise BadInput("this cannot be timed" if path.exists() else "there is no such file or folder", where=path, advice=f"give {kinds}")
+
+
+def _signature_of(path: Path, target: str) -> Signature:
+    """The signature in the manifest above an engine folder, else what the graph or the runtime says."""
+    above = path.parent if path.is_dir() else path.parent.parent
+    if (above / MANIFEST).is_file():
+        return Manifest.read(above).signature.signature()
+    if path.suffix == ".onnx":
+        from planish.optimizer.lowering.onnx_file import read_signature
+
+        return read_signature(path)
+    engine = registry.backend(target).open(path)
+    return _named_axes(engine.inputs, engine.outputs)
+
+
+def _named_axes(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Signature:
+    """A signature for an engine that has lost the names of its axes: batch first, sequence second."""
+    names = ("batch", "sequence")
+
+    def named(tensor: TensorSpec) -> TensorSpec:
+        shape = tuple(
+            names[index] if isinstance(dim, str) and index < len(names) else dim for index, dim in enumerate(tensor.shape)
+        )
+        return TensorSpec(tensor.name, tensor.dtype, shape, tensor.role, tensor.bound, tensor.pad)
+
+    made = tuple(map(named, inputs))
+    used = {dim for tensor in made for dim in tensor.shape if isinstance(dim, str)}
+    return Signature(made, outputs, {name: Axis(name) for name in sorted(used)})
+
+
+def _bounded(signature: Signature, bounds: Mapping[str, int | None]) -> Signature:
+    """The signature with bounds that another engine of the same race knows."""
+    inputs = tuple(
+        TensorSpec(t.name, t.dtype, t.shape, t.role, bounds.get(t.name) if t.bound is None else t.bound, t.pad)
+        for t in signature.inputs
+    )
+    return Signature(inputs, signature.outputs, signature.axes)

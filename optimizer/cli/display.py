@@ -1,0 +1,93 @@
+"""Tables on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from planish.optimizer.driver import Progress
+from planish.optimizer.lock import Choice
+from planish.optimizer.manifest import Manifest
+
+
+@contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[Progress]:
+    """A bar on a terminal, a line per stage otherwise; nothing if ``quiet``."""
+    if quiet:
+        yield lambda *_: None
+    elif sys.stderr.isatty():
+        with _bar() as report:
+            yield report
+    else:
+        start = time.perf_counter()
+        yield lambda name, done, total: print(
+            f"[{time.perf_counter() - start:6.1f} s] {done + 1}/{total} {name}", file=sys.stderr, flush=True
+        )
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> None:
+    """A table: drawn for people, or as Markdown."""
+    if markdown:
+        print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+        print("\n".join(f"| {' | '.join(cell.replace(chr(10), '<br>') for cell in row)} |" for row in rows))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table)
+
+
+def print_result(manifest: Manifest, choices: Mapping[str, Choice], latencies: Mapping[str, Any]) -> None:
+    """The result table of a build: one row for each engine and timed shape."""
+    rows = []
+    for name, record in manifest.targets.items():
+        speeds = choices[name].measured
+        rows.append(
+            (
+                record.target,
+                f"{record.shipped}: {record.why}",
+                f"{record.size_bytes / 1e6:.1f} MB",
+                fidelity_text(record.comparison),
+                record.budget or "none asked",
+                "\n".join(f"{s.speedup:.2f}x [{s.low:.2f}, {s.high:.2f}] at {s.shape}" for s in speeds) or "not measured",
+                _latency(latencies.get(name, {})),
+            )
+        )
+        rows += [("", f"rolled back {undone.text}: {undone.reason}", *[""] * 5) for undone in record.rolled_back]
+    columns = ("target", "shipped", "size", "fidelity", "budget", "speed-up over plain", "median ms")
+    print_table(f"{manifest.source.architecture}, {manifest.task}", columns, rows)
+
+
+def _latency(shapes: Mapping[str, Any]) -> str:
+    return "\n".join(f"{timings['optimized']['median_ms']:.2f} ({timings['plain']['median_ms']:.2f} plain)" for timings in shapes.values())
+
+
+def fidelity_text(comparison: Mapping[str, Mapping[str, float]]) -> str:
+    """A few metrics of each output."""
+    shown = ("max_abs", "cosine", "top1")
+    return "\n".join(
+        f"{output}: " + " ".join(f"{metric} {metrics[metric]:.6g}" for metric in shown if metric in metrics)
+        for output, metrics in comparison.items()
+    )

@@ -1,0 +1,22 @@
+"""`planish doctor`."""
+
+from __future__ import annotations
+
+import click
+
+from planish.optimizer.cli.options import json_flag, print_json
+
+
+@click.command("doctor")
+@json_flag
+def command(as_json: bool) -> None:
+    """Say what is installed, what this CPU and GPU can do, which targets would run, and what is missing."""
+    from planish.optimizer.cli.display import print_table
+    from planish.optimizer.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json([finding.__dict__ for finding in findings])
+        return
+    rows = [(finding.subject, finding.state, finding.detail, finding.advice) for finding in findings]
+    print_table("this machine", ("subject", "state", "what was found", "what to do"), rows)

@@ -1,0 +1,56 @@
+"""`planish opt`: what mlir-opt is to MLIR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from planish.optimizer.cli.options import existing, json_flag, print_json
+from planish.optimizer.errors import UsageError
+
+
+@click.command("opt")
+@click.argument("source", type=existing)
+@click.option("-o", "--output", "out", type=existing, required=True, help="The .onnx file to write.")
+@click.option("--pipeline", metavar="TEXT", help="The passes to run, as text: a,b{k=v},c.")
+@click.option("--preset", help="The pipeline of a preset, for --target.")
+@click.option("--target", default="onnxruntime", show_default=True, help="The target that --preset is resolved for.")
+@click.option("--keep", multiple=True, metavar="METRIC>=X", help="Fidelity that passes which are not exact must keep.")
+@click.option("--print-before", is_flag=True, help="Print the graph before each pass.")
+@click.option("--print-after", is_flag=True, help="Print the graph after each pass.")
+@click.option("--print-after-change", is_flag=True, help="Print the graph after each pass that changed it.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Verify and compare after each pass.")
+@json_flag
+def command(source: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Run a pipeline over the ONNX file SOURCE; every pass is verified and compared."""
+    from planish.optimizer.cli.display import print_table
+    from planish.optimizer.manifest import PassRecord
+    from planish.optimizer.single import optimize_file
+
+    if (options["pipeline"] is None) == (options["preset"] is None):
+        raise UsageError("give either --pipeline or --preset")
+    reports = optimize_file(source, out, **options)
+    records = [PassRecord.of(report) for report in reports]
+    if as_json:
+        print_json([record.model_dump(mode="json") for record in records])
+        return
+    rows = [
+        (
+            record.text,
+            str(record.sites),
+            "\n".join(record.refusals),
+            f"{record.nodes[0]} -> {record.nodes[1]}",
+            f"{record.weight_bytes[0] / 1e6:.1f} -> {record.weight_bytes[1] / 1e6:.1f} MB",
+            _difference(record.difference) if record.modified else "unchanged",
+            "\n".join(f"{name} {value}" for name, value in record.facts.items()),
+        )
+        for record in records
+    ]
+    columns = ("pass", "sites", "refused", "nodes", "weights", "moved outputs by", "facts")
+    print_table(f"{source} -> {out}", columns, rows)
+
+
+def _difference(difference: dict[str, dict[str, float]] | None) -> str:
+    return "not compared" if difference is None else "\n".join(f"{m['max_rel']:.1e}" for m in difference.values())

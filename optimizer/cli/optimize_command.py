@@ -1,0 +1,78 @@
+"""`planish optimize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from planish.optimizer.cli.options import existing, json_flag, parse_shapes, print_json, shapes_option
+
+
+@click.command("optimize")
+@click.argument("source", type=existing)
+@click.option("-o", "--output", "out", type=existing, required=True, help="The folder to make; appears complete or not at all.")
+@click.option("--task", help="The task to serve; read from config.json if not given.")
+@click.option(
+    "--target", "targets", multiple=True, metavar="NAME[{k=v …}]", default=["onnxruntime"], show_default=True,
+    help="A runtime to build for, with its options; may be given several times.",
+)  # fmt: skip
+@click.option("--preset", help="A named pipeline: exact (default) or fast.")
+@click.option("--pipeline", metavar="TEXT", help="The passes to run, as text: a,b{k=v},c. Failed checks end the run.")
+@click.option("--calibration", type=existing, help="Your own inputs: .txt or .jsonl of texts, or .npz of arrays.")
+@click.option("--keep", multiple=True, metavar="METRIC>=X", help="Fidelity that passes must keep, e.g. cosine>=0.999.")
+@shapes_option
+@click.option("--lock", type=existing, help="Build from this lock, or write it if it does not exist.")
+@click.option("--depfile", type=existing, help="Write the files that were read, in make's syntax.")
+@json_flag
+def command(
+    source: Path,
+    out: Path,
+    task: str | None,
+    targets: tuple[str, ...],
+    preset: str | None,
+    pipeline: str | None,
+    calibration: Path | None,
+    keep: tuple[str, ...],
+    shapes: tuple[str, ...],
+    lock: Path | None,
+    depfile: Path | None,
+    as_json: bool,
+) -> None:
+    """Turn SOURCE (a checkpoint folder or an .onnx file) into checked, measured engines."""
+    from planish.optimizer.cli.display import print_result, progress_bar
+    from planish.optimizer.driver import optimize
+    from planish.optimizer.lock import LOCK, Lock
+
+    with progress_bar(quiet=as_json) as progress:
+        result = optimize(
+            source,
+            out,
+            task=task,
+            targets=targets,
+            preset=preset,
+            pipeline=pipeline,
+            calibration=calibration,
+            keep=keep,
+            shapes=parse_shapes(shapes),
+            lock=lock,
+            progress=progress,
+        )
+    if depfile is not None:
+        _write_depfile(depfile, source, out, [*result.manifest.source.files], [p for p in (calibration, lock) if p])
+    if as_json:
+        print_json({"output": str(out), "manifest": result.manifest.model_dump(mode="json"), "measurements": result.measurements})
+        return
+    latencies = {name: target["latency_ms"] for name, target in result.measurements["targets"].items()}
+    print_result(result.manifest, Lock.read(out / LOCK).targets, latencies)
+    click.echo(f"report: {out / 'report.html'}")
+
+
+def _write_depfile(depfile: Path, source: Path, out: Path, names: list[str], others: list[Path]) -> None:
+    from planish.optimizer.output import staged_file
+
+    folder = source if source.is_dir() else source.parent
+    inputs = [folder / name for name in names] + others
+    escaped = " ".join(str(path).replace(" ", "\\ ") for path in inputs)
+    with staged_file(depfile) as path:
+        path.write_text(f"{str(out / 'planish.json').replace(' ', chr(92) + ' ')}: {escaped}\n", encoding="utf-8")

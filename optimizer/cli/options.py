@@ -1,0 +1,35 @@
+"""Options and arguments that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from planish.optimizer.errors import UsageError
+
+existing = click.Path(path_type=Path)
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+shapes_option = click.option(
+    "--shape", "shapes", multiple=True, metavar="AXIS=N,…", help="Sizes at which to time; may be given several times."
+)
+
+
+def parse_shapes(texts: Sequence[str]) -> list[dict[str, int]]:
+    """Read `batch=1,sequence=128` texts."""
+    return [dict(_axis(part, text) for part in text.split(",") if part.strip()) for text in texts]
+
+
+def _axis(part: str, text: str) -> tuple[str, int]:
+    name, _, size = part.partition("=")
+    if not size.strip().isdigit() or int(size) < 1:
+        raise UsageError(f"cannot read the shape {text!r}", advice="write --shape batch=1,sequence=128")
+    return name.strip(), int(size)
+
+
+def print_json(value: Any) -> None:
+    """The machine-readable result, alone on standard output."""
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))

@@ -1,0 +1,81 @@
+"""`planish run`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from planish.optimizer.cli.options import existing, json_flag, print_json
+from planish.optimizer.errors import UsageError
+
+_SHOWN = 6
+
+
+@click.command("run")
+@click.argument("engine", type=existing)
+@click.option("--text", help="One text to answer.")
+@click.option("--pair", help="The second text: the context of a question, the other sentence of a pair.")
+@click.option("--choice", "choices", multiple=True, help="One of several answers to choose from; may be given several times.")
+@click.option("--input", "source", type=existing, help="A .txt or .jsonl file of texts.")
+@click.option("--output", type=existing, help="The .jsonl file to write; an interrupted run goes on where it stopped.")
+@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Texts that run together.")
+@click.option("--target", metavar="NAME[{k=v …}]", help="Which engine of an output, with its options.")
+@json_flag
+def command(
+    engine: Path,
+    text: str | None,
+    pair: str | None,
+    choices: tuple[str, ...],
+    source: Path | None,
+    output: Path | None,
+    batch: int,
+    target: str | None,
+    as_json: bool,
+) -> None:
+    """Ask ENGINE (an output or an engine folder): labels, embeddings, answers, by its task."""
+    from planish.optimizer.answering import Question, answer_file, open_answerer
+
+    if (text is None) == (source is None) or (source is None) != (output is None):
+        raise UsageError("give either --text, or --input and --output")
+    answerer = open_answerer(engine, target)
+    if text is not None:
+        answer = answerer.answer([Question(text, pair, choices)])[0]
+        if as_json:
+            print_json(answer)
+        else:
+            click.echo("\n".join(_lines(answer)))
+        return
+    if source is not None and output is not None:
+        count = _run_file(answer_file, answerer, source, output, batch)
+        click.echo(json.dumps({"answered": count, "output": str(output)}) if as_json else f"{count} answers: {output}")
+
+
+def _run_file(answer_file: Any, answerer: Any, source: Path, output: Path, batch: int) -> int:
+    from planish.optimizer.answering import read_questions
+    from planish.optimizer.cli.display import progress_bar
+
+    total = sum(1 for _ in read_questions(source))
+    with progress_bar() as report:
+        return int(answer_file(answerer, source, output, batch, lambda done: report("answering", done - 1, total)))
+
+
+def _lines(answer: dict[str, Any]) -> list[str]:
+    """An answer for people: numbers shortened, long vectors by their beginning."""
+    if "embedding" in answer:
+        values = answer["embedding"]
+        start = ", ".join(f"{value:.4f}" for value in values[:_SHOWN])
+        return [f"embedding of {len(values)} values: [{start}, …]"] + (["(the text was cut)"] if answer.get("truncated") else [])
+    return [f"{key}: {_text(value)}" for key, value in answer.items()]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return "".join(f"\n  {_text(inner)}" for inner in value)
+    return str(value)

@@ -1,0 +1,214 @@
+"""How far outputs stray from the reference, and how far they may: pure metrics and budgets.
+
+Metrics, over all cases, at positions that are not padding (padded positions carry no meaning):
+
+==========  ==========================================================================================
+max_abs     largest absolute difference
+max_rel     largest absolute difference, divided by the largest magnitude of the reference output
+cosine      mean cosine of the vectors along the last axis
+cosine_min  smallest such cosine
+top1        share of vectors whose largest entry stays the largest (logits only)
+==========  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from planish.optimizer.errors import CheckFailed, UsageError
+from planish.optimizer.program import Role, Signature, TensorSpec
+from planish.optimizer.spec import did_you_mean
+
+METRICS = ("max_abs", "max_rel", "cosine", "cosine_min", "top1")
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
+_ABSURD = 1e20
+"""Magnitudes that stand for minus infinity in masked scores; they do not set the scale of an output."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Metrics by output name. ``top1`` is absent where the output is not a vector of scores."""
+
+    outputs: Mapping[str, Mapping[str, float]]
+
+    def worst(self, metric: str) -> float | None:
+        """The least favourable value of ``metric`` over the outputs that have it."""
+        values = [metrics[metric] for metrics in self.outputs.values() if metric in metrics]
+        return None if not values else (max(values) if metric.startswith("max") else min(values))
+
+    def rounded(self, digits: int = 3) -> Comparison:
+        """The same to a few significant digits: figures for people and for manifests."""
+        return Comparison(
+            {
+                name: {metric: _round(metric, value, digits) for metric, value in metrics.items()}
+                for name, metrics in self.outputs.items()
+            }
+        )
+
+
+def _round(metric: str, value: float, digits: int) -> float:
+    if not math.isfinite(value):
+        return value
+    if metric.startswith("max"):
+        return float(f"{value:.{digits - 1}e}")
+    return 1.0 - float(f"{1.0 - value:.{digits - 1}e}")
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One condition of a budget: ``metric >= bound``, on every output or on one."""
+
+    metric: str
+    relation: str
+    bound: float
+
+    def __str__(self) -> str:
+        """`cosine>=0.999`."""
+        return f"{self.metric}{self.relation}{self.bound:.6g}"
+
+    def holds(self, value: float) -> bool:
+        """Whether ``value`` meets the bound; NaN never does."""
+        return _OPERATORS[self.relation](value, self.bound)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Conditions that must all hold for a comparison to pass."""
+
+    clauses: tuple[Clause, ...] = field(default=())
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> Budget:
+        """Read `METRIC>=X` and `METRIC<=X`; UsageError says what a clause looks like and which metrics there are."""
+        return cls(tuple(map(_clause, texts)))
+
+    def __str__(self) -> str:
+        """The clauses, joined by blanks."""
+        return " ".join(map(str, self.clauses))
+
+    def violations(self, comparison: Comparison) -> list[str]:
+        """One text for each clause and output that does not hold."""
+        return [
+            f"{metric} of {output} is {metrics[metric]:.6g}, the budget asks {clause}"
+            for clause in self.clauses
+            for output, metrics in comparison.outputs.items()
+            if (metric := clause.metric) in metrics and not clause.holds(metrics[metric])
+        ]
+
+    def check(self, comparison: Comparison, *, where: str) -> None:
+        """CheckFailed with every violation, located at ``where``."""
+        found = self.violations(comparison)
+        if found:
+            raise CheckFailed("; ".join(found), where=where)
+
+
+def _clause(text: str) -> Clause:
+    match = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*([-+0-9.eE]+)\s*", text)
+    if match is None:
+        raise UsageError(f"cannot read the budget {text!r}", advice="write METRIC>=X or METRIC<=X")
+    metric, relation, bound = match.groups()
+    if metric not in METRICS:
+        raise UsageError(f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}", where=text)
+    if (relation == "<=") != metric.startswith("max"):
+        wanted = "<=" if metric.startswith("max") else ">="
+        raise UsageError(f"a budget on {metric} is written {metric}{wanted}X", where=text)
+    try:
+        return Clause(metric, relation, float(bound))
+    except ValueError:
+        raise UsageError(f"{bound!r} is not a number", where=text) from None
+
+
+Case = Mapping[str, np.ndarray]
+
+
+def compare(
+    signature: Signature, inputs: Sequence[Case], expected: Sequence[Case], actual: Sequence[Case]
+) -> Comparison:
+    """Compare the outputs of several cases; every sequence has one entry per case, arrays by name.
+
+    ValueError if an output is missing or has another shape than expected.
+    """
+    tallies = {tensor.name: _Tally(tensor) for tensor in signature.outputs if tensor.name in expected[0]}
+    mask = signature.mask()
+    for feeds, wanted, got in zip(inputs, expected, actual, strict=True):
+        counts = None if mask is None else feeds.get(mask.name)
+        for name, tally in tallies.items():
+            if name not in got:
+                raise ValueError(f"output {name!r} is missing")
+            tally.add(wanted[name], got[name], _visible(tally.tensor, mask, counts))
+    return Comparison({name: tally.metrics() for name, tally in tallies.items()})
+
+
+def _visible(tensor: TensorSpec, mask: TensorSpec | None, counts: np.ndarray | None) -> np.ndarray | None:
+    """Where an output means something: the mask, laid along the axes that the output shares with it."""
+    if mask is None or counts is None or not all(axis in tensor.shape for axis in mask.shape):
+        return None
+    order = [mask.shape.index(axis) for axis in tensor.shape if axis in mask.shape]
+    shape = [counts.shape[mask.shape.index(axis)] if axis in mask.shape else 1 for axis in tensor.shape]
+    return np.transpose(counts, order).reshape(shape) != 0
+
+
+class _Tally:
+    """Running metrics of one output."""
+
+    def __init__(self, tensor: TensorSpec) -> None:
+        self.tensor = tensor
+        self.max_abs = 0.0
+        self.scale = 0.0
+        self.cosines: list[np.ndarray] = []
+        self.agreements: list[np.ndarray] = []
+
+    def add(self, expected: np.ndarray, actual: np.ndarray, visible: np.ndarray | None) -> None:
+        """Take in one case."""
+        if expected.shape != actual.shape:
+            raise ValueError(f"output {self.tensor.name!r} has shape {actual.shape}, expected {expected.shape}")
+        shown = np.broadcast_to(True if visible is None else visible, expected.shape)
+        wanted = np.where(shown, expected, 0).astype(np.float64, copy=False)
+        got = np.where(shown, actual, 0).astype(np.float64, copy=False)
+        same = (wanted == got) | (np.isnan(wanted) & np.isnan(got))  # also equal infinities
+        with np.errstate(invalid="ignore"):
+            difference = np.where(same, 0.0, np.abs(wanted - got))
+        self.max_abs = max(self.max_abs, float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0)))
+        ordinary = np.abs(wanted[np.isfinite(wanted) & (np.abs(wanted) < _ABSURD)])
+        self.scale = max(self.scale, float(ordinary.max(initial=0.0)))
+        if wanted.ndim:
+            self._add_vectors(wanted, got, shown)
+
+    def _add_vectors(self, wanted: np.ndarray, got: np.ndarray, shown: np.ndarray) -> None:
+        kept = shown.any(axis=-1).reshape(-1)
+        rows = [array.reshape(-1, array.shape[-1])[kept] for array in (wanted, got, shown)]
+        self.cosines.append(_cosines(rows[0], rows[1]))
+        if self.tensor.role is Role.LOGITS and wanted.shape[-1] > 1:
+            best = [np.where(rows[2], row, -np.inf).argmax(axis=-1) for row in rows[:2]]
+            self.agreements.append(best[0] == best[1])
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of everything taken in."""
+        found = {"max_abs": self.max_abs, "max_rel": _ratio(self.max_abs, self.scale)}
+        if cosines := [part for part in self.cosines if part.size]:
+            joined = np.concatenate(cosines)
+            found |= {"cosine": float(joined.mean()), "cosine_min": float(joined.min())}
+        if agreements := [part for part in self.agreements if part.size]:
+            found["top1"] = float(np.concatenate(agreements).mean())
+        return found
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else (0.0 if part == 0 else math.inf)
+
+
+def _cosines(wanted: np.ndarray, got: np.ndarray) -> np.ndarray:
+    """Cosine of each pair of rows: 1 where both are zero, 0 where one is zero or not finite."""
+    finite = np.isfinite(wanted).all(axis=-1) & np.isfinite(got).all(axis=-1)
+    wanted, got = np.where(finite[:, None], wanted, 0), np.where(finite[:, None], got, 0)
+    norms = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(got, axis=-1)
+    both_zero = finite & ~wanted.any(axis=-1) & ~got.any(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = np.where(norms > 0, (wanted * got).sum(axis=-1) / norms, 0.0)
+    return np.clip(np.where(both_zero, 1.0, cosines), -1.0, 1.0)

@@ -1,0 +1,258 @@
+"""The way through the house: source in, checked and measured engines out.
+
+`optimize` is the flow: lower, make a reference, and for each target run the pipeline, emit, check, measure, choose. What was
+chosen goes into a lock, what was done into a manifest, what was timed into the measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from planish.optimizer import manifest as records
+from planish.optimizer import presets, registry
+from planish.optimizer.backend import Arrays, Engine
+from planish.optimizer.building import Builder, Built, Request, Stages, checkable, check_engine, pipelines_for
+from planish.optimizer.calibration import read_cases
+from planish.optimizer.compare import Budget, Comparison
+from planish.optimizer.errors import UsageError
+from planish.optimizer.lock import LOCK, Lock
+from planish.optimizer.lowering import Lowered, lower
+from planish.optimizer.lowering.tokenizer import load_tokenizer
+from planish.optimizer.manifest import MEASUREMENTS, Manifest
+from planish.optimizer.output import staged_file, staged_folder
+from planish.optimizer.reference import Reference, make_inputs, noise_floor
+from planish.optimizer.report import write_report
+
+_PRECISE_CASES = 1
+"""The noise floor is estimated on this many of the first reference cases: made ones begin with a small padded batch."""
+Progress = Callable[[str, int, int], None]
+"""Told the name of each stage as it begins, how many are done and how many there are."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished output folder."""
+
+    folder: Path
+    manifest: Manifest
+    measurements: Mapping[str, Any]
+
+    @functools.cached_property
+    def engines(self) -> dict[str, Engine]:
+        """The engines that this machine can open, by the name of their folder."""
+        targets = {name: registry.backend(record.target) for name, record in self.manifest.targets.items()}
+        return {n: target.open(self.folder / n) for n, target in targets.items() if target.missing() is None}
+
+
+def optimize(
+    source: str | Path | Any,
+    out: str | Path,
+    *,
+    task: str | None = None,
+    targets: Sequence[str] = ("onnxruntime",),
+    preset: str | None = None,
+    pipeline: str | None = None,
+    calibration: str | Path | None = None,
+    keep: Sequence[str] = (),
+    shapes: Sequence[Mapping[str, int]] = (),
+    lock: str | Path | None = None,
+    sample_inputs: Mapping[str, Any] | None = None,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    progress: Progress = lambda *_: None,
+) -> Result:
+    """Turn a checkpoint folder, an `.onnx` file or an `nn.Module` into engines in the folder ``out``.
+
+    ``preset`` (`exact` by default) and ``pipeline`` exclude each other. ``keep`` are budgets (`cosine>=0.999`), ``shapes``
+    sizes of axes at which engines are timed. ``lock`` is used if the file exists and written if it does not. A module
+    needs ``sample_inputs`` (tensors by keyword) and ``dynamic_axes`` (`{input: {position: name}}`).
+
+    Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
+    """
+    request = _request(targets, preset, pipeline, keep, shapes)
+    known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
+    stages = Stages(progress, 2 + (3 if known else 4) * len(request.targets))
+    with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
+        with stages.stage("lowering"):
+            lowered = lower(source, task, sample_inputs=sample_inputs, dynamic_axes=dynamic_axes)
+            gc.collect()
+            gc.freeze()  # a million objects of torch stay as they are: no collection below needs to walk them again
+        if known is not None and lock is not None:
+            known.check_fits(Path(lock), lowered.program.provenance.files, request.described(), [*map(str, request.targets)])
+        inputs = _inputs(lowered, calibration)
+        reference = _reference(lowered, inputs)
+        reproducers = Path(f"{out}.failed")
+        builder = Builder(request, lowered, reference, inputs, folder, Path(scratch), reproducers, stages)
+        built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
+        with stages.stage("report"):
+            result = _write(folder, request, lowered, reference(), built, stages, calibration)
+    if lock is not None and known is None:
+        with staged_file(Path(lock)) as path:
+            path.write_text((Path(out) / LOCK).read_text(encoding="utf-8"), encoding="utf-8")
+    return Result(Path(out), result.manifest, result.measurements)
+
+
+def _request(
+    targets: Sequence[str],
+    preset: str | None,
+    pipeline: str | None,
+    keep: Sequence[str],
+    shapes: Sequence[Mapping[str, int]],
+) -> Request:
+    if preset is not None and pipeline is not None:
+        raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
+    backends = tuple(registry.backend(text) for text in targets)
+    names = [backend.name for backend in backends]
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"each target must be given once, got {names}", advice="build two folders for two variants")
+    preset = "exact" if pipeline is None and preset is None else preset
+    asked = Budget.parse(keep) if keep else presets.budget(preset)
+    return Request(backends, preset, pipelines_for(backends, preset, pipeline), asked, tuple(shapes))
+
+
+def _inputs(lowered: Lowered, calibration: str | Path | None) -> list[Arrays]:
+    """Reference inputs: the user's, and the longest that the signature allows; or all from the signature."""
+    signature = lowered.program.sole()[1]
+    made: list[Arrays] = list(make_inputs(signature))
+    if calibration is None:
+        return made
+    tokenizer = None if lowered.folder is None else load_tokenizer(lowered.folder)
+    return [*read_cases(Path(calibration), signature, tokenizer), made[-1]]
+
+
+def _reference(lowered: Lowered, inputs: Sequence[Arrays]) -> Callable[[], Reference]:
+    """Start the original on the inputs; the function that is returned waits for it once."""
+    finish = lowered.original.start(inputs, min(_PRECISE_CASES, len(inputs)))
+
+    @functools.cache
+    def reference() -> Reference:
+        answers = finish()
+        few = 0 if answers.precise is None else len(answers.precise)
+        signature = lowered.program.sole()[1]
+        noise = noise_floor(signature, inputs[:few], answers.outputs[:few], answers.precise)
+        return Reference(tuple(inputs), tuple(answers.outputs), noise, lowered.original.description)
+
+    return reference
+
+
+def _write(
+    folder: Path,
+    request: Request,
+    lowered: Lowered,
+    reference: Reference,
+    built: Sequence[Built],
+    stages: Stages,
+    calibration: str | Path | None,
+) -> Result:
+    """Write reference, lock, measurements, report and manifest into a folder that holds the engines."""
+    (folder / "reference").mkdir()
+    reference.save(folder / "reference")
+    choices = {engine.target.name: engine.choice for engine in built}
+    source = dict(lowered.program.provenance.files)
+    locked = Lock(source=source, requested=request.described(), targets=choices)
+    (folder / LOCK).write_text(locked.text(), encoding="utf-8")
+    measurements = _measurements(built, stages)
+    (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
+    manifest = Manifest(
+        planish=records.library_version("planish"),
+        libraries=records.library_versions(),
+        instruction_set=records.instruction_set(),
+        source=records.source_record(lowered.program),
+        task=lowered.program.task,
+        signature=records.SignatureRecord.of(lowered.program.sole()[1]),
+        requested=request.described(),
+        reference=records.ReferenceRecord(
+            origin=reference.origin,
+            inputs="made from the signature" if calibration is None else "given",
+            noise=dict(reference.noise),
+            exact_budget=str(reference.exact_budget()),
+        ),
+        targets={engine.target.name: _target_record(engine, folder) for engine in built},
+        files={},
+    )
+    write_report(folder, manifest, locked)
+    manifest = manifest.model_copy(update={"files": records.hash_files(folder)})
+    manifest.write(folder)
+    return Result(folder, manifest, measurements)
+
+
+def _target_record(built: Built, folder: Path) -> records.TargetRecord:
+    choice = built.choice
+    place = folder / built.target.name
+    return records.TargetRecord(
+        target=choice.target,
+        shipped=choice.shipped,
+        why=choice.why,
+        pipeline=choice.pipeline if choice.shipped == "optimized" else "",
+        passes=[records.PassRecord.of(report) for report in built.outcome.reports if report.rolled_back is None],
+        rolled_back=[records.RolledBack(text=undone.text, reason=undone.reason) for undone in choice.rolled_back],
+        budget=str(built.budget),
+        checked_with=built.checked_with,
+        comparison=records.figures(built.comparison),
+        size_bytes=sum(path.stat().st_size for path in sorted(place.rglob("*")) if path.is_file()),
+    )
+
+
+def _measurements(built: Sequence[Built], stages: Stages) -> dict[str, Any]:
+    """Everything that may differ between two equal builds."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"system": platform.platform(), "instruction_set": records.instruction_set()},
+        "stages_seconds": stages.seconds,
+        "targets": {
+            engine.target.name: {
+                "latency_ms": {
+                    shape: {kind: timing.__dict__ for kind, timing in timings.items()}
+                    for shape, timings in engine.timings.items()
+                },
+                "check_peak_memory_bytes": engine.peak_memory,
+                "passes": {report.text: report.measured for report in engine.outcome.reports},
+            }
+            for engine in built
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found of one engine."""
+
+    target: str
+    comparison: Comparison | None
+    problems: tuple[str, ...]
+    note: str = ""
+
+
+def verify(out: str | Path) -> dict[str, Verdict]:
+    """Check an output again on this machine: file hashes, then every engine against the stored reference.
+
+    Returns a verdict for each engine; the caller decides what a problem means (the command line exits 1). BadInput if the
+    folder is not an output, MissingRuntime never: an engine whose runtime is not here is checked by another, and noted.
+    """
+    folder = Path(out)
+    manifest = Manifest.read(folder)
+    broken = [name for name, digest in manifest.files.items() if records.digest_of(folder / name) != digest]
+    reference = Reference.load(folder / "reference", manifest.reference.noise, manifest.reference.origin)
+    return {name: _verify(folder, name, manifest, reference, broken) for name in manifest.targets}
+
+
+def _verify(folder: Path, name: str, manifest: Manifest, reference: Reference, broken: Iterable[str]) -> Verdict:
+    record = manifest.targets[name]
+    changed = tuple(f"{file} is not the file that was written" for file in broken if file.startswith((f"{name}/", "reference/")))
+    if changed:
+        return Verdict(record.target, None, changed)
+    target = registry.backend(record.target)
+    fidelity = check_engine(checkable(target, folder / name), manifest.signature.signature(), reference)
+    problems = Budget.parse(record.budget.split()).violations(fidelity.comparison)
+    here = records.instruction_set()
+    notes = [] if here == manifest.instruction_set else [f"built on {manifest.instruction_set}, checked on {here}"]
+    notes += [] if target.missing() is None else [f"checked with {fidelity.checked_with}: {target.missing()}"]
+    return Verdict(record.target, fidelity.comparison, tuple(problems), "; ".join(notes))

@@ -1,0 +1,179 @@
+"""Small questions about a graph that onnx_ir does not answer. No policy lives here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata key under which the PyTorch exporter keeps the module path of a node: our source location."""
+
+
+def constant_of(value: ir.Value | None, limit: int = 1 << 16) -> np.ndarray | None:
+    """The array behind a constant value of at most ``limit`` elements, else None.
+
+    Looks at initializers and at ``Constant`` nodes; the limit keeps callers from reading weights by accident.
+    """
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.size > limit:
+        return None
+    return tensor.numpy()
+
+
+def scalar_of(value: ir.Value | None) -> float | None:
+    """The number behind a constant of exactly one element, of whatever rank, else None."""
+    array = constant_of(value)
+    return None if array is None or array.size != 1 else float(array.reshape(()))
+
+
+def sole_user(value: ir.Value) -> ir.Node | None:
+    """The only node that reads ``value``, or None if there are more, none, or it leaves the graph."""
+    users = list(value.uses())
+    return users[0].node if len(users) == 1 and not value.is_graph_output() else None
+
+
+def rank_of(value: ir.Value | None) -> int | None:
+    """The number of dimensions of a value whose shape is known, else None."""
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def is_weight_matrix(value: ir.Value | None) -> bool:
+    """Whether ``value`` is a constant of rank two (read or referenced, never a graph input)."""
+    return (
+        value is not None
+        and not value.is_graph_input()
+        and value.const_value is not None
+        and rank_of(value) == 2
+    )
+
+
+def location_of(node: ir.Node) -> str:
+    """Name, operator and, where the exporter recorded it, the PyTorch module of a node."""
+    scopes = node.metadata_props.get(NAME_SCOPES)
+    module = "" if scopes is None else f" in {innermost_module(scopes)}"
+    return f"{node.op_type} {node.name or node.outputs[0].name!r}{module}"
+
+
+def innermost_module(scopes: str) -> str:
+    """`encoder.layer.0.attention` out of the exporter's list of nested scopes (its last entry names the op)."""
+    names = [name.strip(" '\"") for name in scopes.strip("[]").split(",")]
+    return next((name for name in reversed(names[:-1]) if name), "the model")
+
+
+def graphs_of(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
+    """The main graph, every subgraph below it, and every function."""
+    yield from model.graphs()
+    yield from model.functions.values()
+
+
+def subgraphs_of(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs that a node holds in its attributes (the branches of an If, the body of a Loop or Scan)."""
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers of the model and its subgraphs, each tensor object counted once."""
+    tensors = {
+        id(value.const_value): value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    }
+    return sum(tensors.values())
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
+    """Register a constant under ``name`` and return its value; an existing name is a KeyError of onnx_ir."""
+    tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def opset_of(model: ir.Model) -> int:
+    """The version of the standard ONNX domain that the model imports (0 if it imports none)."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def without_weights(model: ir.Model, limit: int = 1024) -> ir.Model:
+    """A copy in which used initializers of more than ``limit`` elements are references to a file that is not there.
+
+    What decides shapes (axes, sizes, repeats) keeps its values; what is big is neither read nor copied.
+    """
+    copy = model.clone()
+    for value in _big_initializers(copy, limit):
+        tensor = value.const_value
+        if tensor is not None:
+            value.const_value = ir.ExternalTensor(
+                "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or ""
+            )
+    return copy
+
+
+def weights_as_inputs(model: ir.Model, limit: int = 1024) -> tuple[ir.Model, dict[str, ir.TensorProtocol]]:
+    """A copy that takes its initializers of more than ``limit`` elements as inputs, and those tensors by name.
+
+    A runtime can be lent them at each call, so that running a graph to check it copies no weights.
+    """
+    copy = model.clone()
+    lent: dict[str, ir.TensorProtocol] = {}
+    for value in _big_initializers(copy, limit):
+        tensor, name = value.const_value, value.name
+        if tensor is not None and name is not None and name in copy.graph.initializers:
+            del copy.graph.initializers[name]
+            value.const_value = None
+            copy.graph.inputs.append(value)
+            lent[name] = tensor
+    return copy, lent
+
+
+def _big_initializers(model: ir.Model, limit: int) -> list[ir.Value]:
+    values = [value for graph in model.graphs() for value in graph.initializers.values() if value.uses()]
+    return [value for value in values if value.const_value is not None and value.const_value.size > limit]
+
+
+def sizes_of_values(model: ir.Model, axes: Mapping[str, int]) -> tuple[dict[int, int], int]:
+    """Bytes of each value that a node of the main graph makes, by id, when axes have these sizes (1 if not named).
+
+    Recorded shapes are taken where they name their axes; what they leave open, the standard's shape inference fills in
+    on a copy without weights whose inputs have the sizes. Returns also how many values stay unknown; they count nothing.
+    """
+    inferred = _infer_at(model, axes)
+    sizes: dict[int, int] = {}
+    unknown = 0
+    for node, twin in zip(model.graph, inferred.graph, strict=True):
+        for value, other in zip(node.outputs, twin.outputs, strict=True):
+            shapes = (_at(value.shape, axes), _at(other.shape, {}))
+            known = next((shape for shape in shapes if shape is not None), None)
+            dtype = value.dtype or other.dtype
+            unknown += known is None or dtype is None
+            sizes[id(value)] = 0 if known is None or dtype is None else math.prod(known) * dtype.bitwidth // 8
+    return sizes, unknown
+
+
+def _infer_at(model: ir.Model, axes: Mapping[str, int]) -> ir.Model:
+    copy = without_weights(model)
+    for value in copy.graph.inputs:
+        if value.shape is not None:
+            value.shape = ir.Shape([dim if isinstance(dim, int) else axes.get(dim.value or "", 1) for dim in value.shape])
+    for node in copy.graph.all_nodes():
+        for value in node.outputs:
+            value.shape = None
+    return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(copy), data_prop=True))
+
+
+def _at(shape: ir.Shape | None, axes: Mapping[str, int]) -> list[int] | None:
+    """The shape in numbers when axes have these sizes, or None if a dimension is neither a number nor such an axis."""
+    if shape is None:
+        return None
+    dims = [dim if isinstance(dim, int) else axes.get(dim.value or "") for dim in shape]
+    known = [dim for dim in dims if dim is not None]
+    return known if len(known) == len(dims) else None

@@ -1,0 +1,95 @@
+"""The choices that were made by measuring, as a small text file to review and to commit: `planish.lock`.
+
+Choosing and building are apart. Building from a lock measures nothing and gives the same bytes; the evidence for each
+choice (speed-up, fidelity) is kept beside it, so that a reader can tell why it was made.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from planish.optimizer.errors import BadInput, UsageError
+
+LOCK = "planish.lock"
+
+
+class LockedPass(BaseModel):
+    """A pass that was undone, and why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    text: str
+    reason: str
+
+
+class Speed(BaseModel):
+    """What was measured at one shape when the choice was made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    shape: str
+    speedup: float
+    low: float
+    high: float
+    """95 % confidence interval of the speed-up over the plain lowering."""
+
+
+class Choice(BaseModel):
+    """What was chosen for one target."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    target: str
+    pipeline: str
+    """The passes that are applied when the optimized engine is shipped."""
+    rolled_back: list[LockedPass]
+    shipped: Literal["optimized", "plain"]
+    why: str
+    machine: str
+    """Instruction set of the machine that measured."""
+    measured: list[Speed]
+
+
+class Lock(BaseModel):
+    """The choices for every target of one source."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal[1] = 1
+    source: dict[str, str]
+    """SHA-256 of each file of the source: a lock fits one source only."""
+    requested: dict[str, str]
+    """What was asked for: preset or pipeline, and the budget."""
+    targets: dict[str, Choice]
+    """By the name of the engine's folder."""
+
+    def text(self) -> str:
+        """The file's content."""
+        return tomli_w.dumps(self.model_dump(), multiline_strings=False)
+
+    @classmethod
+    def read(cls, path: Path) -> Lock:
+        """Read a lock; BadInput if it cannot be read."""
+        try:
+            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise BadInput(f"this lock cannot be read ({error})", where=path) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=path) from None
+
+    def check_fits(self, path: Path, source: Mapping[str, str], requested: Mapping[str, str], targets: list[str]) -> None:
+        """UsageError if the lock was made for another source, request or set of targets."""
+        advice = "remove the lock to choose anew, or give the request that it was made for"
+        if dict(source) != self.source:
+            raise UsageError("this lock was made for another source", where=path, advice=advice)
+        if dict(requested) != self.requested:
+            raise UsageError(f"this lock was made for {self.requested}, not for {dict(requested)}", where=path, advice=advice)
+        if targets != [choice.target for choice in self.targets.values()]:
+            raise UsageError(
+                f"this lock was made for the targets {[c.target for c in self.targets.values()]}, not for {targets}",
+                where=path,
+                advice=advice,
+            )

@@ -1,0 +1,81 @@
+"""Checkpoint, module or ONNX file in, `Program` out. The only place that imports torch and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planish.optimizer.errors import BadInput
+from planish.optimizer.program import Program
+
+if TYPE_CHECKING:
+    from planish.optimizer.lowering.original import Original
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program, the original that its engines must equal, and the files that travel with them."""
+
+    program: Program
+    original: Original
+    folder: Path | None = None
+    """Where the companions lie; None for a module."""
+    companions: tuple[Path, ...] = field(default=())
+    """Configuration and tokenizer files, relative to ``folder``."""
+
+
+def lower(
+    source: str | Path | Any,
+    task: str | None = None,
+    *,
+    sample_inputs: Mapping[str, Any] | None = None,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+) -> Lowered:
+    """Lower a checkpoint folder, an `.onnx` file, or an `nn.Module` called with ``sample_inputs`` by keyword.
+
+    ``dynamic_axes`` names the axes of a module's inputs that vary. Raises BadInput or UsageError.
+    """
+    if not isinstance(source, str | Path):
+        return _lower_module(source, sample_inputs, dynamic_axes or {})
+    path = Path(source)
+    if path.suffix.lower() == ".onnx" or path.is_file():
+        return _lower_file(path, task)
+    return _lower_folder(path, task)
+
+
+def _lower_folder(path: Path, task: str | None) -> Lowered:
+    if not path.exists():
+        raise BadInput(
+            "there is no such file or folder",
+            where=path,
+            advice="give a checkpoint folder or an .onnx file (hub ids are not downloaded: fetch the folder first)",
+        )
+    from planish.optimizer.lowering import encoder
+    from planish.optimizer.lowering.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path, task)
+    program, original = encoder.lower(checkpoint)
+    return Lowered(program, original, path, tuple(checkpoint.companions()))
+
+
+def _lower_file(path: Path, task: str | None) -> Lowered:
+    from planish.optimizer.lowering import onnx_file
+    from planish.optimizer.lowering.checkpoint import companions_in
+    from planish.optimizer.lowering.tasks import resolve
+
+    program, original = onnx_file.lower(path, None if task is None else resolve(task))
+    return Lowered(program, original, path.parent, tuple(companions_in(path.parent)))
+
+
+def _lower_module(module: Any, inputs: Mapping[str, Any] | None, axes: Mapping[str, Mapping[int, str]]) -> Lowered:
+    from planish.optimizer.lowering import plain_module
+
+    if not inputs or not callable(getattr(module, "state_dict", None)):
+        raise BadInput(
+            f"cannot lower a {type(module).__name__}" if inputs else "a module needs sample_inputs",
+            advice="give an nn.Module and sample_inputs={name: tensor}",
+        )
+    program, original = plain_module.lower(module, inputs, axes)
+    return Lowered(program, original)

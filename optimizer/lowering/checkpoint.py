@@ -1,0 +1,258 @@
+"""A Hugging Face checkpoint folder: checked as data, built on the meta device, bound to its weights by reference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from planish.optimizer.errors import BadInput
+from planish.optimizer.lowering import tasks
+from planish.optimizer.lowering.weights import Stored, read_index, weight_files
+
+_CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"})
+_ATTENTION_KEYS = frozenset({"attn_implementation", "_attn_implementation", "_attn_implementation_internal"})
+_TEXT_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model", "modules.json",
+    "sentence_bert_config.json", "1_Pooling/config.json",
+)  # fmt: skip
+"""What runs beside the model and travels with an engine."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose files have been checked, and the task it shall serve."""
+
+    folder: Path
+    config: Any
+    architecture: str | None
+    task: str
+    weights: Mapping[str, Stored]
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the configuration and of each weight file."""
+        files = [self.folder / "config.json", *weight_files(self.folder)]
+        return {file.name: sha256(file) for file in files}
+
+    def companions(self) -> list[Path]:
+        """Files that engines of this checkpoint carry along, relative to the folder."""
+        return companions_in(self.folder)
+
+
+def companions_in(folder: Path) -> list[Path]:
+    """Configuration and tokenizer files in a folder, relative to it."""
+    return [Path(name) for name in ("config.json", *_TEXT_FILES) if (folder / name).is_file()]
+
+
+def open_checkpoint(folder: Path, task: str | None = None) -> Checkpoint:
+    """Check a folder and read its configuration; nothing in it is executed, nothing is fetched.
+
+    BadInput says what is missing, broken or refused; UsageError a task that is not known.
+    """
+    raw = _read_config(folder)
+    _refuse_code(raw, folder / "config.json")
+    weights = read_index(folder)
+    config = _transformers_config(folder, raw)
+    architecture = next(iter(raw.get("architectures") or []), None)
+    if task is not None:
+        task = tasks.resolve(task)
+    elif architecture is None:
+        raise BadInput(
+            "config.json names no architecture, so the task is not known",
+            where=folder,
+            advice=f"say which of {', '.join(tasks.TASKS)} it shall serve with --task",
+        )
+    else:
+        task = tasks.infer(str(architecture), folder)
+    return Checkpoint(folder, config, architecture, task, weights)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise BadInput("there is no such folder", where=folder, advice="give a checkpoint folder or an .onnx file")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BadInput("there is no config.json", where=folder, advice="give the folder of a whole checkpoint")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"this is not JSON ({error})", where=path) from error
+    if not isinstance(raw, dict):
+        raise BadInput("this is not a configuration: it holds no object", where=path)
+    return raw
+
+
+def _refuse_code(raw: object, path: Path, trail: str = "") -> None:
+    """Refuse whatever would make a loader run code: remote classes, custom generation, kernels from a hub."""
+    items = raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ()
+    for key, value in items:
+        here = f"{trail}{key}"
+        remote_kernel = key in _ATTENTION_KEYS and isinstance(value, str) and re.search(r"[/:@|]", value)
+        if (key in _CODE_KEYS and value) or remote_kernel:
+            raise BadInput(
+                f"{here!r} asks for code from outside this library, which is never run",
+                where=path,
+                advice="use a checkpoint of an architecture that transformers itself has",
+            )
+        _refuse_code(value, path, f"{here}.")
+
+
+def _transformers_config(folder: Path, raw: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise BadInput("it names no model_type", where=folder / "config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        if "does not recognize" in str(error) or isinstance(error, KeyError):
+            raise BadInput(f"transformers has no architecture {kind!r}", where=folder / "config.json") from None
+        raise BadInput(f"transformers refuses it: {str(error)[:300]}", where=folder / "config.json") from error
+    except Exception as error:  # validation of configurations raises types of its own
+        raise BadInput(f"transformers refuses it: {str(error)[:300]}", where=folder / "config.json") from error
+
+
+def skeleton(checkpoint: Checkpoint) -> Any:
+    """The model with its parameters on the meta device and its buffers computed: structure without weights."""
+    from accelerate import init_empty_weights
+
+    cls = tasks.head_class(checkpoint.task, checkpoint.config, checkpoint.architecture, checkpoint.folder)
+    with init_empty_weights(include_buffers=False), quiet():
+        model = _from_config(cls, checkpoint)
+    return model.eval()
+
+
+def _from_config(cls: type[Any], checkpoint: Checkpoint) -> Any:
+    import torch
+
+    try:
+        return cls._from_config(checkpoint.config, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise BadInput(
+            f"{cls.__name__} cannot be built from it: {str(error)[:300]}", where=checkpoint.folder / "config.json"
+        ) from error
+
+
+def loaded(checkpoint: Checkpoint) -> Any:
+    """The model with its weights, in float32, as transformers itself loads it: the original that engines must match."""
+    import torch
+
+    cls = tasks.head_class(checkpoint.task, checkpoint.config, checkpoint.architecture, checkpoint.folder)
+    with quiet():
+        model = cls.from_pretrained(
+            checkpoint.folder,
+            config=checkpoint.config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    return model.eval()
+
+
+def bind(model: Any, checkpoint: Checkpoint) -> dict[str, Stored]:
+    """Which stored tensor each parameter and buffer of ``model`` is, by the renaming rules of transformers.
+
+    BadInput names the weights that the checkpoint lacks or that have another shape. Parameters that transformers
+    computes from several stored tensors are left out: their values come from the loaded original.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+    bound: dict[str, Stored] = {}
+    converted: set[str] = set()
+    for key, tensor in checkpoint.weights.items():
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if target not in state and key in state:
+            target, pattern = key, None
+        if pattern is not None:
+            converted.add(target)
+        elif target in state:
+            bound[target] = tensor.widened()
+    _follow_ties(model, bound)
+    _check_bound(model, state, bound, converted, checkpoint)
+    return bound
+
+
+def _follow_ties(model: Any, bound: dict[str, Stored]) -> None:
+    """Let a tied parameter that the file leaves out share the tensor of the one it is tied to."""
+    for target, source in model.all_tied_weights_keys.items():
+        for name, other in ((target, source), (source, target)):
+            if name not in bound and other in bound:
+                bound[name] = bound[other]
+
+
+def _check_bound(
+    model: Any, state: Mapping[str, Any], bound: Mapping[str, Stored], converted: set[str], checkpoint: Checkpoint
+) -> None:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ignorable = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    absent = sorted(
+        name
+        for name in parameters - bound.keys()
+        if not converted and not any(pattern.search(name) for pattern in ignorable)
+    )
+    if absent:
+        raise BadInput(
+            f"the checkpoint has no weights for {_some(absent)} of {type(model).__name__} ({checkpoint.task})",
+            where=checkpoint.folder,
+            advice="choose a --task that it was trained for, or a checkpoint with that head",
+        )
+    for name, tensor in bound.items():
+        if name in state and tuple(state[name].shape) != tensor.stored_shape:
+            raise BadInput(
+                f"{name!r} has shape {list(tensor.stored_shape)}, config.json describes {list(state[name].shape)}",
+                where=checkpoint.folder,
+                advice="config.json and the weights are of different models",
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and advice of the libraries off the terminal: ours is the only voice there."""
+    from transformers.utils import logging as library
+
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "onnxscript.version_converter")
+    levels = {name: logging.getLogger(name).level for name in names}
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()
+        for name, old in levels.items():
+            logging.getLogger(name).setLevel(old)
+
+
+def tensors_of(bound: Mapping[str, Stored]) -> dict[str, ir.TensorProtocol]:
+    """ONNX tensors that read themselves, by parameter name."""
+    return {name: stored.tensor(name) for name, stored in bound.items()}

@@ -1,0 +1,194 @@
+"""An `nn.Module` with sample inputs becomes a graph: torch.export, then torch's ONNX exporter, then a tidy border."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.errors import BadInput
+from planish.optimizer.lowering.checkpoint import quiet
+from planish.optimizer.lowering.weights import Stored
+from planish.optimizer.program import Axis
+from planish.optimizer.tensors import origin_of
+
+OPSET = 23
+"""The first opset with Attention, RMSNormalization and RotaryEmbedding."""
+
+Axes = Mapping[str, Mapping[int, str]]
+"""For each input, the name of each dynamic axis by its position."""
+
+
+class _Flat:
+    """Makes the wrapper class when torch is there: keyword arguments by name in, the wanted outputs as a tuple out."""
+
+    def __new__(cls, module: Any, names: Sequence[str], constants: Mapping[str, Any], outputs: Sequence[str]) -> Any:
+        import torch
+
+        class Flat(torch.nn.Module):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.module = module
+
+            def forward(self, *args: Any) -> tuple[Any, ...]:
+                result = self.module(**dict(zip(names, args, strict=True)), **constants)
+                return tuple(flatten(result, outputs).values())
+
+        return Flat()
+
+
+def flatten(result: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The tensors of a module's result by name: those asked for, or all of them in order.
+
+    A mapping (as transformers returns) keeps its keys; a tensor or sequence is called `output` or `output_0`, ….
+    """
+    if isinstance(result, Mapping):
+        found = {key: value for key, value in result.items() if hasattr(value, "shape")}
+    elif isinstance(result, tuple | list):
+        found = {f"output_{i}": value for i, value in enumerate(result) if hasattr(value, "shape")}
+    else:
+        found = {"output": result}
+    return {name: found[name] for name in names} if names else found
+
+
+def export(
+    module: Any,
+    inputs: Mapping[str, Any],
+    axes: Axes,
+    outputs: Sequence[str],
+    constants: Mapping[str, Any] | None = None,
+) -> tuple[ir.Model, dict[str, Axis]]:
+    """Lower ``module`` called with ``inputs`` (torch tensors by keyword) to an ONNX graph at opset 23.
+
+    ``axes`` names the dynamic axes, ``outputs`` the results to keep; ``constants`` are passed along and baked in.
+    Returns the graph, its initializers still those of torch, and each axis with the sizes that the trace allows.
+    BadInput if torch cannot capture the module with these axes dynamic.
+    """
+    import torch
+
+    flat = _Flat(module, list(inputs), constants or {}, outputs)
+    dynamic = {
+        name: {index: torch.export.Dim.DYNAMIC for index in axes.get(name, {})} or None for name in inputs
+    }
+    with torch.no_grad(), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            captured = torch.export.export(
+                flat, tuple(inputs.values()), dynamic_shapes=(tuple(dynamic.values()),), strict=False
+            )
+            program = torch.onnx.export(
+                captured,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+                input_names=list(inputs),
+                output_names=list(outputs),
+            )
+        except Exception as error:
+            raise BadInput(
+                f"torch cannot capture {type(module).__name__}: {' '.join(str(error).split())[:400]}",
+                advice="a module must trace with its batch and sequence axes dynamic",
+            ) from error
+    model = program.model
+    return model, _name_axes(model, axes, _ranges(captured))
+
+
+def _ranges(captured: Any) -> dict[str, tuple[int, int | None]]:
+    """Smallest and largest size of each symbol that the trace allows."""
+    found = {}
+    for symbol, interval in captured.range_constraints.items():
+        upper = int(interval.upper) if interval.upper.is_finite and interval.upper < 2**31 else None
+        found[str(symbol)] = (int(interval.lower), upper)
+    return found
+
+
+def _name_axes(model: ir.Model, axes: Axes, ranges: Mapping[str, tuple[int, int | None]]) -> dict[str, Axis]:
+    """Replace torch's symbols by the names of the axes everywhere, and collect what the trace says of each axis."""
+    names: dict[str, str] = {}
+    limits: dict[str, list[int]] = {name: [] for by_index in axes.values() for name in by_index.values()}
+    for value in model.graph.inputs:
+        for index, axis in axes.get(value.name or "", {}).items():
+            dim = None if value.shape is None else value.shape[index]
+            if isinstance(dim, int) or dim is None:
+                raise BadInput(
+                    f"axis {axis!r} of input {value.name!r} is fixed at {dim}: the module does not treat it as dynamic"
+                )
+            names[str(dim.value)] = axis
+            upper = ranges.get(str(dim.value), (1, None))[1]
+            limits[axis] += [] if upper is None else [upper]
+    _rename_symbols(model, names)
+    return {name: Axis(name, 1, min(upper, default=None)) for name, upper in limits.items()}
+
+
+def _rename_symbols(model: ir.Model, names: Mapping[str, str]) -> None:
+    """Write axis names into every shape; expressions such as `2*s1` are renamed inside."""
+    if not names:
+        return
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    for graph in model.graphs():
+        values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+        for value in values:
+            if value.shape is not None:
+                value.shape = ir.Shape(
+                    [
+                        symbol.sub(lambda m: names[m.group(1)], dim.value)
+                        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+                        else (dim.value if isinstance(dim, ir.SymbolicDim) else dim)
+                        for dim in value.shape
+                    ]
+                )
+
+
+def adopt_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], prefix: str = "module.") -> None:
+    """Give each initializer the tensor that is registered for its parameter, and its parameter's plain name.
+
+    Initializers that no tensor is registered for (buffers, lifted constants) must hold real data: ValueError if one
+    is left on the meta device.
+    """
+    for name, value in list(model.graph.initializers.items()):
+        plain = name.removeprefix(prefix)
+        tensor = tensors.get(plain, value.const_value)
+        raw = getattr(tensor, "raw", None)
+        if getattr(raw, "is_meta", False):
+            raise ValueError(f"no weights are registered for {plain!r}")
+        value.name = plain
+        value.const_value = tensor
+        if tensor is not None:
+            tensor.name = plain
+
+
+def fold_stored_transposes(model: ir.Model) -> None:
+    """Let `Transpose(weight)` become a reference that is transposed as it is read; no weight is read for it."""
+    for node in list(model.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
+        stored = None if weight is None else origin_of(weight.const_value)
+        if weight is None or not isinstance(stored, Stored):
+            continue
+        perm = node.attributes.get("perm")
+        order = tuple(perm.as_ints()) if perm is not None else tuple(reversed(range(len(stored.shape))))
+        name = f"{weight.name}.transposed"
+        if name not in model.graph.initializers:
+            turned = stored.transposed(order)
+            value = ir.Value(
+                name=name,
+                shape=ir.Shape(turned.shape),
+                type=ir.TensorType(turned.dtype),
+                const_value=turned.tensor(name),
+            )
+            model.graph.register_initializer(value)
+        ir.convenience.replace_all_uses_with(node.outputs[0], model.graph.initializers[name])
+        model.graph.remove(node, safe=True)
+        if not weight.uses():
+            del model.graph.initializers[weight.name or ""]
+
+
+def to_torch(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays as torch tensors, sharing memory where that is safe."""
+    import torch
+
+    return {name: torch.from_numpy(np.array(array)) for name, array in inputs.items()}

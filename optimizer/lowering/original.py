@@ -1,0 +1,211 @@
+"""The original of a program: what engines must equal, and how precisely it is known itself."""
+
+from __future__ import annotations
+
+import abc
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from planish.optimizer import errors
+from planish.optimizer.compare import Case
+from planish.optimizer.errors import InternalError, OutOfResources, PlanishError
+from planish.optimizer.lowering.checkpoint import loaded, open_checkpoint, quiet
+from planish.optimizer.lowering.module import flatten, to_torch
+from planish.optimizer.reference import load_cases, save_cases, thin
+
+_WHOLE_LIMIT = 128 << 20
+"""Models with at most this many bytes of parameters are turned to fp64 whole, larger ones layer by layer."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Outputs of the original for some cases, and again in higher precision for the first few of them."""
+
+    outputs: list[dict[str, np.ndarray]]
+    precise: list[dict[str, np.ndarray]] | None
+    """None if the model does not allow another precision."""
+
+
+class Original(abc.ABC):
+    """Runs reference inputs through the model that came in."""
+
+    description: str
+    """How the reference outputs are made, for the manifest."""
+
+    @abc.abstractmethod
+    def answer(self, cases: Sequence[Case], precise: int) -> Answers:
+        """Outputs of every case by name, and of the first ``precise`` cases again in higher precision."""
+
+    def start(self, cases: Sequence[Case], precise: int) -> Callable[[], Answers]:
+        """Begin to answer; the function that is returned gives the answers. Here both happen at once."""
+        answers = self.answer(cases, precise)
+        return lambda: answers
+
+
+class TorchOriginal(Original):
+    """A PyTorch module in eager mode."""
+
+    description = "PyTorch eager, float32"
+
+    def __init__(self, load: Callable[[], Any], outputs: Sequence[str], constants: Mapping[str, Any] | None = None) -> None:
+        self._load = load
+        self._outputs = outputs
+        self._constants = constants or {}
+
+    def answer(self, cases: Sequence[Case], precise: int) -> Answers:
+        """Run every case in float32, and the first few in float64 unless the model's code insists on float32."""
+        import torch
+
+        module = self._load()
+        outputs = [thin(self._call(module, case)) for case in cases]
+        with _double_precision(module):
+            try:
+                doubled = [thin(self._call(module, case, torch.float64)) for case in cases[:precise]]
+            except RuntimeError:  # operands of two types: some code names float32
+                return Answers(outputs, None)
+        return Answers(outputs, doubled)
+
+    def _call(self, module: Any, case: Case, dtype: Any = None) -> dict[str, np.ndarray]:
+        import torch
+
+        feeds = to_torch(case)
+        if dtype is not None:
+            feeds = {k: v.to(dtype) if v.is_floating_point() else v for k, v in feeds.items()}
+        with torch.no_grad(), quiet():
+            results = flatten(module(**feeds, **self._constants), self._outputs)
+        return {name: value.numpy() for name, value in results.items()}
+
+
+class CheckpointOriginal(TorchOriginal):
+    """A checkpoint as transformers loads it, in a process of its own: beside other work, and gone with its memory.
+
+    The process starts at once and loads the checkpoint while this one traces it; it ends when this one does.
+    """
+
+    def __init__(self, folder: Path, task: str, outputs: Sequence[str] = (), constants: Mapping[str, Any] | None = None) -> None:
+        super().__init__(lambda: loaded(open_checkpoint(folder, task)), outputs, constants)
+        self._scratch = tempfile.TemporaryDirectory(prefix="planish-reference-")
+        job = {"folder": str(folder), "task": task, "outputs": list(outputs), "constants": dict(constants or {})}
+        (Path(self._scratch.name) / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        with (Path(self._scratch.name) / "log").open("wb") as log:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "planish.optimizer.lowering.original", self._scratch.name],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+            )
+
+    def start(self, cases: Sequence[Case], precise: int) -> Callable[[], Answers]:
+        """Hand the cases to the process."""
+        folder = Path(self._scratch.name)
+        save_cases(cases, folder / "inputs.safetensors")
+        with suppress(BrokenPipeError):  # it died; `finish` says of what
+            _stdin(self._child).write(f"{precise}\n".encode())
+            _stdin(self._child).close()
+
+        def finish() -> Answers:
+            with self._scratch:
+                try:
+                    self._child.wait()
+                except BaseException:
+                    self._child.kill()
+                    self._child.wait()
+                    raise
+                return _collect(folder, self._child.returncode)
+
+        return finish
+
+
+def _stdin(child: subprocess.Popen[bytes]) -> IO[bytes]:
+    if child.stdin is None:
+        raise InternalError("the process of the original has no standard input")
+    return child.stdin
+
+
+def _collect(folder: Path, code: int) -> Answers:
+    if code:
+        raise _failure(folder, code)
+    precise = folder / "precise.safetensors"
+    return Answers(load_cases(folder / "outputs.safetensors"), load_cases(precise) if precise.is_file() else None)
+
+
+def _failure(folder: Path, code: int) -> PlanishError:
+    complaint = folder / "error.json"
+    if complaint.is_file():
+        said = json.loads(complaint.read_text(encoding="utf-8"))
+        kind: type[PlanishError] = getattr(errors, said.pop("kind"))
+        return kind(**said)
+    last = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+    kind = OutOfResources if code < 0 else InternalError
+    return kind(f"the process that runs the original model ended with code {code}: {''.join(last)[:300]}")
+
+
+@contextmanager
+def _double_precision(module: Any) -> Iterator[None]:
+    """Compute in float64 inside: the whole module if it is small, else each layer only while it runs."""
+    import torch
+
+    size = sum(parameter.nbytes for parameter in module.parameters())
+    default = torch.get_default_dtype()
+    kept = {id(tensor): tensor.data for tensor in [*module.parameters(), *module.buffers()]}
+    torch.set_default_dtype(torch.float64)
+    handles = [] if size <= _WHOLE_LIMIT else _widen_as_they_run(module, kept)
+    try:
+        if size <= _WHOLE_LIMIT:
+            module.double()
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.data = kept.get(id(tensor), tensor.data)
+        torch.set_default_dtype(default)
+
+
+def _widen_as_they_run(module: Any, kept: Mapping[int, Any]) -> list[Any]:
+    def widen(layer: Any, _: Any) -> None:
+        for tensor in [*layer._parameters.values(), *layer._buffers.values()]:
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.double()
+
+    def restore(layer: Any, _: Any, __: Any) -> None:
+        for tensor in [*layer._parameters.values(), *layer._buffers.values()]:
+            if tensor is not None and id(tensor) in kept:
+                tensor.data = kept[id(tensor)]
+
+    layers = list(module.modules())
+    before = [layer.register_forward_pre_hook(widen) for layer in layers]
+    return before + [layer.register_forward_hook(restore) for layer in layers]
+
+
+def main() -> None:
+    """What the process of a `CheckpointOriginal` does: load, wait for the word, answer, write."""
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    try:
+        module = loaded(open_checkpoint(Path(job["folder"]), job["task"]))
+        word = sys.stdin.readline()
+        if not word:
+            return  # nobody waits for an answer any more
+        original = TorchOriginal(lambda: module, job["outputs"], job["constants"])
+        answers = original.answer(load_cases(folder / "inputs.safetensors"), int(word))
+    except PlanishError as error:
+        said = {"kind": type(error).__name__, "what": error.what, "where": error.where, "advice": error.advice}
+        (folder / "error.json").write_text(json.dumps(said), encoding="utf-8")
+        sys.exit(error.exit_code)
+    save_cases(answers.outputs, folder / "outputs.safetensors")
+    if answers.precise is not None:
+        save_cases(answers.precise, folder / "precise.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What a task asks of a model: the class of head, the outputs that count, the axes of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.program import Role
+from planish.optimizer.spec import did_you_mean
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """Outputs by name (as the ecosystem's loaders read them), their role, and the leading axes of the inputs."""
+
+    outputs: tuple[str, ...]
+    role: Role = Role.LOGITS
+    leading: tuple[str, ...] = ("batch",)
+
+
+TASKS: Mapping[str, TaskSpec] = {
+    "feature-extraction": TaskSpec(("last_hidden_state",), Role.HIDDEN),
+    "fill-mask": TaskSpec(("logits",)),
+    "multiple-choice": TaskSpec(("logits",), leading=("batch", "choices")),
+    "question-answering": TaskSpec(("start_logits", "end_logits")),
+    "text-classification": TaskSpec(("logits",)),
+    "token-classification": TaskSpec(("logits",)),
+}
+"""Encoder tasks, by the names of optimum's taxonomy."""
+
+
+def resolve(name: str) -> str:
+    """The name of a task, synonyms resolved; UsageError if this version does not lower it."""
+    from optimum.exporters.tasks import TasksManager
+
+    task = str(TasksManager.map_from_synonym(name))
+    if task not in TASKS:
+        raise UsageError(f"unknown task {name!r}{did_you_mean(name, TASKS)}", where="--task")
+    return task
+
+
+def infer(architecture: str, where: object) -> str:
+    """The task of a model class by its name; BadInput asks for `--task` if the name does not tell."""
+    from optimum.exporters.tasks import TasksManager
+
+    tables: Mapping[str, Mapping[str, Any]] = TasksManager._TRANSFORMERS_TASKS_TO_MODEL_MAPPINGS
+    for task, classes in sorted(tables.items()):
+        if task in TASKS and architecture in _names(classes):
+            return task
+    other = next((task for task, classes in sorted(tables.items()) if architecture in _names(classes)), None)
+    known = f"say which of {', '.join(TASKS)} it shall serve with --task"
+    if other is not None:
+        raise BadInput(f"{architecture} serves {other}, which this version does not lower", where=where, advice=known)
+    raise BadInput(f"the class {architecture!r} does not tell its task", where=where, advice=known)
+
+
+def _names(classes: Mapping[str, Any]) -> set[str]:
+    """Class names of one table, whose values are names or tuples of names."""
+    return {name for value in classes.values() for name in ([value] if isinstance(value, str) else value)}
+
+
+def head_class(task: str, config: Any, architecture: str | None, where: object) -> type[Any]:
+    """The model class that serves ``task`` for ``config``; BadInput if the architecture has no such head."""
+    from optimum.exporters.tasks import TasksManager
+
+    auto = TasksManager.get_model_class_for_task(task)
+    if type(config) not in auto._model_mapping:
+        raise BadInput(
+            f"{architecture or config.model_type} has no head for {task} in this version of transformers", where=where
+        )
+    found = auto._model_mapping[type(config)]
+    candidates = found if isinstance(found, tuple | list) else (found,)
+    named = [candidate for candidate in candidates if candidate.__name__ == architecture]
+    return (named or list(candidates))[0]

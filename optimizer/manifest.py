@@ -1,0 +1,252 @@
+"""What an output says of itself: `planish.json`. Nothing in it differs between two equal builds."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from planish.optimizer.compare import Comparison
+from planish.optimizer.errors import BadInput
+from planish.optimizer.output import MANIFEST
+from planish.optimizer.pipeline import PassReport
+from planish.optimizer.program import Axis, Program, Role, Signature, TensorSpec
+
+MEASUREMENTS = "measurements.json"
+_LIBRARIES = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "optimum", "torch", "transformers")
+_FLAGS = (
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp",
+    "i8mm", "sve",
+)  # fmt: skip
+"""Instruction sets that decide which kernels a runtime takes."""
+
+
+class Record(BaseModel):
+    """Base of all records: unknown fields are refused, so that a manifest of another version is noticed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorRecord(Record):
+    """One input or output of a component."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+    role: Role
+    bound: int | None = None
+    pad: int = 0
+
+
+class AxisRecord(Record):
+    """A dynamic axis and the sizes that it may have."""
+
+    minimum: int
+    maximum: int | None
+
+
+class SignatureRecord(Record):
+    """Inputs, outputs and axes of a component."""
+
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
+    axes: dict[str, AxisRecord]
+
+    @classmethod
+    def of(cls, signature: Signature) -> SignatureRecord:
+        """The record of a signature."""
+        return cls(
+            inputs=[_tensor_record(tensor) for tensor in signature.inputs],
+            outputs=[_tensor_record(tensor) for tensor in signature.outputs],
+            axes={name: AxisRecord(minimum=a.minimum, maximum=a.maximum) for name, a in signature.axes.items()},
+        )
+
+    def signature(self) -> Signature:
+        """The signature that was recorded."""
+        return Signature(
+            tuple(map(_tensor, self.inputs)),
+            tuple(map(_tensor, self.outputs)),
+            {name: Axis(name, axis.minimum, axis.maximum) for name, axis in self.axes.items()},
+        )
+
+
+class SourceRecord(Record):
+    """What was lowered."""
+
+    kind: str
+    architecture: str
+    files: dict[str, str]
+    notes: list[str]
+
+
+class ReferenceRecord(Record):
+    """How the reference outputs were made and how precise they are."""
+
+    origin: str
+    inputs: str
+    noise: dict[str, float]
+    exact_budget: str
+
+
+class PassRecord(Record):
+    """What one pass did."""
+
+    text: str
+    modified: bool
+    sites: int
+    refusals: list[str]
+    facts: dict[str, float | int | str]
+    nodes: tuple[int, int]
+    weight_bytes: tuple[int, int]
+    difference: dict[str, dict[str, float]] | None
+
+    @classmethod
+    def of(cls, report: PassReport) -> PassRecord:
+        """The record of a pass report; refusals of equal reason are counted, not repeated."""
+        return cls(
+            text=report.text,
+            modified=report.modified,
+            sites=len(report.sites),
+            refusals=_counted([f"{refusal.reason}" for refusal in report.refusals]),
+            facts=report.facts,
+            nodes=report.nodes,
+            weight_bytes=report.weight_bytes,
+            difference=None if report.comparison is None else figures(report.comparison),
+        )
+
+
+class RolledBack(Record):
+    """A pass whose work was undone, and why."""
+
+    text: str
+    reason: str
+
+
+class TargetRecord(Record):
+    """One engine."""
+
+    target: str
+    shipped: Literal["optimized", "plain"]
+    why: str
+    pipeline: str
+    """The passes whose work is in the engine; empty for a plain one."""
+    passes: list[PassRecord]
+    rolled_back: list[RolledBack]
+    budget: str
+    checked_with: str
+    comparison: dict[str, dict[str, float]]
+    """Fidelity of the shipped engine to the reference."""
+    size_bytes: int
+
+
+class Manifest(Record):
+    """Everything about an output except what was timed."""
+
+    format: Literal[1] = 1
+    planish: str
+    libraries: dict[str, str]
+    instruction_set: str
+    source: SourceRecord
+    task: str
+    signature: SignatureRecord
+    requested: dict[str, str]
+    reference: ReferenceRecord
+    targets: dict[str, TargetRecord]
+    """By the name of the engine's folder."""
+    files: dict[str, str]
+    """SHA-256 of every other file but the measurements."""
+
+    def write(self, folder: Path) -> None:
+        """Write `planish.json`."""
+        (folder / MANIFEST).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the manifest of an output; BadInput if it is not there or not of this version."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise BadInput(f"there is no {MANIFEST}", where=folder, advice="give a folder that planish optimize wrote")
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise BadInput(f"{place}: {first['msg']}", where=path, advice="build it again with this version") from None
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below ``folder`` but the manifest and the measurements, by relative path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (MANIFEST, MEASUREMENTS) and not name.startswith("."):
+            found[name] = digest_of(path) or ""
+    return found
+
+
+def digest_of(path: Path) -> str | None:
+    """SHA-256 of a file, or None if it is not there."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def library_version(name: str) -> str:
+    """Version of one installed distribution."""
+    return metadata.version(name)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide what comes out."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def instruction_set() -> str:
+    """Architecture of this machine's processor and those of its instruction sets that kernels are chosen by."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.machine()
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    present = set(line.partition(":")[2].split())
+    return " ".join([platform.machine(), *(flag for flag in _FLAGS if flag in present)])
+
+
+def source_record(program: Program) -> SourceRecord:
+    """The record of a program's provenance."""
+    source = program.provenance
+    return SourceRecord(
+        kind=source.kind, architecture=source.architecture, files=dict(source.files), notes=list(source.notes)
+    )
+
+
+def figures(comparison: Comparison) -> dict[str, dict[str, float]]:
+    """Metrics to three digits, as they stand in manifest and table."""
+    return {name: dict(metrics) for name, metrics in comparison.rounded().outputs.items()}
+
+
+def _counted(texts: list[str]) -> list[str]:
+    return [f"{texts.count(text)} x {text}" for text in dict.fromkeys(texts)]
+
+
+def _tensor_record(tensor: TensorSpec) -> TensorRecord:
+    return TensorRecord(
+        name=tensor.name, dtype=tensor.dtype.name, shape=list(tensor.shape), role=tensor.role, bound=tensor.bound, pad=tensor.pad
+    )
+
+
+def _tensor(record: TensorRecord) -> TensorSpec:
+    import onnx_ir as ir
+
+    return TensorSpec(record.name, ir.DataType[record.dtype], tuple(record.shape), record.role, record.bound, record.pad)

@@ -1,0 +1,149 @@
+"""A list of passes: its text form, and the loop that runs it.
+
+>>> from planish.optimizer import Pipeline
+>>> str(Pipeline.parse("fold-constants{limit=64},remove-unused-nodes,"))
+'fold-constants{limit=64},remove-unused-nodes'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from planish.optimizer import registry, spec
+from planish.optimizer.base import Pass, PassResult, Refusal
+from planish.optimizer.compare import Comparison
+from planish.optimizer.errors import CheckFailed, UsageError
+from planish.optimizer.graph import weight_bytes
+from planish.optimizer.instruments import Instrument, Step
+
+OnFailure = Literal["raise", "rollback"]
+"""What a failed check of one pass means: the end of the run, or the model as it was before that pass."""
+
+
+@dataclass
+class PassReport:
+    """What one pass did to one component. Everything here is deterministic except what `measured` holds."""
+
+    name: str
+    text: str
+    modified: bool = False
+    sites: Sequence[str] = ()
+    refusals: Sequence[Refusal] = ()
+    facts: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
+    nodes: tuple[int, int] = (0, 0)
+    """Number of nodes before and after."""
+    weight_bytes: tuple[int, int] = (0, 0)
+    """Bytes of initializers before and after."""
+    comparison: Comparison | None = None
+    """The difference that this pass made to the outputs, where it was measured."""
+    rolled_back: str | None = None
+    """Why the model was put back to what it was before this pass."""
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds, bytes of peak memory: they differ from run to run."""
+
+
+@dataclass
+class Outcome:
+    """The model at the end of a pipeline, and a report per pass."""
+
+    model: ir.Model
+    reports: list[PassReport]
+
+    @property
+    def applied(self) -> Pipeline:
+        """The passes whose work is in the model, in order."""
+        return Pipeline.parse(",".join(report.text for report in self.reports if report.rolled_back is None))
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An immutable sequence of passes."""
+
+    passes: tuple[Pass, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """Read `a,b{option=value},c`. UsageError lists every unknown name at once, or shows where the text breaks."""
+        specs = spec.parse(text, what="pipeline")
+        known = registry.table(registry.PASSES)
+        unknown = [found for found in specs if found.name not in known]
+        if unknown:
+            raise UsageError(
+                "unknown pass " + ", ".join(f"{bad.name!r}{spec.did_you_mean(bad.name, known)}" for bad in unknown),
+                picture=spec.point_at(text, unknown[0].column),
+            )
+        return cls(tuple(registry.pass_class(found.name).from_options(found.options) for found in specs))
+
+    def __str__(self) -> str:
+        """The text form; `parse` of it gives an equal pipeline."""
+        return ",".join(map(str, self.passes))
+
+    def run(
+        self,
+        model: ir.Model | Any,
+        instruments: Iterable[Instrument] = (),
+        *,
+        on_failure: OnFailure = "raise",
+    ) -> Outcome:
+        """Run the passes in order over ``model`` (an onnx_ir model, changed in place, or an ONNX ModelProto).
+
+        Instruments see a pass like nested blocks: `before` in the order given, `after` and `failed` in reverse.
+        A check that fails raises CheckFailed, or, with ``on_failure="rollback"``, puts the model back to what it was
+        before the pass and goes on. A pass that breaks raises whatever it raised, after the instruments have seen it.
+        """
+        model = model if isinstance(model, ir.Model) else ir.from_proto(model)
+        watchers = list(instruments)
+        reports: list[PassReport] = []
+        for position in range(len(self.passes)):
+            step = Step(self.passes[position], str(Pipeline(self.passes[position:])), model.clone(), model)
+            report = _run_step(step, watchers)
+            if step.failure is not None and on_failure == "raise":
+                raise step.failure
+            model = step.before if step.failure is not None else model
+            reports.append(report)
+        return Outcome(model, reports)
+
+
+def _run_step(step: Step, watchers: Sequence[Instrument]) -> PassReport:
+    """Run one pass under its watchers; a failed check is left in `step.failure`, anything else is raised."""
+    try:
+        for watcher in watchers:
+            watcher.before(step)
+        result = step.pass_(step.model)
+        step.result = result if isinstance(result, PassResult) else PassResult(result.model, result.modified)
+        for watcher in reversed(watchers):
+            watcher.after(step)
+    except Exception as error:
+        for watcher in reversed(watchers):
+            watcher.failed(step, error)
+        if not isinstance(error, CheckFailed):
+            raise
+        step.failure = error
+    return _report(step)
+
+
+def _report(step: Step) -> PassReport:
+    result = step.result
+    after = step.before if step.failure is not None else step.model
+    return PassReport(
+        name=step.pass_.name,
+        text=str(step.pass_),
+        modified=result.modified if step.failure is None else False,
+        sites=result.sites,
+        refusals=result.refusals,
+        facts=result.facts,
+        nodes=(_count(step.before), _count(after)),
+        weight_bytes=(weight_bytes(step.before), weight_bytes(after)),
+        comparison=step.comparison,
+        rolled_back=None if step.failure is None else step.failure.what,
+        measured=step.measured,
+    )
+
+
+def _count(model: ir.Model) -> int:
+    return sum(1 for _ in model.graph.all_nodes())

@@ -1,0 +1,44 @@
+"""Named pipelines per target, as text: a preset does nothing that could not be written with `--pipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from planish.optimizer import spec
+from planish.optimizer.compare import Budget
+from planish.optimizer.errors import UsageError
+
+_SHARED = (
+    "fold-constants,eliminate-identities,fuse-layer-norm,fuse-gelu,fuse-attention,simplify-shapes,"
+    "eliminate-common-subexpressions,deduplicate-initializers,remove-unused-nodes"
+)
+"""Cleanup, and raising to canonical operators: the same for every target."""
+
+PRESETS: Mapping[str, Mapping[str, str]] = {
+    "exact": {
+        "onnxruntime": f"{_SHARED},legalize-onnxruntime",
+        "openvino": _SHARED,
+        "tensorrt": _SHARED,
+    },
+    "fast": {
+        "onnxruntime": f"{_SHARED},pack-projections,quantize-int8{{activations=token}},legalize-onnxruntime",
+        "openvino": f"{_SHARED},quantize-int8{{activations=runtime}}",
+        "tensorrt": _SHARED,
+    },
+}
+"""Preset -> target -> pipeline. For tensorrt `fast` is `exact` until static quantization gives it a form of its own."""
+
+BUDGETS: Mapping[str, str] = {"fast": "cosine>=0.99"}
+"""What passes that are not exact may cost when nothing else is asked for."""
+
+
+def pipeline_text(preset: str, target: str) -> str:
+    """The pipeline of a preset for a target, by its name without options. A target of a third party gets the shared part."""
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}{spec.did_you_mean(preset, PRESETS)}")
+    return PRESETS[preset].get(target, _SHARED)
+
+
+def budget(preset: str | None) -> Budget:
+    """The default fidelity of a preset; nothing for an explicit pipeline."""
+    return Budget.parse([BUDGETS[preset]] if preset in BUDGETS else [])

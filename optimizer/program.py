@@ -1,0 +1,142 @@
+"""The unit that is optimized: graphs, and what their inputs and outputs mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import onnx_ir as ir
+
+
+class Role(StrEnum):
+    """What a tensor at the border of a component means; decides how inputs are made and outputs compared."""
+
+    TOKENS = "tokens"
+    """Integer ids, each below the tensor's ``bound``."""
+    MASK = "mask"
+    """1 where a token counts, 0 where it is padding."""
+    SEGMENTS = "segments"
+    """Small integers that tell sentence A from sentence B, each below ``bound``."""
+    POSITIONS = "positions"
+    """0, 1, 2, … along the sequence."""
+    BOXES = "boxes"
+    """Four coordinates (x0 ≤ x1, y0 ≤ y1) of each token on its page, each below ``bound``."""
+    VALUES = "values"
+    """Real numbers without further meaning."""
+    HIDDEN = "hidden"
+    """Hidden states: vectors along the last axis."""
+    LOGITS = "logits"
+    """Unnormalized scores: the arg max along the last axis is the answer."""
+
+
+_ROLES_BY_NAME = (
+    ("mask", Role.MASK),
+    ("token_type", Role.SEGMENTS),
+    ("segment", Role.SEGMENTS),
+    ("position", Role.POSITIONS),
+    ("bbox", Role.BOXES),
+    ("ids", Role.TOKENS),
+    ("logits", Role.LOGITS),
+    ("hidden", Role.HIDDEN),
+)
+
+
+def guess_role(name: str, dtype: ir.DataType) -> Role:
+    """The role that a name suggests, by the conventions of Hugging Face exports; VALUES if it suggests none."""
+    found = next((role for part, role in _ROLES_BY_NAME if part in name), Role.VALUES)
+    integer_only = found in (Role.TOKENS, Role.SEGMENTS, Role.POSITIONS, Role.BOXES)
+    return Role.VALUES if integer_only and not dtype.is_integer() else found
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension whose size is chosen at run time, and the sizes that the model accepts."""
+
+    name: str
+    minimum: int = 1
+    maximum: int | None = None
+    """None: no limit is known."""
+
+    def clamp(self, size: int) -> int:
+        """The accepted size nearest to ``size``."""
+        return max(self.minimum, size if self.maximum is None else min(size, self.maximum))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, element type, shape (sizes and axis names) and role of one input or output."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int | str, ...]
+    role: Role = Role.VALUES
+    bound: int | None = None
+    """Exclusive upper bound of integer values (vocabulary or table size); None if unknown."""
+    pad: int = 0
+    """The value at padded positions."""
+
+    def axis_index(self, name: str) -> int | None:
+        """Position of the axis called ``name``, or None."""
+        return self.shape.index(name) if name in self.shape else None
+
+    def numpy_dtype(self) -> np.dtype[np.generic]:
+        """The element type as numpy knows it."""
+        return np.dtype(self.dtype.numpy())
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The inputs and outputs of one component, and the axes that they share."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    axes: Mapping[str, Axis] = field(default_factory=dict)
+
+    def input(self, name: str) -> TensorSpec:
+        """The input called ``name``; KeyError if there is none."""
+        return next(iter(spec for spec in self.inputs if spec.name == name), None) or _missing(name)
+
+    def mask(self) -> TensorSpec | None:
+        """The input that tells tokens from padding, if the component takes one."""
+        return next((spec for spec in self.inputs if spec.role is Role.MASK), None)
+
+    def shape_of(self, spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Sizes of ``spec`` when each axis has the size that ``sizes`` gives it (KeyError if one is missing)."""
+        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)
+
+
+def _missing(name: str) -> TensorSpec:
+    raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a program came from, in terms that a second build can check (no paths, no dates)."""
+
+    kind: str
+    """``checkpoint``, ``onnx`` or ``module``."""
+    architecture: str
+    """Class of the model, or producer of the ONNX file."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of each file that was read, by name relative to the source."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the manifest should know about how this was lowered."""
+
+
+@dataclass
+class Program:
+    """Named components, their signatures, the task they serve together, and their provenance."""
+
+    components: dict[str, ir.Model]
+    signatures: dict[str, Signature]
+    task: str
+    provenance: Provenance
+
+    def sole(self) -> tuple[ir.Model, Signature]:
+        """The only component and its signature; a ValueError if there are several."""
+        if len(self.components) != 1:
+            raise ValueError(f"expected one component, found {sorted(self.components)}")
+        name = next(iter(self.components))
+        return self.components[name], self.signatures[name]

@@ -1,0 +1,149 @@
+"""Integers followed through shape arithmetic: what a graph computes of its own shapes, without running it.
+
+Followed are Shape, Gather, Slice, Concat, Squeeze, Unsqueeze, Cast, Identity, Reshape to a line or a scalar, and Add, Sub and
+Mul. An entry is a number, the name of an axis, or unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from planish.optimizer.graph import constant_of
+
+Entry = int | str | None
+"""One entry of an integer tensor: a number, the name of an axis, or unknown."""
+Found = tuple[list[Entry], bool] | None
+"""Entries of a tensor and whether it is a scalar; None if it is not followed."""
+
+
+def dims_of(shape: ir.Shape | None) -> list[Entry]:
+    """Dimensions as entries; nothing if the rank is not known."""
+    return [] if shape is None else [dim if isinstance(dim, int) else dim.value for dim in shape]
+
+
+@dataclass
+class Followed:
+    """Entries of the integer tensors seen so far, by value."""
+
+    table: dict[int, tuple[list[Entry], bool]] = field(default_factory=dict)
+
+    @classmethod
+    def through(cls, graph: ir.Graph | ir.Function) -> Followed:
+        """Follow every node of a graph, in order."""
+        followed = cls()
+        for node in graph:
+            followed.visit(node)
+        return followed
+
+    def entries(self, value: ir.Value | None) -> list[Entry] | None:
+        """Entries of a tensor of rank zero or one, or None if it is not followed."""
+        found = None if value is None else self.lookup(value)
+        return None if found is None else found[0]
+
+    def visit(self, node: ir.Node) -> None:
+        """Follow one node, if it is one of those that keep integers legible."""
+        rule = _RULES.get(node.op_type) if node.domain == "" else None
+        found = None if rule is None else rule(self, node)
+        if found is not None:
+            self.table[id(node.outputs[0])] = found
+
+    def lookup(self, value: ir.Value) -> Found:
+        """Entries of a followed or constant tensor, and whether it is a scalar."""
+        if id(value) in self.table:
+            return self.table[id(value)]
+        array = constant_of(value, limit=64)
+        if array is None or array.ndim > 1 or array.dtype.kind not in "iu":
+            return None
+        return [int(entry) for entry in array.reshape(-1)], array.ndim == 0
+
+
+def _shape(known: Followed, node: ir.Node) -> Found:
+    data = node.inputs[0]
+    if data is None or data.shape is None:
+        return None
+    dims = dims_of(data.shape)
+    start, end = (node.attributes.get(name) for name in ("start", "end"))
+    return dims[slice(start.as_int() if start else None, end.as_int() if end else None)], False
+
+
+def _gather(known: Followed, node: ir.Node) -> Found:
+    entries, indices = known.entries(node.inputs[0]), constant_of(node.inputs[1])
+    if entries is None or indices is None or indices.ndim > 1:
+        return None
+    inside = all(-len(entries) <= int(i) < len(entries) for i in indices.reshape(-1))
+    return ([entries[int(i)] for i in indices.reshape(-1)], indices.ndim == 0) if inside else None
+
+
+def _slice(known: Followed, node: ir.Node) -> Found:
+    entries = known.entries(node.inputs[0])
+    bounds = [constant_of(value) for value in node.inputs[1:]]
+    if entries is None or len(bounds) < 2 or any(b is None or b.size != 1 for b in bounds):
+        return None
+    numbers = [int(b.reshape(())) for b in bounds if b is not None]
+    step = numbers[3] if len(numbers) > 3 else 1
+    return (entries[numbers[0] : numbers[1] : step], False) if step > 0 else None
+
+
+def _concat(known: Followed, node: ir.Node) -> Found:
+    parts = [known.entries(value) for value in node.inputs]
+    return None if any(part is None for part in parts) else ([e for part in parts for e in part or ()], False)
+
+
+def _identity(known: Followed, node: ir.Node) -> Found:
+    return None if node.inputs[0] is None else known.lookup(node.inputs[0])
+
+
+def _cast(known: Followed, node: ir.Node) -> Found:
+    integer = ir.DataType(node.attributes["to"].as_int()) in (ir.DataType.INT64, ir.DataType.INT32)
+    return _identity(known, node) if integer else None
+
+
+def _squeeze(known: Followed, node: ir.Node) -> Found:
+    """A line of one entry becomes a scalar."""
+    found = _identity(known, node)
+    return (found[0], True) if found is not None and not found[1] and len(found[0]) == 1 else None
+
+
+def _unsqueeze(known: Followed, node: ir.Node) -> Found:
+    """A scalar becomes a line of one entry."""
+    found = _identity(known, node)
+    return (found[0], False) if found is not None and found[1] else None
+
+
+def _reshape_to_line(known: Followed, node: ir.Node) -> Found:
+    shape = constant_of(node.inputs[1])
+    entries = known.entries(node.inputs[0])
+    if shape is None or entries is None or shape.size > 1:
+        return None
+    return (entries, False) if shape.size == 1 else (entries, True) if len(entries) == 1 else None
+
+
+def _arithmetic(operation: Callable[[int, int], int]) -> Callable[[Followed, ir.Node], Found]:
+    def rule(known: Followed, node: ir.Node) -> Found:
+        left, right = (None if value is None else known.lookup(value) for value in node.inputs)
+        if left is None or right is None or len(left[0]) != len(right[0]):
+            return None
+        pairs = zip(left[0], right[0], strict=True)
+        found: list[Entry] = [operation(a, b) if isinstance(a, int) and isinstance(b, int) else None for a, b in pairs]
+        return found, left[1] and right[1]
+
+    return rule
+
+
+_RULES: Mapping[str, Callable[[Followed, ir.Node], Found]] = {
+    "Shape": _shape,
+    "Gather": _gather,
+    "Slice": _slice,
+    "Concat": _concat,
+    "Identity": _identity,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Cast": _cast,
+    "Reshape": _reshape_to_line,
+    "Add": _arithmetic(lambda a, b: a + b),
+    "Sub": _arithmetic(lambda a, b: a - b),
+    "Mul": _arithmetic(lambda a, b: a * b),
+}

@@ -1,0 +1,22 @@
+"""The built-in passes, one file a pass; a file is named as its pass is, with underscores."""
+
+PASSES = {
+    name: f"planish.passes.{family}.{name.replace('-', '_')}:{cls}"
+    for family, name, cls in (
+        ("cleanup", "deduplicate-initializers", "DeduplicateInitializers"),
+        ("cleanup", "eliminate-common-subexpressions", "EliminateCommonSubexpressions"),
+        ("cleanup", "eliminate-identities", "EliminateIdentities"),
+        ("cleanup", "fold-constants", "FoldConstants"),
+        ("cleanup", "remove-unused-nodes", "RemoveUnusedNodes"),
+        ("cleanup", "simplify-shapes", "SimplifyShapes"),
+        ("fusion", "fuse-attention", "FuseAttention"),
+        ("fusion", "fuse-gelu", "FuseGelu"),
+        ("fusion", "fuse-layer-norm", "FuseLayerNorm"),
+        ("fusion", "pack-projections", "PackProjections"),
+        ("legalize", "legalize-onnxruntime", "LegalizeOnnxRuntime"),
+        ("memory", "order-for-memory", "OrderForMemory"),
+        ("pruning", "prune-ffn", "PruneFfn"),
+        ("quantization", "quantize-int8", "QuantizeInt8"),
+    )
+}
+"""Name of each pass -> `module:Class`, read through the entry point `planish.passes`."""

@@ -1,0 +1,1 @@
+"""Passes that only remove: what is constant, repeated, unused or does nothing."""

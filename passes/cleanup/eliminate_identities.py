@@ -1,0 +1,80 @@
+"""Read x directly where an operator gives back what it got.
+
+Before:  y = Identity (x);  z = Cast <to=1> (y);  t = Transpose <perm=[0,1]> (z);  r = Relu (t)
+After:   r = Relu (x)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from planish.optimizer.base import Pass, PassResult
+from planish.optimizer.graph import constant_of, graphs_of, location_of
+
+
+@dataclass(frozen=True)
+class EliminateIdentities(Pass):
+    """Remove operators that do nothing.
+
+    1. ``Identity``.
+    2. ``Cast`` to the type that its input has.
+    3. ``Dropout`` outside of training whose mask nobody reads.
+    4. ``Transpose`` by the identity permutation.
+
+    A node whose output leaves the graph stays if its input enters it: a graph cannot rename an input.
+    """
+
+    name: ClassVar[str] = "eliminate-identities"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Bypass every such node in the graph, its subgraphs and functions."""
+        found = [node for graph in graphs_of(model) for node in graph if _does_nothing(node) and _removable(node)]
+        sites = [location_of(node) for node in found]
+        for node in found:
+            _bypass(node)
+        return PassResult(model, bool(found), sites=sites)
+
+
+def _does_nothing(node: ir.Node) -> bool:
+    if node.domain != "" or not node.inputs or node.inputs[0] is None:
+        return False
+    match node.op_type:
+        case "Identity":  # Case 1
+            return True
+        case "Cast":  # Case 2
+            return node.inputs[0].dtype is not None and node.inputs[0].dtype == node.attributes["to"].as_int()
+        case "Dropout":  # Case 3
+            training = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
+            off = len(node.inputs) < 3 or node.inputs[2] is None or (training is not None and not training.any())
+            return off and not any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
+        case "Transpose":  # Case 4
+            perm = node.attributes.get("perm")
+            return perm is not None and list(perm.as_ints()) == list(range(len(perm.as_ints())))
+    return False
+
+
+def _removable(node: ir.Node) -> bool:
+    """Whether the output can be replaced by the input without renaming an input, a weight or an outer value."""
+    source, output = node.inputs[0], node.outputs[0]
+    if source is None:
+        return False
+    producer = source.producer()
+    inside = producer is not None and producer.graph is node.graph and not source.is_graph_output()
+    return inside if output.is_graph_output() else True
+
+
+def _bypass(node: ir.Node) -> None:
+    source, output, graph = node.inputs[0], node.outputs[0], node.graph
+    if source is None or graph is None:
+        return
+    name = output.name if output.is_graph_output() else source.name
+    if source.shape is None:
+        source.shape = output.shape
+    if source.type is None:
+        source.type = output.type
+    ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    source.name = name

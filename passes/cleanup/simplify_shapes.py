@@ -1,0 +1,111 @@
+"""Say a shape with constants where the graph computes it.
+
+Before:  s = Shape (x);  b = Gather (s, 0);  …;  t = Concat (b, n, 12, 32);  r = Reshape (x, t)
+After:   r = Reshape (x, {0, 0, 12, 32})          (0 keeps a dimension; at most one is -1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.base import Pass, PassResult, Refusal
+from planish.optimizer.graph import add_initializer, constant_of, location_of
+from planish.optimizer.shapes import Entry, Followed, dims_of
+
+
+@dataclass(frozen=True)
+class SimplifyShapes(Pass):
+    """Follow integers through shape arithmetic, and write down those that are known.
+
+    1. The shape of a ``Reshape`` becomes constant where every entry is a number, the dimension that the input has at
+       the same place (written 0), or the only one that is neither (written -1).
+    2. A ``Reshape`` to the shape that its input has disappears.
+    3. Any other small integer tensor whose entries are all numbers becomes a constant.
+    """
+
+    name: ClassVar[str] = "simplify-shapes"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Simplify the main graph; subgraphs keep what they compute."""
+        known = Followed()
+        sites: list[str] = []
+        refusals: list[Refusal] = []
+        for node in list(model.graph):
+            known.visit(node)
+            if node.op_type == "Reshape" and node.domain == "":
+                self._reshape(model.graph, node, known, sites, refusals)
+            elif (numbers := _numbers(known, node)) is not None:
+                _replace(model.graph, node, numbers)
+                sites.append(location_of(node))
+        return PassResult(model, bool(sites), sites=sites, refusals=refusals)
+
+    def _reshape(
+        self, graph: ir.Graph, node: ir.Node, known: Followed, sites: list[str], refusals: list[Refusal]
+    ) -> None:
+        data, shape = node.inputs[:2]
+        entries = known.entries(shape)
+        if data is None or entries is None or (0 in entries and _allows_zero(node)):
+            return
+        dims = dims_of(data.shape)
+        if _is_same(dims, entries) and not node.outputs[0].is_graph_output():  # Case 2
+            sites.append(location_of(node))
+            ir.convenience.replace_all_uses_with(node.outputs[0], data)
+            graph.remove(node, safe=True)
+            return
+        wanted = reshape_target(dims, entries)
+        if constant_of(shape) is not None:
+            return
+        if wanted is None:
+            refusals.append(Refusal.at(node, "more than one dimension of its shape is not known", shape))
+            return
+        value = add_initializer(graph, f"{node.outputs[0].name}_shape", np.array(wanted, np.int64))
+        node.replace_input_with(1, value)
+        node.attributes.pop("allowzero", None)
+        sites.append(location_of(node))
+
+
+def _is_same(dims: Sequence[Entry], entries: Sequence[Entry]) -> bool:
+    """Whether a reshape to ``entries`` gives the shape that there was; one entry may be left to be found (-1)."""
+    if len(dims) != len(entries) or list(entries).count(-1) > 1 or None in dims:
+        return False
+    return all(entry in (dim, -1, 0) for dim, entry in zip(dims, entries, strict=True))
+
+
+def reshape_target(dims: Sequence[Entry], entries: Sequence[Entry]) -> list[int] | None:
+    """Constant target of a Reshape of data of shape ``dims`` to ``entries``, or None if two entries are not known."""
+    wanted: list[int] = []
+    for index, entry in enumerate(entries):
+        kept = isinstance(entry, str) and index < len(dims) and dims[index] == entry
+        wanted.append(entry if isinstance(entry, int) else 0 if kept else -1)
+    return wanted if wanted.count(-1) <= 1 else None
+
+
+def _allows_zero(node: ir.Node) -> bool:
+    attribute = node.attributes.get("allowzero")
+    return attribute is not None and attribute.as_int() != 0
+
+
+def _numbers(known: Followed, node: ir.Node) -> np.ndarray | None:
+    """The array of a followed node whose entries are all numbers and that may be replaced by a constant."""
+    output = node.outputs[0]
+    found = known.lookup(output)
+    dtype = output.dtype or ir.DataType.INT64
+    if found is None or len(node.outputs) != 1 or node.op_type == "Constant" or output.is_graph_output():
+        return None
+    entries = [entry for entry in found[0] if isinstance(entry, int)]
+    if len(entries) != len(found[0]) or dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        return None
+    array = np.array(entries, dtype.numpy())
+    return array.reshape(()) if found[1] else array
+
+
+def _replace(graph: ir.Graph, node: ir.Node, numbers: np.ndarray) -> None:
+    output = node.outputs[0]
+    constant = add_initializer(graph, f"{output.name}_value", numbers)
+    ir.convenience.replace_all_uses_with(output, constant)
+    graph.remove(node, safe=True)

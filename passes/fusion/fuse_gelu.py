@@ -1,0 +1,137 @@
+"""Raise the Gaussian error linear unit to the standard's operator.
+
+Before:  a = Div (x, 1.4142);  b = Erf (a);  c = Add (b, 1);  d = Mul (x, c);  r = Mul (d, 0.5)
+After:   r = Gelu (x)
+
+Hendrycks and Gimpel 2016, "Gaussian Error Linear Units": exact (erf) and approximate (tanh) forms. ONNX: Gelu, opset 20.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from planish.optimizer.graph import scalar_of
+from planish.passes.fusion._fusion import Declined, Fusion, made_by, other_operand, used_by, with_constant
+
+_TOLERANCE = 1e-4
+_CUBE = 0.044715
+
+
+@dataclass(frozen=True)
+class Gelu:
+    """A match: the input, the product that ends the computation, and the approximation."""
+
+    x: ir.Value
+    result: ir.Value
+    approximate: str
+
+
+@dataclass(frozen=True)
+class FuseGelu(Fusion[Gelu]):
+    """Fuse x · ½ · (1 + erf(x / √2)) and x · ½ · (1 + tanh(√(2/π) · (x + 0.044715 x³))), factors in any order."""
+
+    name: ClassVar[str] = "fuse-gelu"
+    root: ClassVar[str] = "Add"
+    since: ClassVar[int] = 20
+
+    def pattern(self, node: ir.Node) -> Gelu | None:
+        """From `1 + erf(…)` or `1 + tanh(…)` look inside for x, and outside for the product with x and ½."""
+        inner = next((value for value, number in with_constant(node) if number == 1.0), None)
+        curve = made_by(inner, "Erf", "Tanh")
+        if curve is None:
+            return None
+        arguments = _erf_arguments(curve) if curve.op_type == "Erf" else _tanh_arguments(curve)
+        matches = ((x, _product(node.outputs[0], x)) for x in arguments)
+        kind = "none" if curve.op_type == "Erf" else "tanh"
+        return next((Gelu(x, result, kind) for x, result in matches if result is not None), None)
+
+    def check(self, match: Gelu) -> None:
+        """The operator takes floating-point numbers only; nothing else can be wrong with a match."""
+        if match.x.dtype is not None and not match.x.dtype.is_floating_point():
+            raise Declined(f"Gelu is not defined for {match.x.dtype}", match.x)
+
+    def rewrite(self, match: Gelu) -> tuple[ir.Value, list[ir.Node]]:
+        """One node."""
+        return match.result, [ir.node("Gelu", [match.x], {"approximate": match.approximate})]
+
+
+def _near(number: float, wanted: float) -> bool:
+    return math.isclose(number, wanted, rel_tol=_TOLERANCE)
+
+
+def _erf_arguments(curve: ir.Node) -> Iterator[ir.Value]:
+    """x of erf(x / √2) or erf(x · 0.7071)."""
+    inner = made_by(curve.inputs[0], "Div", "Mul")
+    if inner is None:
+        return
+    if inner.op_type == "Div":
+        number = scalar_of(inner.inputs[1])
+        if number is not None and inner.inputs[0] is not None and _near(number, math.sqrt(2)):
+            yield inner.inputs[0]
+        return
+    yield from (value for value, number in with_constant(inner) if _near(number, math.sqrt(0.5)))
+
+
+def _tanh_arguments(curve: ir.Node) -> Iterator[ir.Value]:
+    """x of tanh(√(2/π) · (x + 0.044715 · x³)), or of tanh(√(2/π) · x · (1 + 0.044715 · x²))."""
+    for value, number in with_constant(made_by(curve.inputs[0], "Mul")):
+        if _near(number, math.sqrt(2 / math.pi)):
+            yield from _sum_arguments(value)
+            yield from _factored_arguments(value)
+
+
+def _sum_arguments(value: ir.Value) -> Iterator[ir.Value]:
+    add = made_by(value, "Add")
+    for x in () if add is None else add.inputs:
+        other = None if add is None or x is None else other_operand(add, x)
+        for cube, number in with_constant(made_by(other, "Mul")):
+            if x is not None and _near(number, _CUBE) and _is_power(cube, x, 3):
+                yield x
+
+
+def _factored_arguments(value: ir.Value) -> Iterator[ir.Value]:
+    product = made_by(value, "Mul")
+    for x in () if product is None else product.inputs:
+        other = None if product is None or x is None else other_operand(product, x)
+        for scaled, one in with_constant(made_by(other, "Add")):
+            squares = with_constant(made_by(scaled, "Mul"))
+            if x is not None and one == 1.0 and any(_near(n, _CUBE) and _is_power(s, x, 2) for s, n in squares):
+                yield x
+
+
+def _is_power(value: ir.Value, x: ir.Value, exponent: int) -> bool:
+    """Whether ``value`` is x to the power of 2 or 3, by Pow or by products."""
+    power = made_by(value, "Pow")
+    if power is not None:
+        return power.inputs[0] is x and scalar_of(power.inputs[1]) == exponent
+    product = made_by(value, "Mul")
+    if product is None:
+        return False
+    if exponent == 2:
+        return product.inputs[0] is x and product.inputs[1] is x
+    rest = other_operand(product, x)
+    return rest is not None and _is_power(rest, x, 2)
+
+
+def _product(curve: ir.Value, x: ir.Value) -> ir.Value | None:
+    """The value x · ½ · curve, whichever two factors were multiplied first."""
+    first = used_by(curve, "Mul")
+    if first is None:
+        return None
+    other = other_operand(first, curve)
+    if any(value is x and number == 0.5 for value, number in with_constant(made_by(other, "Mul"))):
+        return first.outputs[0]
+    halved = made_by(other, "Div")
+    if halved is not None and halved.inputs[0] is x and scalar_of(halved.inputs[1]) == 2.0:
+        return first.outputs[0]
+    second = used_by(first.outputs[0], "Mul")
+    if second is None:
+        return None
+    last = other_operand(second, first.outputs[0])
+    fits = (other is x and scalar_of(last) == 0.5) or (scalar_of(other) == 0.5 and last is x)
+    return second.outputs[0] if fits else None

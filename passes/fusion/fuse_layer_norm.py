@@ -1,0 +1,130 @@
+"""Raise layer normalization to the standard's operator.
+
+Before:  m = ReduceMean (x, {-1});  d = Sub (x, m);  q = Pow (d, 2);  v = ReduceMean (q, {-1});  e = Add (v, 1e-12)
+         s = Sqrt (e);  n = Div (d, s);  g = Mul (n, scale);  r = Add (g, bias)
+After:   r = LayerNormalization <axis=-1, epsilon=1e-12> (x, scale, bias)
+
+Ba, Kiros and Hinton 2016, "Layer Normalization", equation 4. ONNX: LayerNormalization, opset 17.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.graph import constant_of, rank_of, scalar_of
+from planish.passes.fusion._fusion import Declined, Fusion, made_by, other_operand, used_by, with_constant
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """A match: operands, the value that ends the computation, and the two means that must be over the last axis."""
+
+    x: ir.Value
+    scale: ir.Value
+    bias: ir.Value | None
+    epsilon: float
+    means: tuple[ir.Node, ir.Node]
+    result: ir.Value
+
+
+@dataclass(frozen=True)
+class FuseLayerNorm(Fusion[LayerNorm]):
+    """Fuse (x - mean) / √(variance + ε) · scale [+ bias] over the last axis."""
+
+    name: ClassVar[str] = "fuse-layer-norm"
+    root: ClassVar[str] = "Sqrt"
+    since: ClassVar[int] = 17
+
+    def pattern(self, node: ir.Node) -> LayerNorm | None:
+        """From the square root look inside for the variance of x, and outside for scale and bias."""
+        for variance, epsilon in with_constant(made_by(node.inputs[0], "Add")):
+            outer = made_by(variance, "ReduceMean")
+            for deviation in _bases(None if outer is None else outer.inputs[0]):
+                inner = _mean_of(deviation)
+                quotient = _quotient(node.outputs[0])
+                if outer is None or inner is None or quotient is None or not _same(quotient[0], deviation):
+                    continue
+                found = _affine(quotient[1])
+                if found is not None and inner.inputs[0] is not None:
+                    return LayerNorm(inner.inputs[0], found[0], found[1], epsilon, (inner, outer), found[2])
+        return None
+
+    def check(self, match: LayerNorm) -> None:
+        """Means over the last axis that keep it; a scale and a bias of one dimension."""
+        for mean in match.means:
+            if _axes(mean) not in ([-1], [(rank_of(match.x) or 0) - 1]):
+                raise Declined(f"its mean is over axes {_axes(mean)}, not the last one", mean)
+            keeps = mean.attributes.get("keepdims")
+            if keeps is not None and not keeps.as_int():
+                raise Declined("its mean drops the axis", mean)
+        for name, value in (("scale", match.scale), ("bias", match.bias)):
+            if value is not None and rank_of(value) != 1:
+                raise Declined(f"its {name} is not of one dimension", value)
+
+    def rewrite(self, match: LayerNorm) -> tuple[ir.Value, list[ir.Node]]:
+        """One node."""
+        inputs = [match.x, match.scale] + ([match.bias] if match.bias is not None else [])
+        return match.result, [ir.node("LayerNormalization", inputs, {"axis": -1, "epsilon": match.epsilon})]
+
+
+def _bases(square: ir.Value | None) -> Iterator[ir.Value]:
+    """d of d², however it is written."""
+    power = made_by(square, "Pow")
+    if power is not None and power.inputs[0] is not None and scalar_of(power.inputs[1]) == 2.0:
+        yield power.inputs[0]
+    product = made_by(square, "Mul")
+    if product is not None and product.inputs[0] is not None and product.inputs[0] is product.inputs[1]:
+        yield product.inputs[0]
+
+
+def _mean_of(deviation: ir.Value) -> ir.Node | None:
+    """The mean m of d = x - m, if it is the mean of that x."""
+    difference = made_by(deviation, "Sub")
+    mean = None if difference is None else made_by(difference.inputs[1], "ReduceMean")
+    return mean if mean is not None and difference is not None and mean.inputs[0] is difference.inputs[0] else None
+
+
+def _same(one: ir.Value, other: ir.Value) -> bool:
+    """Whether two deviations are one value, or two subtractions of the same operands."""
+    left, right = made_by(one, "Sub"), made_by(other, "Sub")
+    return one is other or (left is not None and right is not None and list(left.inputs) == list(right.inputs))
+
+
+def _quotient(root: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """Numerator and quotient of a division by ``root``, also as a product with its reciprocal."""
+    division = used_by(root, "Div")
+    if division is not None and division.inputs[1] is root and division.inputs[0] is not None:
+        return division.inputs[0], division.outputs[0]
+    reciprocal = used_by(root, "Reciprocal")
+    product = None if reciprocal is None else used_by(reciprocal.outputs[0], "Mul")
+    if product is None or reciprocal is None:
+        return None
+    numerator = other_operand(product, reciprocal.outputs[0])
+    return None if numerator is None else (numerator, product.outputs[0])
+
+
+def _affine(quotient: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value] | None:
+    """Scale, bias and result of quotient · scale + bias; the bias may be missing."""
+    product = used_by(quotient, "Mul")
+    scale = None if product is None else other_operand(product, quotient)
+    if product is None or scale is None or scale.const_value is None:
+        return None
+    total = used_by(product.outputs[0], "Add")
+    bias = None if total is None else other_operand(total, product.outputs[0])
+    if total is not None and bias is not None and bias.const_value is not None and rank_of(bias) == 1:
+        return scale, bias, total.outputs[0]
+    return scale, None, product.outputs[0]
+
+
+def _axes(mean: ir.Node) -> list[int] | None:
+    """Axes of a reduction, from its attribute (before opset 18) or its input."""
+    attribute = mean.attributes.get("axes")
+    if attribute is not None:
+        return [int(axis) for axis in attribute.as_ints()]
+    array: np.ndarray | None = constant_of(mean.inputs[1]) if len(mean.inputs) > 1 else None
+    return None if array is None else [int(axis) for axis in array.reshape(-1)]

@@ -1,0 +1,141 @@
+"""Multiply once by the matrices of several projections of the same input.
+
+Before:  a = MatMul (x, wq);  q = Add (a, bq);  b = MatMul (x, wk);  k = Add (b, bk);  c = MatMul (x, wv);  v = Add (c, bv)
+After:   p = MatMul (x, w);  s = Add (p, b);  q, k, v = Split <axis=-1> (s, {768, 768, 768})       w = [wq | wk | wv]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.base import Pass, PassResult, Refusal
+from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of, sole_user
+from planish.optimizer.tensors import lazy
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One product with a constant matrix, and the addition of its bias."""
+
+    product: ir.Node
+    addition: ir.Node
+    weight: ir.Value
+    bias: ir.Value
+
+    @property
+    def width(self) -> int:
+        """Columns of the matrix."""
+        return int(self.weight.shape[1]) if self.weight.shape is not None else 0
+
+
+@dataclass(frozen=True)
+class PackProjections(Pass):
+    """Put the matrices of products that read one activation side by side, biases as well.
+
+    Worth it where each product pays for more than its arithmetic: integer products share one rescaling of their rows.
+    """
+
+    name: ClassVar[str] = "pack-projections"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Pack every group of two or more projections of the main graph."""
+        result = PassResult(model, modified=False)
+        by_input: dict[int, list[ir.Node]] = {}
+        for node in model.graph:
+            if node.op_type == "MatMul" and node.domain == "" and is_weight_matrix(node.inputs[1]):
+                by_input.setdefault(id(node.inputs[0]), []).append(node)
+        for nodes in (nodes for nodes in by_input.values() if len(nodes) > 1):
+            group = [found for node in nodes if (found := _projection(node)) is not None]
+            reason = _obstacle(nodes, group)
+            if reason is not None:
+                result.refusals.append(Refusal.at(nodes[0], *reason))
+                continue
+            result.sites.append(location_of(nodes[0]))
+            _pack(model.graph, group)
+        result.modified = bool(result.sites)
+        return result
+
+
+def _projection(product: ir.Node) -> Projection | None:
+    addition = sole_user(product.outputs[0])
+    weight = product.inputs[1]
+    if addition is None or addition.op_type != "Add" or addition.domain != "" or weight is None:
+        return None
+    bias = addition.inputs[1] if addition.inputs[0] is product.outputs[0] else addition.inputs[0]
+    if bias is None or bias.const_value is None or list(bias.const_value.shape) != [weight.const_value.shape[1] if weight.const_value else 0]:
+        return None
+    return Projection(product, addition, weight, bias)
+
+
+def _obstacle(nodes: Sequence[ir.Node], group: Sequence[Projection]) -> tuple[str, ir.Value] | None:
+    """Why a group cannot be packed: a product without a bias of its own, a shared matrix, another type."""
+    packed = {id(projection.product) for projection in group}
+    for node in nodes:
+        if id(node) not in packed:
+            return "one of the products has no constant bias of its own", node.outputs[0]
+    for projection in group:
+        if len(list(projection.weight.uses())) > 1:
+            return "one of the matrices is used elsewhere as well", projection.weight
+        if projection.addition.outputs[0].is_graph_output():
+            return "one of the projections is an output of the graph", projection.addition.outputs[0]
+        if projection.weight.dtype != group[0].weight.dtype:
+            return "the matrices are of different types", projection.weight
+    return None
+
+
+def _pack(graph: ir.Graph, group: Sequence[Projection]) -> None:
+    first = group[0].product
+    name = f"{group[0].weight.name}_packed"
+    weight = _joined(graph, name, [projection.weight for projection in group], axis=1)
+    bias = _joined(graph, f"{group[0].bias.name}_packed", [projection.bias for projection in group], axis=0)
+    widths = np.array([projection.width for projection in group], np.int64)
+    product = ir.node("MatMul", [first.inputs[0], weight], name=f"{first.name}_packed")
+    addition = ir.node("Add", [product.outputs[0], bias], name=f"{first.name}_packed_bias")
+    split = ir.node(
+        "Split",
+        [addition.outputs[0], add_initializer(graph, f"{name}_widths", widths)],
+        {"axis": -1},
+        num_outputs=len(group),
+        name=f"{first.name}_split",
+    )
+    _describe(group, product, addition, int(widths.sum()))
+    graph.insert_before(first, [product, addition, split])
+    for projection, output in zip(group, split.outputs, strict=True):
+        old = projection.addition.outputs[0]
+        output.shape, output.type = old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, output)
+        graph.remove([projection.addition, projection.product], safe=True)
+        output.name, old.name = old.name, None
+    _drop(graph, [value for projection in group for value in (projection.weight, projection.bias)])
+
+
+def _joined(graph: ir.Graph, name: str, values: Sequence[ir.Value], axis: int) -> ir.Value:
+    """An initializer that holds constants side by side, put together when it is read."""
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    shape = [int(dim) for dim in tensors[0].shape]
+    shape[axis] = sum(int(tensor.shape[axis]) for tensor in tensors)
+    joined = lazy(lambda: np.concatenate([t.numpy() for t in tensors], axis), tensors[0].dtype, shape, name)
+    return add_initializer(graph, name, joined)
+
+
+def _describe(group: Sequence[Projection], product: ir.Node, addition: ir.Node, width: int) -> None:
+    """Names, type, shape and source location of what was written."""
+    old = group[0].product.outputs[0]
+    for node in (product, addition):
+        node.outputs[0].name = node.name
+        node.outputs[0].type = old.type
+        if old.shape is not None:
+            node.outputs[0].shape = ir.Shape([*old.shape[:-1], width])
+        if NAME_SCOPES in group[0].product.metadata_props:
+            node.metadata_props[NAME_SCOPES] = group[0].product.metadata_props[NAME_SCOPES]
+
+
+def _drop(graph: ir.Graph, values: Iterable[ir.Value]) -> None:
+    for value in values:
+        if not value.uses() and value.name in graph.initializers:
+            del graph.initializers[value.name]

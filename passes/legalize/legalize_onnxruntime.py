@@ -1,0 +1,168 @@
+"""Write what ONNX Runtime's CPU kernels run fastest.
+
+Before:  i = MatMulInteger (q, w8, zp);  f = Cast <to=1> (i);  g = Mul (f, s);  …
+         h = Add (x, y);  n = LayerNormalization (h, scale, bias);  …
+         a = Reshape (q, {0,0,12,64});  b = Transpose <perm=[0,2,1,3]> (a);  …;  o = Attention (b, c, d, mask)
+         p = Transpose <perm=[0,2,1,3]> (o);  r = Reshape (p, {0,0,768})
+After:   g = com.microsoft.MatMulIntegerToFloat (q, w8, 1, s, zp);  …
+         h = Sum (x, y);  n = LayerNormalization (h, scale, bias);  …
+         r = Attention <q_num_heads=12, kv_num_heads=12> (q, k, v, mask)
+
+Measured inside BERT-base at 1 x 128: the runtime fuses Add and LayerNormalization into SkipLayerNormalization, whose kernel
+takes 0.28 ms where the two take 0.10 ms; it does not fuse a Sum. Attention that takes its operands as the projections leave
+them saves four transpositions a layer, 2 % of MiniLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.base import Pass, PassResult
+from planish.optimizer.graph import add_initializer, constant_of, location_of, rank_of, sole_user
+
+_CONTRIB = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class LegalizeOnnxRuntime(Pass):
+    """Rewrite canonical operators for ONNX Runtime on a CPU.
+
+    1. An integer product that is cast and scaled per column becomes MatMulIntegerToFloat.
+    2. An Add of two tensors in front of a LayerNormalization becomes a Sum.
+    3. An Attention between transpositions takes and gives (batch, sequence, hidden) itself.
+    """
+
+    name: ClassVar[str] = "legalize-onnxruntime"
+
+    keep_sums: bool = True
+    """Case 2: keep additions and normalizations apart."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite the main graph."""
+        sites = [site for node in list(model.graph) if (site := self._integer_product(model, node))]
+        if self.keep_sums:
+            sites += [location_of(node) for node in list(model.graph) if _keep_sum(node)]
+        sites += [site for node in list(model.graph) if (site := _flat_attention(model.graph, node))]
+        return PassResult(model, bool(sites), sites=sites)
+
+    def _integer_product(self, model: ir.Model, node: ir.Node) -> str | None:
+        """Case 1: the location of the product, if there was one to rewrite."""
+        cast = sole_user(node.outputs[0]) if node.op_type == "MatMulInteger" and node.domain == "" else None
+        scaling = sole_user(cast.outputs[0]) if cast is not None and cast.op_type == "Cast" else None
+        if cast is None or scaling is None or scaling.op_type != "Mul" or len(node.inputs) < 3:
+            return None
+        scale = scaling.inputs[1] if scaling.inputs[0] is cast.outputs[0] else scaling.inputs[0]
+        if scale is None or rank_of(scale) != 1 or scale.const_value is None:
+            return None
+        location = location_of(node)
+        fused = ir.node(
+            "MatMulIntegerToFloat",
+            [node.inputs[0], node.inputs[1], _one(model.graph), scale, node.inputs[2]],
+            domain=_CONTRIB,
+            name=f"{node.name}_to_float",
+            metadata_props=dict(node.metadata_props),
+        )
+        _replace(model.graph, [node, cast, scaling], fused)
+        model.opset_imports.setdefault(_CONTRIB, 1)
+        return location
+
+
+def _one(graph: ir.Graph) -> ir.Value:
+    name = "int8_unit_scale"
+    return graph.initializers[name] if name in graph.initializers else add_initializer(graph, name, np.array(1, np.float32))
+
+
+def _replace(graph: ir.Graph, chain: list[ir.Node], fused: ir.Node) -> None:
+    old, new = chain[-1].outputs[0], fused.outputs[0]
+    new.shape, new.type = old.shape, old.type
+    graph.insert_before(chain[0], fused)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    for node in reversed(chain):
+        graph.remove(node, safe=True)
+    old_name = old.name
+    old.name = f"{old_name}_unfused"
+    new.name = old_name
+
+
+def _keep_sum(node: ir.Node) -> bool:
+    """Case 2: turn the Add that feeds this normalization into a Sum."""
+    if node.op_type != "LayerNormalization" or node.domain != "" or node.inputs[0] is None:
+        return False
+    add = node.inputs[0].producer()
+    if add is None or add.op_type != "Add" or add.domain != "" or not _tensors(add):
+        return False
+    add.op_type = "Sum"
+    return True
+
+
+def _tensors(add: ir.Node) -> bool:
+    """Whether both operands are activations of the same rank: a bias is better left where it is."""
+    return all(value is not None and value.const_value is None for value in add.inputs)
+
+
+def _flat_attention(graph: ir.Graph, node: ir.Node) -> str | None:
+    """Case 3: the location of the attention, if it stands between transpositions."""
+    if node.op_type != "Attention" or node.domain != "" or len(node.outputs) != 1 or "q_num_heads" in node.attributes:
+        return None
+    operands = [_unsplit(value) for value in node.inputs[:3]]
+    joined = _joined(node.outputs[0])
+    if joined is None or len(node.inputs) > 4 or not all(operands):
+        return None
+    heads = [operand[1] for operand in operands if operand is not None]
+    transposes = [value.producer() for value in node.inputs[:3] if value is not None]
+    location = location_of(node)
+    flat = ir.node(
+        "Attention",
+        [*(operand[0] for operand in operands if operand is not None), *node.inputs[3:]],
+        {**{name: attribute for name, attribute in node.attributes.items()}, "q_num_heads": heads[0], "kv_num_heads": heads[1]},
+        name=f"{node.name}_flat",
+        metadata_props=dict(node.metadata_props),
+    )
+    _replace(graph, [node, *joined], flat)
+    _remove_unread(graph, transposes)
+    return location
+
+
+def _unsplit(value: ir.Value | None) -> tuple[ir.Value, int] | None:
+    """(batch, sequence, hidden) before it was split into heads and transposed, and the number of heads."""
+    transpose = None if value is None else value.producer()
+    if transpose is None or transpose.op_type != "Transpose" or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
+        return None
+    reshape = None if transpose.inputs[0] is None else transpose.inputs[0].producer()
+    if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
+        return None
+    target = constant_of(reshape.inputs[1])
+    keeps = target is not None and target.size == 4 and list(target[:2]) == [0, 0] and rank_of(reshape.inputs[0]) == 3
+    heads = _heads(transpose.outputs[0]) if keeps else None
+    return None if heads is None else (reshape.inputs[0], heads)
+
+
+def _heads(split: ir.Value) -> int | None:
+    """The size of axis 1 of (batch, heads, sequence, size)."""
+    heads = None if split.shape is None else split.shape[1]
+    return heads if isinstance(heads, int) else None
+
+
+def _joined(output: ir.Value) -> list[ir.Node] | None:
+    """The transposition and reshape that put the heads of an output side by side again."""
+    transpose = sole_user(output)
+    reshape = None if transpose is None else sole_user(transpose.outputs[0])
+    if transpose is None or reshape is None or transpose.op_type != "Transpose" or reshape.op_type != "Reshape":
+        return None
+    target = constant_of(reshape.inputs[1])
+    joins = target is not None and target.size == 3 and list(target[:2]) == [0, 0]
+    return [transpose, reshape] if joins and list(transpose.attributes["perm"].as_ints()) == [0, 2, 1, 3] else None
+
+
+def _remove_unread(graph: ir.Graph, nodes: list[ir.Node | None]) -> None:
+    """Remove transpositions that nothing reads any more, and the reshapes that only they read."""
+    for node in nodes:
+        while node is not None and node.graph is graph and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+            source = None if node.inputs[0] is None else node.inputs[0].producer()
+            removable = source if source is not None and source.op_type == "Reshape" else None
+            graph.remove(node, safe=True)
+            node = removable

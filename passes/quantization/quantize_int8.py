@@ -1,0 +1,208 @@
+"""Multiply in 8 bits: weights per channel, activations as they come.
+
+Before:  r = MatMul (x, w)
+After:   (activations=token; w8 and s are w in int8 with one scale per column)
+         a = Abs (x);  m = ReduceMax (a, {-1});  t = Max (m, tiny);  u = Div (x, t)
+         q = QuantizeLinear (u, 1/127, 128);  i = MatMulInteger (q, w8, 128);  f = Cast <to=1> (i)
+         g = Mul (f, s/127);  r = Mul (g, t)
+
+         (activations=runtime)
+         d = DequantizeLinear <axis=1> (w8, s);  r = MatMul (x, d)
+
+Everything written is of the ONNX standard. Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference"; per-token activation scales as in Yao et al. 2022, "ZeroQuant", section 4.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from annotated_types import Ge
+
+from planish.optimizer.base import Pass, PassResult, Refusal
+from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of
+from planish.optimizer.tensors import lazy
+
+_LEVELS = 127
+_ZERO_POINT = 128
+_TINY = 1e-30
+"""Smallest scale of a row: a row of zeros stays zeros instead of becoming NaN."""
+
+
+@dataclass(frozen=True)
+class QuantizeInt8(Pass):
+    """Quantize products with a constant matrix of at least ``minimum`` elements; everything else stays in float.
+
+    Products that read the same activation share its quantization.
+    """
+
+    name: ClassVar[str] = "quantize-int8"
+    exact: ClassVar[bool] = False
+
+    activations: Literal["token", "tensor", "runtime"] = "token"
+    """Where activations get their scale: one per token (rows do not influence each other: a padded batch gives the
+    same results as single rows), one per tensor (fewer operators, coarser, and rows do influence each other), or left
+    to the runtime, which sees float products with stored int8 weights."""
+
+    minimum: Annotated[int, Ge(0)] = 4096
+    """Elements that a matrix must have to be worth it."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite every such MatMul of the main graph."""
+        result = PassResult(model, modified=False)
+        writer = _Writer(model.graph, self.activations)
+        for node in [node for node in model.graph if node.op_type == "MatMul" and node.domain == ""]:
+            refusal = self._refusal(node)
+            if refusal is not None:
+                result.refusals.append(refusal)
+                continue
+            result.sites.append(location_of(node))
+            writer.rewrite(node)
+        for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
+            del model.graph.initializers[value.name or ""]
+        result.modified = bool(result.sites)
+        result.facts = {"quantized": len(result.sites)}
+        return result
+
+    def _refusal(self, node: ir.Node) -> Refusal | None:
+        """Why this product stays in float; products of two activations are not sites and not counted."""
+        data, weight = node.inputs[0], node.inputs[1]
+        if data is None or weight is None or not is_weight_matrix(weight) or weight.const_value is None:
+            return Refusal.at(node, "its right operand is not a constant matrix", weight)
+        if weight.const_value.dtype is not ir.DataType.FLOAT:
+            return Refusal.at(node, f"its matrix is {weight.const_value.dtype}, not FLOAT", weight)
+        if weight.const_value.size < self.minimum:
+            return Refusal.at(node, f"its matrix has {weight.const_value.size} elements, fewer than {self.minimum}", weight)
+        if not np.isfinite(weight.const_value.numpy()).all():
+            return Refusal.at(node, "its matrix holds NaN or infinity", weight)
+        return None
+
+
+@dataclass
+class _Writer:
+    """Writes the integer form of products into one graph, and remembers what they can share."""
+
+    graph: ir.Graph
+    activations: str
+    rows: dict[int, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    """Quantized rows and their scale (per token or per tensor), by activation."""
+    zero_points: dict[int, ir.Value | None] = field(default_factory=dict)
+    weights: dict[int, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    constants: dict[str, ir.Value] = field(default_factory=dict)
+
+    def rewrite(self, node: ir.Node) -> None:
+        """Replace one product."""
+        data, weight = node.inputs[0], node.inputs[1]
+        if data is None or weight is None:
+            return
+        stored, scale = self._stored(weight)
+        if self.activations == "runtime":
+            wide = self._add(node, "DequantizeLinear", [stored, scale], {"axis": 1})
+            node.replace_input_with(1, wide)
+            return
+        rows, size = self._rows(node, data)
+        sums = self._add(node, "MatMulInteger", [rows, stored, self.zero_points[id(data)]])
+        sums.dtype = ir.DataType.INT32
+        real = self._add(node, "Cast", [sums], {"to": ir.DataType.FLOAT})
+        per_channel = self._add(node, "Mul", [real, self._channel_scale(scale)])
+        product = self._add(node, "Mul", [per_channel, size])
+        self._take_over(node, product)
+
+    def _take_over(self, node: ir.Node, product: ir.Value) -> None:
+        old = node.outputs[0]
+        product.shape, product.type = old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, product, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+        old_name = old.name
+        old.name = f"{old_name}_float"
+        product.name = old_name
+
+    def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The matrix in int8 and its scales, one per column."""
+        if id(weight) not in self.weights:
+            tensor = weight.const_value
+            if tensor is None:
+                raise ValueError(f"{weight.name!r} has no values")
+            scale = channel_scales(tensor.numpy())
+            name = weight.name or ""
+            int8 = lazy(lambda: quantized(tensor.numpy(), scale), ir.DataType.INT8, list(tensor.shape), f"{name}_int8")
+            self.weights[id(weight)] = (
+                add_initializer(self.graph, f"{name}_int8", int8),
+                add_initializer(self.graph, f"{name}_scale", scale),
+            )
+        return self.weights[id(weight)]
+
+    def _channel_scale(self, scale: ir.Value) -> ir.Value:
+        """Scales of the columns; for rows in [-1, 1] also the size of one step."""
+        if self.activations == "tensor" or scale.const_value is None:
+            return scale
+        name = f"{scale.name}_of_row"
+        if name not in self.constants:
+            array = (scale.const_value.numpy() / np.float32(_LEVELS)).astype(np.float32)
+            self.constants[name] = add_initializer(self.graph, name, array)
+        return self.constants[name]
+
+    def _rows(self, node: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The activation in uint8, and what its products must be multiplied by."""
+        if id(data) not in self.rows:
+            make = self._per_tensor if self.activations == "tensor" else self._per_token
+            self.rows[id(data)] = make(node, data)
+        return self.rows[id(data)]
+
+    def _per_tensor(self, node: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value]:
+        quantize = self._insert(node, "DynamicQuantizeLinear", [data], outputs=3)
+        self.zero_points[id(data)] = quantize.outputs[2]
+        return quantize.outputs[0], quantize.outputs[1]
+
+    def _per_token(self, node: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value]:
+        zero = self._constant("int8_zero_point", np.array(_ZERO_POINT, np.uint8))
+        magnitude = self._add(node, "Abs", [data])
+        axes = self._constant("int8_axes", np.array([-1], np.int64))
+        largest = self._add(node, "ReduceMax", [magnitude, axes], {"keepdims": 1})
+        size = self._add(node, "Max", [largest, self._constant("int8_tiny", np.array(_TINY, np.float32))])
+        unit = self._add(node, "Div", [data, size])
+        step = self._constant("int8_step", np.array(1 / _LEVELS, np.float32))
+        self.zero_points[id(data)] = zero
+        return self._add(node, "QuantizeLinear", [unit, step, zero]), size
+
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        if name not in self.constants:
+            existing = self.graph.initializers.get(name)
+            self.constants[name] = existing if existing is not None else add_initializer(self.graph, name, array)
+        return self.constants[name]
+
+    def _add(
+        self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int] | None = None
+    ) -> ir.Value:
+        return self._insert(node, op_type, inputs, attributes).outputs[0]
+
+    def _insert(
+        self,
+        node: ir.Node,
+        op_type: str,
+        inputs: list[ir.Value | None],
+        attributes: dict[str, int] | None = None,
+        outputs: int = 1,
+    ) -> ir.Node:
+        """Put a node before ``node``, named after it and located where it is."""
+        made = ir.node(op_type, inputs, attributes, num_outputs=outputs, name=f"{node.name}_{op_type}_{len(self.graph)}")
+        if NAME_SCOPES in node.metadata_props:
+            made.metadata_props[NAME_SCOPES] = node.metadata_props[NAME_SCOPES]
+        for index, output in enumerate(made.outputs):
+            output.name = f"{made.name}_{index}"
+        self.graph.insert_before(node, made)
+        return made
+
+
+def channel_scales(matrix: np.ndarray) -> np.ndarray:
+    """Scale of each column, symmetric around zero, shape (columns,); 1 for a column of zeros."""
+    largest = np.abs(matrix).max(axis=0)
+    return np.where(largest > 0, largest / np.float32(_LEVELS), 1).astype(np.float32)
+
+
+def quantized(matrix: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The matrix in steps of its column scales, rounded to even, shape as given, int8."""
+    return np.clip(np.rint(matrix / scale), -_LEVELS, _LEVELS).astype(np.int8)
