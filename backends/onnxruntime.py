@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge
-
 from planish.optimizer import onnx_io
 from planish.optimizer.backend import Backend, Engine
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
@@ -49,7 +48,7 @@ class OnnxRuntime(Backend):
         options = self._options(ort)
         try:
             session = ort.InferenceSession(str(file), options, providers=[_PROVIDERS[self.provider]])
-        except Exception as error:  # noqa: BLE001 - the binding raises a dozen types that share no base of its own
+        except Exception as error:
             raise BadInput(f"ONNX Runtime refuses the model: {_first_line(error)}", where=file) from error
         return OnnxRuntimeEngine(ort, session)
 
@@ -69,7 +68,7 @@ class OnnxRuntime(Backend):
             session = ort.InferenceSession(
                 ir.to_proto(graph).SerializeToString(), options, providers=[_PROVIDERS[self.provider]]
             )
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:
             raise CheckFailed(f"ONNX Runtime refuses the graph: {_first_line(error)}") from error
         return OnnxRuntimeEngine(ort, session, lent)
 
@@ -120,7 +119,7 @@ class OnnxRuntimeEngine(Engine):
         values = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         try:
             results = self._session.run_with_ort_values(names, values | self._lent)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:
             raise BadInput(f"ONNX Runtime cannot run these inputs: {_first_line(error)}") from error
         return {name: value.numpy() for name, value in zip(names, results, strict=True)}
 

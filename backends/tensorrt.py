@@ -1,7 +1,7 @@
 """TensorRT: a strongly typed `model.onnx` of standard operators, `build.json` and `build.py`, written on any machine.
 
-The plan is built where it will run: `python build.py` in the engine's folder. Precision comes from the types in the graph
-(networks are always strongly typed since TensorRT 11, and are asked to be on 10), so nothing is left to builder flags.
+The plan is built where it will run: `python build.py` in the engine's folder. Precision comes from the types in the
+graph (networks are always strongly typed since TensorRT 11, and are asked to be on 10); no builder flag decides it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Annotated, ClassVar
 
 import onnx_ir as ir
 from annotated_types import Len
-
 from planish.optimizer import onnx_io
 from planish.optimizer.backend import Backend, Engine
 from planish.optimizer.errors import CheckFailed, MissingRuntime
@@ -64,7 +63,9 @@ class TensorRt(Backend):
 
     def open(self, path: Path) -> Engine:
         """Say what is missing: plans are built by `build.py` where they run, and this version does not run them."""
-        raise MissingRuntime(self.missing() or "", where=path, advice="build the plan there with build.py and run it with trtexec")
+        raise MissingRuntime(
+            self.missing() or "", where=path, advice="build the plan there with build.py and run it with trtexec"
+        )
 
     @classmethod
     def missing(cls) -> str | None:
@@ -72,7 +73,7 @@ class TensorRt(Backend):
         try:
             import tensorrt  # noqa: F401
         except (ImportError, OSError) as error:
-            return f"the TensorRT runtime is not installed ({error}); pip install 'planish[gpu]' on a machine with an NVIDIA GPU"
+            return f"the TensorRT runtime is not installed ({error}); pip install 'planish[gpu]' where an NVIDIA GPU is"
         import torch
 
         if not torch.cuda.is_available():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from planish.optimizer import registry
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.benching import target_of
@@ -54,7 +53,12 @@ class Answerer:
         return [answer | cut for answer, cut in zip(found, self._cuts(questions, encoded), strict=True)]
 
     def _encode(self, questions: Sequence[Question]) -> Mapping[str, Any]:
-        common = {"padding": True, "truncation": self.longest is not None, "max_length": self.longest, "return_tensors": "np"}
+        common = {
+            "padding": True,
+            "truncation": self.longest is not None,
+            "max_length": self.longest,
+            "return_tensors": "np",
+        }
         if self.task == "multiple-choice":
             return self._encode_choices(questions, common)
         pairs = [question.pair for question in questions]
@@ -78,13 +82,16 @@ class Answerer:
     def _beyond(self, question: Question) -> bool:
         """Whether a text has more tokens than the engine takes."""
         longest = self.longest or 0
-        texts = [(question.text, choice) for choice in question.choices] or [(question.text, question.pair)]
-        return any(len(self.tokenizer(*text)["input_ids"]) > longest for text in texts)
+        seconds = question.choices or (question.pair,)
+        return any(len(self.tokenizer(question.text, second)["input_ids"]) > longest for second in seconds)
 
     def _cuts(self, questions: Sequence[Question], encoded: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """`{"truncated": true}` for each text that reached the limit and would have gone beyond it."""
         for index, question in enumerate(questions):
-            full = self.longest is not None and int(np.sum(encoded["attention_mask"][index], axis=-1).max()) >= self.longest
+            full = (
+                self.longest is not None
+                and int(np.sum(encoded["attention_mask"][index], axis=-1).max()) >= self.longest
+            )
             yield {"truncated": True} if full and self._beyond(question) else {}
 
 
@@ -96,11 +103,15 @@ def open_answerer(path: Path, target: str | None = None) -> Answerer:
     manifest = Manifest.read(folder.parent) if (folder.parent / MANIFEST).is_file() else None
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
-        raise BadInput("this engine has no tokenizer", where=folder, advice="run it from Python with arrays: engine.run({…})")
+        raise BadInput(
+            "this engine has no tokenizer", where=folder, advice="run it from Python with arrays: engine.run({…})"
+        )
     config = _json(folder / "config.json")
     task = manifest.task if manifest is not None else _task(config, folder)
     if task not in _ANSWERS:
-        raise BadInput(f"answers of task {task!r} are arrays", where=folder, advice="run it from Python: engine.run({…})")
+        raise BadInput(
+            f"answers of task {task!r} are arrays", where=folder, advice="run it from Python: engine.run({…})"
+        )
     return Answerer(registry.backend(text).open(folder), tokenizer, task, config, folder, _longest(manifest, tokenizer))
 
 
@@ -111,7 +122,9 @@ def _engine_folder(path: Path, target: str | None) -> tuple[Path, str]:
     names = [registry.backend(target).name] if target is not None else list(manifest.targets)
     for name in names:
         if name not in manifest.targets:
-            raise BadInput(f"there is no engine for {name!r} here", where=path, advice=f"there are: {', '.join(manifest.targets)}")
+            raise BadInput(
+                f"there is no engine for {name!r} here", where=path, advice=f"there are: {', '.join(manifest.targets)}"
+            )
         if target is not None or registry.backend(manifest.targets[name].target).missing() is None:
             return path / name, target or manifest.targets[name].target
     return path / names[0], manifest.targets[names[0]].target
@@ -134,8 +147,10 @@ def _longest(manifest: Manifest | None, tokenizer: Any) -> int | None:
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """Questions of a file: a text a line (`.txt`), or an object a line (`.jsonl`) with `text` and, by task, `question` and
-    `context`, `pair`, or `choices`. BadInput names the line that does not fit."""
+    """Questions of a file: a text a line (`.txt`), or an object a line (`.jsonl`).
+
+    Objects have `text` and, by task, `question` and `context`, `pair`, or `choices`. BadInput names the bad line.
+    """
     if not path.is_file():
         raise BadInput("there is no such file", where=path)
     with path.open(encoding="utf-8") as file:
@@ -165,8 +180,8 @@ def answer_file(
 ) -> int:
     """Answer every question of ``source`` into the `.jsonl` file ``output``; returns how many were answered now.
 
-    Answers gather in a hidden file beside it, which becomes ``output`` when all are there. An interrupted run goes on where
-    it stopped: the hidden file's name tells for which input and engine it is. BadInput if ``output`` exists.
+    Answers gather in a hidden file beside it, which becomes ``output`` when all are there. An interrupted run goes on
+    where it stopped: the hidden file's name tells for which input and engine it is. BadInput if ``output`` exists.
     """
     if output.exists():
         raise BadInput("this file exists", where=output, advice="remove it, or choose another output")
@@ -228,7 +243,9 @@ def _label(answerer: Answerer, index: int) -> str:
     return str(answerer.config.get("id2label", {}).get(str(index), f"LABEL_{index}"))
 
 
-def _embeddings(answerer: Answerer, _: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+def _embeddings(
+    answerer: Answerer, _: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays
+) -> list[dict[str, Any]]:
     """Pooled as the checkpoint's sentence-transformers files say (mean of the tokens if they say nothing)."""
     pooling = _json(answerer.folder / "1_Pooling" / "config.json")
     hidden, mask = outputs["last_hidden_state"], np.asarray(encoded["attention_mask"])[..., None]
@@ -253,7 +270,9 @@ def _classes(answerer: Answerer, _: Sequence[Question], __: Mapping[str, Any], o
     return found
 
 
-def _tags(answerer: Answerer, questions: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+def _tags(
+    answerer: Answerer, questions: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays
+) -> list[dict[str, Any]]:
     found = []
     for index, (question, row) in enumerate(zip(questions, softmax(outputs["logits"]), strict=True)):
         spans = encoded["offset_mapping"][index]
@@ -272,22 +291,30 @@ def _tags(answerer: Answerer, questions: Sequence[Question], encoded: Mapping[st
     return found
 
 
-def _spans(answerer: Answerer, questions: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+def _spans(
+    answerer: Answerer, questions: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays
+) -> list[dict[str, Any]]:
     """The best span inside the context: start before end, at most 30 tokens."""
     found = []
     for index, question in enumerate(questions):
         if question.pair is None:
-            raise BadInput("a question needs a context", advice="give --pair, or 'question' and 'context' in a .jsonl file")
+            raise BadInput(
+                "a question needs a context", advice="give --pair, or 'question' and 'context' in a .jsonl file"
+            )
         inside = np.array([part == 1 for part in encoded["parts"][index]])
         start, end = (np.where(inside, softmax(outputs[name][index]), 0) for name in ("start_logits", "end_logits"))
         scores = np.triu(np.outer(start, end)) - np.triu(np.outer(start, end), 30)
         first, last = np.unravel_index(int(scores.argmax()), scores.shape)
         begin, finish = int(encoded["offset_mapping"][index][first][0]), int(encoded["offset_mapping"][index][last][1])
-        found.append({"answer": question.pair[begin:finish], "score": float(scores[first, last]), "start": begin, "end": finish})
+        found.append(
+            {"answer": question.pair[begin:finish], "score": float(scores[first, last]), "start": begin, "end": finish}
+        )
     return found
 
 
-def _words(answerer: Answerer, _: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+def _words(
+    answerer: Answerer, _: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays
+) -> list[dict[str, Any]]:
     mask = answerer.tokenizer.mask_token_id
     found = []
     for ids, row in zip(encoded["input_ids"], outputs["logits"], strict=True):
@@ -303,9 +330,15 @@ def _words(answerer: Answerer, _: Sequence[Question], encoded: Mapping[str, Any]
     return found
 
 
-def _choices(_: Answerer, questions: Sequence[Question], __: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+def _choices(
+    _: Answerer, questions: Sequence[Question], __: Mapping[str, Any], outputs: Arrays
+) -> list[dict[str, Any]]:
     return [
-        {"choice": int(row.argmax()), "text": question.choices[int(row.argmax())], "scores": [float(value) for value in row]}
+        {
+            "choice": int(row.argmax()),
+            "text": question.choices[int(row.argmax())],
+            "scores": [float(value) for value in row],
+        }
         for question, row in zip(questions, softmax(outputs["logits"]), strict=True)
     ]
 

@@ -43,8 +43,8 @@ def bench(
 ) -> list[Row]:
     """Time every engine of ``models`` in alternation, compared with the first of ``against`` (or of ``models``).
 
-    ``targets`` give options to the runtimes (`onnxruntime{threads=2}`) and say which engines of an output take part; without
-    them all do. Raises BadInput if nothing is there to time.
+    ``targets`` give options to the runtimes (`onnxruntime{threads=2}`) and say which engines of an output take part;
+    without them all do. Raises BadInput if nothing is there to time.
     """
     entrants = [entrant for path in (*against, *models) for entrant in _entrants(Path(path), targets)]
     if not entrants:
@@ -65,7 +65,11 @@ def _entrants(path: Path, targets: Sequence[str]) -> list[Entrant]:
         manifest = Manifest.read(path)
         names = [name for name in manifest.targets if not asked or name in asked]
         return [
-            Entrant(f"{path}/{n}", EngineRef(asked.get(n, manifest.targets[n].target), path / n), manifest.signature.signature())
+            Entrant(
+                f"{path}/{n}",
+                EngineRef(asked.get(n, manifest.targets[n].target), path / n),
+                manifest.signature.signature(),
+            )
             for n in names
             if registry.backend(manifest.targets[n].target).missing() is None
         ]
@@ -76,13 +80,21 @@ def _entrants(path: Path, targets: Sequence[str]) -> list[Entrant]:
 def target_of(path: Path) -> str:
     """The backend that opens a file, by its ending, or an engine folder, by the file it holds."""
     if path.is_dir():
-        found = [name for name in registry.table(registry.BACKENDS) if (path / registry.backend_class(name).model_file).is_file()]
+        found = [
+            name
+            for name in registry.table(registry.BACKENDS)
+            if (path / registry.backend_class(name).model_file).is_file()
+        ]
         if found:
             return path.name if path.name in found else found[0]
     elif path.is_file() and path.suffix in _BY_SUFFIX:
         return _BY_SUFFIX[path.suffix]
     kinds = "an output of planish, an engine folder, an .onnx or an .xml file"
-    raise BadInput("this cannot be timed" if path.exists() else "there is no such file or folder", where=path, advice=f"give {kinds}")
+    raise BadInput(
+        "this cannot be timed" if path.exists() else "there is no such file or folder",
+        where=path,
+        advice=f"give {kinds}",
+    )
 
 
 def _signature_of(path: Path, target: str) -> Signature:
@@ -104,7 +116,8 @@ def _named_axes(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...])
 
     def named(tensor: TensorSpec) -> TensorSpec:
         shape = tuple(
-            names[index] if isinstance(dim, str) and index < len(names) else dim for index, dim in enumerate(tensor.shape)
+            names[index] if isinstance(dim, str) and index < len(names) else dim
+            for index, dim in enumerate(tensor.shape)
         )
         return TensorSpec(tensor.name, tensor.dtype, shape, tensor.role, tensor.bound, tensor.pad)
 

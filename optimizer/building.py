@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-
 from planish.optimizer import instruments, onnx_io, presets, registry
 from planish.optimizer.backend import Arrays, Backend
 from planish.optimizer.base import Pass
@@ -111,18 +110,24 @@ class Builder:
             fidelity = self._check(target, place)
         violations = budget.violations(fidelity.comparison)
         if violations and self.request.preset is None:
-            raise CheckFailed("; ".join(violations), where=f"target {target}", advice="choose other passes or a wider budget")
+            raise CheckFailed(
+                "; ".join(violations), where=f"target {target}", advice="choose other passes or a wider budget"
+            )
         timings: Mapping[str, Mapping[str, Timing]] = {}
         if choice is None:
             choice, timings = self._choose(target, outcome, place, violations)
         elif violations and choice.shipped == "optimized":
-            raise CheckFailed("; ".join(violations), where=f"target {target}", advice="the lock does not hold here: remove it")
+            raise CheckFailed(
+                "; ".join(violations), where=f"target {target}", advice="the lock does not hold here: remove it"
+            )
         if choice.shipped == "plain":
             fidelity, budget = self._ship_plain(target, place), self._budget([])
             budget.check(fidelity.comparison, where=f"the plain lowering for {target}")
         for name in self.lowered.companions:
             self._copy_companion(name, place)
-        return Built(target, outcome, choice, budget, fidelity.comparison, fidelity.checked_with, timings, fidelity.peak_memory)
+        return Built(
+            target, outcome, choice, budget, fidelity.comparison, fidelity.checked_with, timings, fidelity.peak_memory
+        )
 
     def _run_passes(self, target: Backend, choice: Choice | None) -> Outcome:
         """Run the pipeline over a copy of the program; presets undo passes that leave the budget, locks never do."""
@@ -179,7 +184,12 @@ class Builder:
         with self.stages.stage(f"{target.name}: measurement"):
             timings = self._measure(target, place)
         speeds = [
-            Speed(shape=shape, speedup=_short(t["optimized"].speedup), low=_short(t["optimized"].low), high=_short(t["optimized"].high))
+            Speed(
+                shape=shape,
+                speedup=_short(t["optimized"].speedup),
+                low=_short(t["optimized"].low),
+                high=_short(t["optimized"].high),
+            )
             for shape, t in timings.items()
         ]
         faster = math.prod(timing["optimized"].low for timing in timings.values()) > 1
@@ -248,10 +258,13 @@ def check_engine(engine: EngineRef, signature: Signature, reference: Reference) 
 def sized_case(signature: Signature, sizes: Mapping[str, int]) -> tuple[Arrays, str]:
     """A case of the sizes asked for, as far as the axes allow them, and the text of the sizes that it has.
 
-    An axis that is not named takes the size of what it is by its place: `batch` if it leads the first input, `sequence` if
-    tokens run along it, else 1.
+    An axis that is not named takes the size of what it is by its place: `batch` if it leads the first input,
+    `sequence` if tokens run along it, else 1.
     """
-    known = {name: axis.clamp(sizes.get(name, sizes.get(_usual_name(signature, name), 1))) for name, axis in signature.axes.items()}
+    known = {
+        name: axis.clamp(sizes.get(name, sizes.get(_usual_name(signature, name), 1)))
+        for name, axis in signature.axes.items()
+    }
     text = ",".join(f"{name}={size}" for name, size in known.items()) or "fixed"
     return make_case(signature, known, np.random.default_rng(0)), text
 

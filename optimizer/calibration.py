@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput
 from planish.optimizer.program import Signature
@@ -29,7 +28,9 @@ def read_cases(path: Path, signature: Signature, tokenizer: Any | None) -> list[
     if path.suffix == ".npz":
         return [_arrays(path, signature)]
     if tokenizer is None:
-        raise BadInput("texts need a tokenizer, and the source brings none", where=path, advice="give an .npz file of arrays")
+        raise BadInput(
+            "texts need a tokenizer, and the source brings none", where=path, advice="give an .npz file of arrays"
+        )
     texts = list(read_texts(path))
     return batches_of(texts[: _BATCH * _CASES], signature, tokenizer)
 
@@ -67,7 +68,9 @@ def batches_of(texts: Sequence[str], signature: Signature, tokenizer: Any) -> li
 
 def tokenize(texts: Sequence[Any], signature: Signature, tokenizer: Any, longest: int | None) -> dict[str, np.ndarray]:
     """One padded batch; texts beyond ``longest`` tokens are cut."""
-    encoded = tokenizer(list(texts), padding=True, truncation=longest is not None, max_length=longest, return_tensors="np")
+    encoded = tokenizer(
+        list(texts), padding=True, truncation=longest is not None, max_length=longest, return_tensors="np"
+    )
     wanted = {tensor.name: tensor.numpy_dtype() for tensor in signature.inputs}
     absent = sorted(set(wanted) - set(encoded) - {"token_type_ids"})
     if absent:
@@ -88,7 +91,9 @@ def _arrays(path: Path, signature: Signature) -> Case:
         if tensor.name not in found:
             raise BadInput(f"it has no array {tensor.name!r}; it has {sorted(found)}", where=path)
         if not np.can_cast(found[tensor.name].dtype, tensor.numpy_dtype(), "same_kind"):
-            raise BadInput(f"array {tensor.name!r} is {found[tensor.name].dtype}, not {tensor.numpy_dtype()}", where=path)
+            raise BadInput(
+                f"array {tensor.name!r} is {found[tensor.name].dtype}, not {tensor.numpy_dtype()}", where=path
+            )
         if not np.isfinite(found[tensor.name]).all():
             raise BadInput(f"array {tensor.name!r} holds NaN or infinity", where=path)
     return {tensor.name: found[tensor.name].astype(tensor.numpy_dtype()) for tensor in signature.inputs}

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from planish.optimizer.errors import CheckFailed, UsageError
 from planish.optimizer.program import Role, Signature, TensorSpec
 from planish.optimizer.spec import did_you_mean
@@ -151,7 +150,7 @@ def _visible(tensor: TensorSpec, mask: TensorSpec | None, counts: np.ndarray | N
         return None
     order = [mask.shape.index(axis) for axis in tensor.shape if axis in mask.shape]
     shape = [counts.shape[mask.shape.index(axis)] if axis in mask.shape else 1 for axis in tensor.shape]
-    return np.transpose(counts, order).reshape(shape) != 0
+    return np.asarray(np.transpose(counts, order).reshape(shape) != 0)
 
 
 class _Tally:

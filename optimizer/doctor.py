@@ -10,7 +10,6 @@ from importlib import metadata
 
 import psutil
 from packaging.requirements import Requirement
-
 from planish.optimizer import registry
 from planish.optimizer.manifest import instruction_set
 
@@ -45,11 +44,17 @@ def _libraries() -> list[Finding]:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            found.append(Finding(requirement.name, "missing", f"wanted {requirement.specifier}", f"pip install '{requirement}'"))
+            found.append(
+                Finding(requirement.name, "missing", f"wanted {requirement.specifier}", f"pip install '{requirement}'")
+            )
             continue
         fits = requirement.specifier.contains(version, prereleases=True)
         advice = "" if fits else f"pip install '{requirement.name}{requirement.specifier}'"
-        found.append(Finding(requirement.name, "ok" if fits else "attention", f"{version} (wanted {requirement.specifier})", advice))
+        found.append(
+            Finding(
+                requirement.name, "ok" if fits else "attention", f"{version} (wanted {requirement.specifier})", advice
+            )
+        )
     return found
 
 
@@ -57,14 +62,18 @@ def _processor() -> Finding:
     flags = instruction_set()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     int8 = any(flag in flags for flag in ("vnni", "amx_int8", "asimddp", "i8mm"))
-    advice = "" if int8 else "int8 engines may be no faster here, and u8 x s8 products can saturate: trust the measurement"
+    advice = (
+        "" if int8 else "int8 engines may be no faster here, and u8 x s8 products can saturate: trust the measurement"
+    )
     return Finding("processor", "ok" if int8 else "attention", f"{cores} cores, {flags}", advice)
 
 
 def _memory() -> Finding:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(".")
     return Finding(
-        "memory and disk", "ok", f"{memory.available / 2**30:.1f} GiB of memory and {disk.free / 2**30:.1f} GiB of disk are free"
+        "memory and disk",
+        "ok",
+        f"{memory.available / 2**30:.1f} GiB of memory and {disk.free / 2**30:.1f} GiB of disk are free",
     )
 
 
@@ -74,7 +83,11 @@ def _gpu() -> Finding:
     if torch.cuda.is_available():
         return Finding("GPU", "ok", f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")
     device = shutil.which("nvidia-smi")
-    detail = "no NVIDIA driver is installed" if device is None else "a driver is installed, this build of torch does not use it"
+    detail = (
+        "no NVIDIA driver is installed"
+        if device is None
+        else "a driver is installed, this build of torch does not use it"
+    )
     return Finding("GPU", "missing", detail, "needed only to run TensorRT engines and CUDA providers")
 
 
@@ -84,7 +97,14 @@ def _targets() -> list[Finding]:
         cls = registry.backend_class(name)
         missing = cls.missing()
         detail = f"{cls.distribution} {_version(cls.distribution)}" if missing is None else missing
-        found.append(Finding(f"target {name}", "ok" if missing is None else "missing", detail, "" if missing is None else "engines can be emitted, not run"))
+        found.append(
+            Finding(
+                f"target {name}",
+                "ok" if missing is None else "missing",
+                detail,
+                "" if missing is None else "engines can be emitted, not run",
+            )
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """The way through the house: source in, checked and measured engines out.
 
-`optimize` is the flow: lower, make a reference, and for each target run the pipeline, emit, check, measure, choose. What was
-chosen goes into a lock, what was done into a manifest, what was timed into the measurements.
+`optimize` is the flow: lower, make a reference, and for each target run the pipeline, emit, check, measure, choose.
+What was chosen goes into a lock, what was done into a manifest, what was timed into the measurements.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from planish.optimizer import manifest as records
 from planish.optimizer import presets, registry
 from planish.optimizer.backend import Arrays, Engine
-from planish.optimizer.building import Builder, Built, Request, Stages, checkable, check_engine, pipelines_for
+from planish.optimizer.building import Builder, Built, Request, Stages, check_engine, checkable, pipelines_for
 from planish.optimizer.calibration import read_cases
 from planish.optimizer.compare import Budget, Comparison
 from planish.optimizer.errors import UsageError
@@ -71,9 +71,9 @@ def optimize(
 ) -> Result:
     """Turn a checkpoint folder, an `.onnx` file or an `nn.Module` into engines in the folder ``out``.
 
-    ``preset`` (`exact` by default) and ``pipeline`` exclude each other. ``keep`` are budgets (`cosine>=0.999`), ``shapes``
-    sizes of axes at which engines are timed. ``lock`` is used if the file exists and written if it does not. A module
-    needs ``sample_inputs`` (tensors by keyword) and ``dynamic_axes`` (`{input: {position: name}}`).
+    ``preset`` (`exact` by default) and ``pipeline`` exclude each other. ``keep`` are budgets (`cosine>=0.999`),
+    ``shapes`` sizes of axes at which engines are timed. ``lock`` is used if the file exists and written if it does
+    not. A module needs ``sample_inputs`` (tensors by keyword) and ``dynamic_axes`` (`{input: {position: name}}`).
 
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
@@ -86,7 +86,9 @@ def optimize(
             gc.collect()
             gc.freeze()  # a million objects of torch stay as they are: no collection below needs to walk them again
         if known is not None and lock is not None:
-            known.check_fits(Path(lock), lowered.program.provenance.files, request.described(), [*map(str, request.targets)])
+            known.check_fits(
+                Path(lock), lowered.program.provenance.files, request.described(), [*map(str, request.targets)]
+            )
         inputs = _inputs(lowered, calibration)
         reference = _reference(lowered, inputs)
         reproducers = Path(f"{out}.failed")
@@ -234,8 +236,8 @@ class Verdict:
 def verify(out: str | Path) -> dict[str, Verdict]:
     """Check an output again on this machine: file hashes, then every engine against the stored reference.
 
-    Returns a verdict for each engine; the caller decides what a problem means (the command line exits 1). BadInput if the
-    folder is not an output, MissingRuntime never: an engine whose runtime is not here is checked by another, and noted.
+    Returns a verdict for each engine; the caller decides what a problem means (the command line exits 1). BadInput if
+    the folder is not an output. An engine whose runtime is not here is checked by another, and that is noted.
     """
     folder = Path(out)
     manifest = Manifest.read(folder)
@@ -246,7 +248,9 @@ def verify(out: str | Path) -> dict[str, Verdict]:
 
 def _verify(folder: Path, name: str, manifest: Manifest, reference: Reference, broken: Iterable[str]) -> Verdict:
     record = manifest.targets[name]
-    changed = tuple(f"{file} is not the file that was written" for file in broken if file.startswith((f"{name}/", "reference/")))
+    changed = tuple(
+        f"{file} is not the file that was written" for file in broken if file.startswith((f"{name}/", "reference/"))
+    )
     if changed:
         return Verdict(record.target, None, changed)
     target = registry.backend(record.target)

@@ -43,12 +43,7 @@ def rank_of(value: ir.Value | None) -> int | None:
 
 def is_weight_matrix(value: ir.Value | None) -> bool:
     """Whether ``value`` is a constant of rank two (read or referenced, never a graph input)."""
-    return (
-        value is not None
-        and not value.is_graph_input()
-        and value.const_value is not None
-        and rank_of(value) == 2
-    )
+    return value is not None and not value.is_graph_input() and value.const_value is not None and rank_of(value) == 2
 
 
 def location_of(node: ir.Node) -> str:
@@ -93,9 +88,19 @@ def weight_bytes(model: ir.Model) -> int:
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
     """Register a constant under ``name`` and return its value; an existing name is a KeyError of onnx_ir."""
     tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=shape_of(tensor), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def shape_of(tensor: ir.TensorProtocol) -> ir.Shape:
+    """The shape of a tensor, whose dimensions are always numbers."""
+    return ir.Shape(sizes_of(tensor))
+
+
+def sizes_of(tensor: ir.TensorProtocol) -> list[int]:
+    """The dimensions of a tensor."""
+    return [int(dim) for dim in tensor.shape if isinstance(dim, int)]
 
 
 def opset_of(model: ir.Model) -> int:
@@ -113,7 +118,7 @@ def without_weights(model: ir.Model, limit: int = 1024) -> ir.Model:
         tensor = value.const_value
         if tensor is not None:
             value.const_value = ir.ExternalTensor(
-                "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or ""
+                "weights", 0, tensor.nbytes, tensor.dtype, shape=shape_of(tensor), name=value.name or ""
             )
     return copy
 
@@ -144,7 +149,7 @@ def sizes_of_values(model: ir.Model, axes: Mapping[str, int]) -> tuple[dict[int,
     """Bytes of each value that a node of the main graph makes, by id, when axes have these sizes (1 if not named).
 
     Recorded shapes are taken where they name their axes; what they leave open, the standard's shape inference fills in
-    on a copy without weights whose inputs have the sizes. Returns also how many values stay unknown; they count nothing.
+    on a copy without weights whose inputs have the sizes. Returns also how many values stay unknown (they count 0).
     """
     inferred = _infer_at(model, axes)
     sizes: dict[int, int] = {}
@@ -163,11 +168,14 @@ def _infer_at(model: ir.Model, axes: Mapping[str, int]) -> ir.Model:
     copy = without_weights(model)
     for value in copy.graph.inputs:
         if value.shape is not None:
-            value.shape = ir.Shape([dim if isinstance(dim, int) else axes.get(dim.value or "", 1) for dim in value.shape])
+            value.shape = ir.Shape(
+                [dim if isinstance(dim, int) else axes.get(dim.value or "", 1) for dim in value.shape]
+            )
     for node in copy.graph.all_nodes():
         for value in node.outputs:
             value.shape = None
-    return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(copy), data_prop=True))
+    inferred: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(copy), data_prop=True))
+    return inferred
 
 
 def _at(shape: ir.Shape | None, axes: Mapping[str, int]) -> list[int] | None:

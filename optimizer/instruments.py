@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 import onnx_ir as ir
-
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.base import Pass, PassResult
 from planish.optimizer.compare import Budget, Comparison, compare

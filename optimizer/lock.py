@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from planish.optimizer.errors import BadInput, UsageError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 LOCK = "planish.lock"
 
@@ -80,13 +79,17 @@ class Lock(BaseModel):
             first = error.errors()[0]
             raise BadInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=path) from None
 
-    def check_fits(self, path: Path, source: Mapping[str, str], requested: Mapping[str, str], targets: list[str]) -> None:
+    def check_fits(
+        self, path: Path, source: Mapping[str, str], requested: Mapping[str, str], targets: list[str]
+    ) -> None:
         """UsageError if the lock was made for another source, request or set of targets."""
         advice = "remove the lock to choose anew, or give the request that it was made for"
         if dict(source) != self.source:
             raise UsageError("this lock was made for another source", where=path, advice=advice)
         if dict(requested) != self.requested:
-            raise UsageError(f"this lock was made for {self.requested}, not for {dict(requested)}", where=path, advice=advice)
+            raise UsageError(
+                f"this lock was made for {self.requested}, not for {dict(requested)}", where=path, advice=advice
+            )
         if targets != [choice.target for choice in self.targets.values()]:
             raise UsageError(
                 f"this lock was made for the targets {[c.target for c in self.targets.values()]}, not for {targets}",

@@ -8,19 +8,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from planish.optimizer.compare import Comparison
 from planish.optimizer.errors import BadInput
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.pipeline import PassReport
 from planish.optimizer.program import Axis, Program, Role, Signature, TensorSpec
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 MEASUREMENTS = "measurements.json"
 _LIBRARIES = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "optimum", "torch", "transformers")
 _FLAGS = (
-    "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp",
-    "i8mm", "sve",
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "sve",
 )  # fmt: skip
 """Instruction sets that decide which kernels a runtime takes."""
 
@@ -242,11 +241,18 @@ def _counted(texts: list[str]) -> list[str]:
 
 def _tensor_record(tensor: TensorSpec) -> TensorRecord:
     return TensorRecord(
-        name=tensor.name, dtype=tensor.dtype.name, shape=list(tensor.shape), role=tensor.role, bound=tensor.bound, pad=tensor.pad
+        name=tensor.name,
+        dtype=tensor.dtype.name,
+        shape=list(tensor.shape),
+        role=tensor.role,
+        bound=tensor.bound,
+        pad=tensor.pad,
     )
 
 
 def _tensor(record: TensorRecord) -> TensorSpec:
     import onnx_ir as ir
 
-    return TensorSpec(record.name, ir.DataType[record.dtype], tuple(record.shape), record.role, record.bound, record.pad)
+    return TensorSpec(
+        record.name, ir.DataType[record.dtype], tuple(record.shape), record.role, record.bound, record.pad
+    )

@@ -24,7 +24,6 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
-
 from planish.optimizer import errors, registry
 from planish.optimizer.backend import Arrays
 from planish.optimizer.errors import InternalError, PlanishError
@@ -88,7 +87,9 @@ class Worker:
         self._reply()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End the process."""
         self.resume()
         self._process.kill()
@@ -102,7 +103,8 @@ class Worker:
         from safetensors.numpy import load
 
         self._send("run", inputs)
-        return load(self._reply())
+        outputs: dict[str, np.ndarray] = load(self._reply())
+        return outputs
 
     def time(self, calls: int, seconds: float) -> list[float]:
         """Milliseconds of up to ``calls`` calls with the inputs of the last `run`, at least two."""

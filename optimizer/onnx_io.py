@@ -14,7 +14,6 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-
 from planish.optimizer.errors import BadInput
 from planish.optimizer.graph import NAME_SCOPES, graphs_of, weight_bytes
 
@@ -95,7 +94,7 @@ def load(path: Path) -> ir.Model:
     _check_external_data(proto, path)
     _check_operators(proto, path)
     try:
-        model = ir.from_proto(proto)
+        model: ir.Model = ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ir.serde.SerdeError) as error:
         raise BadInput(f"this graph cannot be read: {error}", where=path) from error
     for graph in model.graphs():

@@ -1,8 +1,8 @@
 """Output that appears complete or not at all, also when the process is killed.
 
-A folder is built under a hidden name beside its destination and moved there in one step; where something stands already,
-the two are exchanged in one step (renameat2 on Linux). What a killed run left behind is removed by the next run: a lock on
-it tells whether its maker is alive.
+A folder is built under a hidden name beside its destination and moved there in one step; where something stands
+already, the two are exchanged in one step (renameat2 on Linux). What a killed run left behind is removed by the next
+run: a lock on it tells whether its maker is alive.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-
 from planish.optimizer.errors import BadInput, OutOfResources
 
 MANIFEST = "planish.json"
@@ -53,7 +52,7 @@ def staged_folder(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(destination: Path) -> Iterator[Path]:
-    """A path to write a file and its `.data` companion at; both are moved to ``destination`` when the block ends well."""
+    """A path to write a file and its `.data` companion at; both move to ``destination`` when the block ends well."""
     with _clear_errors(destination):
         if destination.is_dir():
             raise BadInput("this is a folder", where=destination, advice="name the file that shall be written")
@@ -70,7 +69,9 @@ def _check_replaceable(destination: Path) -> None:
         raise BadInput("this exists and is not a folder", where=destination, advice="choose another output folder")
     if destination.is_dir() and any(destination.iterdir()) and not (destination / MANIFEST).is_file():
         raise BadInput(
-            "this folder exists and is not an output of planish", where=destination, advice="choose another, or remove it"
+            "this folder exists and is not an output of planish",
+            where=destination,
+            advice="choose another, or remove it",
         )
 
 
@@ -82,7 +83,9 @@ def _clear_errors(destination: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutOfResources(
-                f"there is no room to write ({error.strerror})", where=destination, advice="free some space and run again"
+                f"there is no room to write ({error.strerror})",
+                where=destination,
+                advice="free some space and run again",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise BadInput(f"this cannot be written ({error.strerror})", where=destination) from error

@@ -33,7 +33,7 @@ BUDGETS: Mapping[str, str] = {"fast": "cosine>=0.99"}
 
 
 def pipeline_text(preset: str, target: str) -> str:
-    """The pipeline of a preset for a target, by its name without options. A target of a third party gets the shared part."""
+    """The pipeline of a preset for a target named without options; targets of third parties get the shared part."""
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}{spec.did_you_mean(preset, PRESETS)}")
     return PRESETS[preset].get(target, _SHARED)
@@ -41,4 +41,5 @@ def pipeline_text(preset: str, target: str) -> str:
 
 def budget(preset: str | None) -> Budget:
     """The default fidelity of a preset; nothing for an explicit pipeline."""
-    return Budget.parse([BUDGETS[preset]] if preset in BUDGETS else [])
+    default = BUDGETS.get(preset or "")
+    return Budget.parse([] if default is None else [default])

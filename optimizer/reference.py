@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from planish.optimizer.compare import Budget, Case, Clause, compare
 from planish.optimizer.errors import BadInput
 from planish.optimizer.program import Role, Signature, TensorSpec
@@ -110,6 +109,7 @@ def leading_axis(signature: Signature) -> str | None:
 
 
 def make_case(signature: Signature, sizes: Mapping[str, int], generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """One case of the given sizes: values by role, padding where the mask says so."""
     made = {tensor.name: _values(tensor, signature.shape_of(tensor, sizes), generator) for tensor in signature.inputs}
     mask = signature.mask()
     if mask is not None:
@@ -142,14 +142,14 @@ def _tokens(tensor: TensorSpec, shape: tuple[int, ...], generator: np.random.Gen
     """Ids below the bound, the padding id left out where there are others."""
     bound = tensor.bound or 2
     ids = generator.integers(0, bound, shape)
-    return np.where(ids == tensor.pad, (ids + 1) % bound, ids)
+    return np.asarray(np.where(ids == tensor.pad, (ids + 1) % bound, ids))
 
 
 def _mask(shape: tuple[int, ...]) -> np.ndarray:
     """Ones; in a batch, each row is padded on the right to a share of the row before it."""
     rows = int(np.prod(shape[:-1], dtype=np.int64))
     lengths = np.maximum(1, np.ceil(shape[-1] * _SHARE ** np.arange(rows))).astype(np.int64)
-    return (np.arange(shape[-1]) < lengths[:, None]).reshape(shape)
+    return np.asarray(np.arange(shape[-1]) < lengths[:, None]).reshape(shape)
 
 
 def quick(inputs: Sequence[Case]) -> list[Case]:

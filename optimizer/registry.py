@@ -57,12 +57,14 @@ def table(group: str) -> Mapping[str, Entry]:
 
 def pass_class(name: str) -> type[Pass]:
     """The pass called ``name``; UsageError with the nearest name if there is none."""
-    return _load(PASSES, name, "pass")
+    found: type[Pass] = _load(PASSES, name, "pass")
+    return found
 
 
 def backend_class(name: str) -> type[Backend]:
     """The backend called ``name``; UsageError with the nearest name if there is none."""
-    return _load(BACKENDS, name, "target")
+    found: type[Backend] = _load(BACKENDS, name, "target")
+    return found
 
 
 def backend(text: str) -> Backend:

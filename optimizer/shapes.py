@@ -1,7 +1,7 @@
 """Integers followed through shape arithmetic: what a graph computes of its own shapes, without running it.
 
-Followed are Shape, Gather, Slice, Concat, Squeeze, Unsqueeze, Cast, Identity, Reshape to a line or a scalar, and Add, Sub and
-Mul. An entry is a number, the name of an axis, or unknown.
+Followed are Shape, Gather, Slice, Concat, Squeeze, Unsqueeze, Cast, Identity, Reshape to a line or a scalar, and Add,
+Sub and Mul. An entry is a number, the name of an axis, or unknown.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
-
 from planish.optimizer.graph import constant_of
 
 Entry = int | str | None

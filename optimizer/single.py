@@ -37,7 +37,9 @@ def optimize_file(
     steps = Pipeline.parse(pipeline if pipeline is not None else presets.pipeline_text(preset or "exact", name))
     asked = Budget.parse(keep) if keep else presets.budget(preset)
     lowered = lower(source)
-    watchers: list[Instrument] = [instruments.Reproducer(Path(f"{out}.failed"), onnx_io.save, [f"--keep '{k}'" for k in keep])]
+    watchers: list[Instrument] = [
+        instruments.Reproducer(Path(f"{out}.failed"), onnx_io.save, [f"--keep '{k}'" for k in keep])
+    ]
     if print_before:
         watchers.append(instruments.PrintIR("before"))
     if print_after or print_after_change:

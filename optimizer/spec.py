@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -118,11 +117,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (there are: {', '.join(names)})" if names else " (there are none)"
 
 
-@functools.cache
+_ADAPTERS: dict[type[Any], Any] = {}
+
+
 def _adapter(cls: type[Any]) -> Any:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(cls)
+    if cls not in _ADAPTERS:
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
 
 
 def _explain(cls: type[Any], fault: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from planish.optimizer.graph import sizes_of
 
 Read = Callable[[], np.ndarray]
 
@@ -21,7 +22,7 @@ class Recipe:
         """What the array is made from, for those who can improve on the recipe (equal origins, equal arrays)."""
         self._last: weakref.ref[np.ndarray] | None = None
 
-    def __call__(self) -> ir.Tensor:
+    def __call__(self) -> ir.TensorProtocol:
         """The array as a tensor."""
         array = None if self._last is None else self._last()
         if array is None:
@@ -48,5 +49,5 @@ def origin_of(tensor: ir.TensorProtocol | None) -> object:
 
 def taken(tensor: ir.TensorProtocol, kept: np.ndarray, axis: int, name: str) -> ir.TensorProtocol:
     """The entries ``kept`` of a tensor along ``axis``, cut out when it is read."""
-    shape = [len(kept) if index == axis else int(size) for index, size in enumerate(tensor.shape)]
+    shape = [len(kept) if index == axis else size for index, size in enumerate(sizes_of(tensor))]
     return lazy(lambda: np.ascontiguousarray(tensor.numpy().take(kept, axis)), tensor.dtype, shape, name)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
-
 from planish.optimizer.errors import CheckFailed
 from planish.optimizer.graph import graphs_of, location_of, subgraphs_of, without_weights
 
@@ -35,7 +34,7 @@ class Fault:
 
 def faults_of(model: ir.Model) -> list[Fault]:
     """Every fault of the model; cheap checks first, type and shape inference only on a graph that passes them."""
-    roots = [model.graph, *model.functions.values()]
+    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     found = [fault for root in roots for fault in _graph_faults(model, root, frozenset())]
     return found or list(_inference_faults(model))
 
@@ -153,5 +152,7 @@ def _inference_faults(model: ir.Model) -> Iterator[Fault]:
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         message = " ".join(str(error).split())
-        named = [node for graph in model.graphs() for node in graph if node.name and f"node name: {node.name})" in message]
+        named = [
+            node for graph in model.graphs() for node in graph if node.name and f"node name: {node.name})" in message
+        ]
         yield Fault(message[:400], named[0] if named else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import click
-
 from planish.optimizer.cli.options import json_flag, print_json
 from planish.optimizer.registry import BACKENDS
 

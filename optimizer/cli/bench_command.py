@@ -7,18 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-
 from planish.optimizer.cli.options import existing, parse_shapes, shapes_option
 
 
 @click.command("bench")
 @click.argument("models", type=existing, nargs=-1, required=True)
 @click.option("--against", type=existing, multiple=True, help="What to compare with; the first is the measure of all.")
-@click.option("--target", "targets", multiple=True, metavar="NAME[{k=v …}]", help="Options for a runtime: onnxruntime{threads=2}.")
+@click.option(
+    "--target", "targets", multiple=True, metavar="NAME[{k=v …}]", help="Options for a runtime: onnxruntime{threads=2}."
+)
 @shapes_option
-@click.option("--json", "json_file", type=existing, help="Write the figures to this file as well ('-': print them only).")
+@click.option(
+    "--json", "json_file", type=existing, help="Write the figures to this file as well ('-': print them only)."
+)
 def command(
-    models: tuple[Path, ...], against: tuple[Path, ...], targets: tuple[str, ...], shapes: tuple[str, ...], json_file: Path | None
+    models: tuple[Path, ...],
+    against: tuple[Path, ...],
+    targets: tuple[str, ...],
+    shapes: tuple[str, ...],
+    json_file: Path | None,
 ) -> None:
     """Time MODELS (outputs, engine folders, .onnx and .xml files) in alternation, each in a process of its own."""
     from planish.optimizer.benching import bench
@@ -34,7 +41,13 @@ def command(
         with staged_file(json_file) as path:
             path.write_text(figures + "\n", encoding="utf-8")
     table = [
-        (r.label, r.shape, f"{r.timing.median_ms:.2f}", f"{r.timing.speedup:.2f}x", f"[{r.timing.low:.2f}, {r.timing.high:.2f}]")
+        (
+            r.label,
+            r.shape,
+            f"{r.timing.median_ms:.2f}",
+            f"{r.timing.speedup:.2f}x",
+            f"[{r.timing.low:.2f}, {r.timing.high:.2f}]",
+        )
         for r in rows
     ]
     print_table(f"compared with {rows[0].label}", ("model", "shape", "median ms", "speed-up", "95 % interval"), table)

@@ -28,7 +28,11 @@ def _entry(name: str, entry: registry.Entry) -> dict[str, Any]:
 
 
 def _option(facts: Mapping[str, Any]) -> dict[str, Any]:
-    bounds = {key: facts[key] for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "enum") if key in facts}
+    bounds = {
+        key: facts[key]
+        for key in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "enum")
+        if key in facts
+    }
     return {
         "type": facts.get("type", "choice"),
         "default": facts.get("default"),
@@ -42,7 +46,17 @@ def print_catalogue(title: str, found: Sequence[Mapping[str, Any]], *, markdown:
     runnable = any("missing" in entry for entry in found)
     rows = []
     for entry in found:
-        options = "\n".join(f"{name}={spec.format_value(o['default'])}: {o['help']}" for name, o in entry["options"].items())
-        rows.append((entry["name"], entry["summary"], options, entry["from"], *([entry["missing"] or "runs here"] if runnable else [])))
+        options = "\n".join(
+            f"{name}={spec.format_value(o['default'])}: {o['help']}" for name, o in entry["options"].items()
+        )
+        rows.append(
+            (
+                entry["name"],
+                entry["summary"],
+                options,
+                entry["from"],
+                *([entry["missing"] or "runs here"] if runnable else []),
+            )
+        )
     columns = ("name", "what it does", "options", "from", *(["on this machine"] if runnable else []))
     print_table(title, columns, rows, markdown=markdown)

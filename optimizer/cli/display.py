@@ -34,7 +34,13 @@ def _bar() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
@@ -61,7 +67,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def print_result(manifest: Manifest, choices: Mapping[str, Choice], latencies: Mapping[str, Any]) -> None:
     """The result table of a build: one row for each engine and timed shape."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, record in manifest.targets.items():
         speeds = choices[name].measured
         rows.append(
@@ -71,7 +77,8 @@ def print_result(manifest: Manifest, choices: Mapping[str, Choice], latencies: M
                 f"{record.size_bytes / 1e6:.1f} MB",
                 fidelity_text(record.comparison),
                 record.budget or "none asked",
-                "\n".join(f"{s.speedup:.2f}x [{s.low:.2f}, {s.high:.2f}] at {s.shape}" for s in speeds) or "not measured",
+                "\n".join(f"{s.speedup:.2f}x [{s.low:.2f}, {s.high:.2f}] at {s.shape}" for s in speeds)
+                or "not measured",
                 _latency(latencies.get(name, {})),
             )
         )
@@ -81,7 +88,10 @@ def print_result(manifest: Manifest, choices: Mapping[str, Choice], latencies: M
 
 
 def _latency(shapes: Mapping[str, Any]) -> str:
-    return "\n".join(f"{timings['optimized']['median_ms']:.2f} ({timings['plain']['median_ms']:.2f} plain)" for timings in shapes.values())
+    return "\n".join(
+        f"{timings['optimized']['median_ms']:.2f} ({timings['plain']['median_ms']:.2f} plain)"
+        for timings in shapes.values()
+    )
 
 
 def fidelity_text(comparison: Mapping[str, Mapping[str, float]]) -> str:

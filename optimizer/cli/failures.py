@@ -9,7 +9,6 @@ import traceback
 from pathlib import Path
 
 import click
-
 from planish.optimizer.errors import InternalError, OutOfResources, PlanishError, UsageError
 
 
@@ -34,7 +33,9 @@ def _as_ours(error: Exception) -> PlanishError:
     if isinstance(error, MemoryError):
         return OutOfResources("memory ran out", advice="close other programs or use a larger machine")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutOfResources(f"there is no room to write ({error.strerror})", where=error.filename, advice="free some space")
+        return OutOfResources(
+            f"there is no room to write ({error.strerror})", where=error.filename, advice="free some space"
+        )
     return _bug(error)
 
 

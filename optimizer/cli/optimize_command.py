@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-
 from planish.optimizer.cli.options import existing, json_flag, parse_shapes, print_json, shapes_option
 
 
 @click.command("optimize")
 @click.argument("source", type=existing)
-@click.option("-o", "--output", "out", type=existing, required=True, help="The folder to make; appears complete or not at all.")
+@click.option(
+    "-o", "--output", "out", type=existing, required=True, help="The folder to make; appears complete or not at all."
+)
 @click.option("--task", help="The task to serve; read from config.json if not given.")
 @click.option(
     "--target", "targets", multiple=True, metavar="NAME[{k=v …}]", default=["onnxruntime"], show_default=True,
@@ -61,7 +62,13 @@ def command(
     if depfile is not None:
         _write_depfile(depfile, source, out, [*result.manifest.source.files], [p for p in (calibration, lock) if p])
     if as_json:
-        print_json({"output": str(out), "manifest": result.manifest.model_dump(mode="json"), "measurements": result.measurements})
+        print_json(
+            {
+                "output": str(out),
+                "manifest": result.manifest.model_dump(mode="json"),
+                "measurements": result.measurements,
+            }
+        )
         return
     latencies = {name: target["latency_ms"] for name, target in result.measurements["targets"].items()}
     print_result(result.manifest, Lock.read(out / LOCK).targets, latencies)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from planish.optimizer.cli.options import existing, json_flag, print_json
 from planish.optimizer.errors import UsageError
 
@@ -18,7 +17,9 @@ _SHOWN = 6
 @click.argument("engine", type=existing)
 @click.option("--text", help="One text to answer.")
 @click.option("--pair", help="The second text: the context of a question, the other sentence of a pair.")
-@click.option("--choice", "choices", multiple=True, help="One of several answers to choose from; may be given several times.")
+@click.option(
+    "--choice", "choices", multiple=True, help="One of several answers to choose from; may be given several times."
+)
 @click.option("--input", "source", type=existing, help="A .txt or .jsonl file of texts.")
 @click.option("--output", type=existing, help="The .jsonl file to write; an interrupted run goes on where it stopped.")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Texts that run together.")
@@ -67,7 +68,9 @@ def _lines(answer: dict[str, Any]) -> list[str]:
     if "embedding" in answer:
         values = answer["embedding"]
         start = ", ".join(f"{value:.4f}" for value in values[:_SHOWN])
-        return [f"embedding of {len(values)} values: [{start}, …]"] + (["(the text was cut)"] if answer.get("truncated") else [])
+        return [f"embedding of {len(values)} values: [{start}, …]"] + (
+            ["(the text was cut)"] if answer.get("truncated") else []
+        )
     return [f"{key}: {_text(value)}" for key, value in answer.items()]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-
 from planish.optimizer.cli.options import existing, json_flag, print_json
 from planish.optimizer.errors import CheckFailed
 
@@ -23,10 +22,16 @@ def command(out: Path, as_json: bool) -> None:
     found = {name: {} if v.comparison is None else figures(v.comparison) for name, v in verdicts.items()}
     if as_json:
         print_json(
-            {name: {"target": v.target, "comparison": found[name], "problems": v.problems, "note": v.note} for name, v in verdicts.items()}
+            {
+                name: {"target": v.target, "comparison": found[name], "problems": v.problems, "note": v.note}
+                for name, v in verdicts.items()
+            }
         )
     else:
-        rows = [(v.target, "failed" if v.problems else "ok", fidelity_text(found[name]), v.note) for name, v in verdicts.items()]
+        rows = [
+            (v.target, "failed" if v.problems else "ok", fidelity_text(found[name]), v.note)
+            for name, v in verdicts.items()
+        ]
         print_table(str(out), ("target", "verdict", "fidelity", "note"), rows)
     problems = [f"{name}: {problem}" for name, v in verdicts.items() for problem in v.problems]
     if problems:

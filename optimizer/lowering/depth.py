@@ -1,9 +1,9 @@
 """Lower two or three layers instead of many, and write the others as copies.
 
 A stack of equal layers (an `nn.ModuleList` whose members differ in nothing but their weights and their number) traces
-to equal subgraphs. So the stack is cut to its first two layers for the trace (three, if the first is unlike the others); in
-the graph, the last of them shows how layer *i* follows from layer *i - 1*, and every further layer is written as a copy of
-it, reading its own weights::
+to equal subgraphs. So the stack is cut to its first two layers for the trace (three, if the first is unlike the
+others); in the graph, the last of them shows how layer *i* follows from layer *i - 1*, and every further layer is
+written as a copy of it, reading its own weights::
 
     x -> layer 0 -> layer 1 -> y                      what is traced
     x -> layer 0 -> layer 1 -> copy 2 … copy n -> y   what is returned
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-
 from planish.optimizer.graph import NAME_SCOPES
 
 _FEWEST = 5
@@ -196,7 +195,9 @@ def _hand_over(
     readers: Sequence[tuple[ir.Value, ir.Node, int]],
 ) -> None:
     """Let what read the last traced layer from outside read the last copy instead."""
-    pairs = [pair for node, copy in zip(template, last, strict=True) for pair in zip(node.outputs, copy.outputs, strict=True)]
+    pairs = [
+        pair for node, copy in zip(template, last, strict=True) for pair in zip(node.outputs, copy.outputs, strict=True)
+    ]
     follower = {id(old): new for old, new in pairs}
     for value, node, index in readers:
         node.replace_input_with(index, follower[id(value)])
@@ -264,7 +265,7 @@ def _copy(node: ir.Node, inputs: Sequence[ir.Value | None], old: str, new: str, 
 
 
 def _weight_of(graph: ir.Graph, value: ir.Value, old: str, new: str) -> ir.Value:
-    """The initializer of another layer that corresponds to ``value``; its tensor is filled in when weights are bound."""
+    """The initializer of another layer that corresponds to ``value``; its tensor comes when weights are bound."""
     name = (value.name or "").replace(old, new, 1)
     if name not in graph.initializers:
         fresh = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-
 from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering import module as exporter
 from planish.optimizer.lowering.checkpoint import Checkpoint, bind, loaded, skeleton, tensors_of
@@ -109,9 +108,7 @@ def _constants(model: Any) -> dict[str, Any]:
     wanted = {"return_dict": True, "use_cache": False}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {
-        name: value
-        for name, value in wanted.items()
-        if name in parameters or (name == "return_dict" and takes_any)
+        name: value for name, value in wanted.items() if name in parameters or (name == "return_dict" and takes_any)
     }
 
 

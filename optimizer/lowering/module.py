@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-
 from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering.checkpoint import quiet
 from planish.optimizer.lowering.weights import Stored
@@ -29,7 +28,7 @@ class _Flat:
     def __new__(cls, module: Any, names: Sequence[str], constants: Mapping[str, Any], outputs: Sequence[str]) -> Any:
         import torch
 
-        class Flat(torch.nn.Module):  # type: ignore[misc]
+        class Flat(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.module = module
@@ -71,9 +70,7 @@ def export(
     import torch
 
     flat = _Flat(module, list(inputs), constants or {}, outputs)
-    dynamic = {
-        name: {index: torch.export.Dim.DYNAMIC for index in axes.get(name, {})} or None for name in inputs
-    }
+    dynamic = {name: dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in inputs}
     with torch.no_grad(), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -94,6 +91,8 @@ def export(
                 f"torch cannot capture {type(module).__name__}: {' '.join(str(error).split())[:400]}",
                 advice="a module must trace with its batch and sequence axes dynamic",
             ) from error
+    if program is None:
+        raise BadInput(f"torch gave no graph for {type(module).__name__}")
     model = program.model
     return model, _name_axes(model, axes, _ranges(captured))
 

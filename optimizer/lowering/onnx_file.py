@@ -10,16 +10,15 @@ from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-
 from planish.optimizer import onnx_io, registry
+from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput
-from planish.optimizer.graph import opset_of
+from planish.optimizer.graph import opset_of, sizes_of
 from planish.optimizer.lowering.checkpoint import quiet, sha256
 from planish.optimizer.lowering.encoder import border_spec
 from planish.optimizer.lowering.module import OPSET
 from planish.optimizer.lowering.original import Answers, Original
 from planish.optimizer.lowering.tasks import TASKS
-from planish.optimizer.compare import Case
 from planish.optimizer.program import Axis, Program, Provenance, Role, Signature, TensorSpec, guess_role
 from planish.optimizer.reference import thin
 
@@ -114,7 +113,7 @@ def _table_rows(value: ir.Value) -> int | None:
             table = node.inputs[0] if node.op_type == "Gather" and index == 1 else None
             axis = node.attributes.get("axis")
             if table is not None and table.const_value is not None and (axis is None or axis.as_int() == 0):
-                rows.append(int(table.const_value.shape[0]))
+                rows.append(sizes_of(table.const_value)[0])
             if node.op_type in _THROUGH and index == 0:
                 fresh = [out for out in node.outputs if id(out) not in seen]
                 seen |= {id(out) for out in fresh}
@@ -125,7 +124,7 @@ def _table_rows(value: ir.Value) -> int | None:
 def _position_rows(model: ir.Model) -> int | None:
     """Rows of a table whose name speaks of positions: the longest sequence that the model can index."""
     rows = [
-        int(value.const_value.shape[0])
+        sizes_of(value.const_value)[0]
         for name, value in model.graph.initializers.items()
         if "position" in name and value.const_value is not None and len(value.const_value.shape) == 2
         and value.const_value.dtype.is_floating_point()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-
 from planish.optimizer import errors
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import InternalError, OutOfResources, PlanishError
@@ -56,7 +55,9 @@ class TorchOriginal(Original):
 
     description = "PyTorch eager, float32"
 
-    def __init__(self, load: Callable[[], Any], outputs: Sequence[str], constants: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, load: Callable[[], Any], outputs: Sequence[str], constants: Mapping[str, Any] | None = None
+    ) -> None:
         self._load = load
         self._outputs = outputs
         self._constants = constants or {}
@@ -91,7 +92,9 @@ class CheckpointOriginal(TorchOriginal):
     The process starts at once and loads the checkpoint while this one traces it; it ends when this one does.
     """
 
-    def __init__(self, folder: Path, task: str, outputs: Sequence[str] = (), constants: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, task: str, outputs: Sequence[str] = (), constants: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(lambda: loaded(open_checkpoint(folder, task)), outputs, constants)
         self._scratch = tempfile.TemporaryDirectory(prefix="planish-reference-")
         job = {"folder": str(folder), "task": task, "outputs": list(outputs), "constants": dict(constants or {})}

@@ -73,4 +73,5 @@ def head_class(task: str, config: Any, architecture: str | None, where: object) 
     found = auto._model_mapping[type(config)]
     candidates = found if isinstance(found, tuple | list) else (found,)
     named = [candidate for candidate in candidates if candidate.__name__ == architecture]
-    return (named or list(candidates))[0]
+    chosen: type[Any] = (named or list(candidates))[0]
+    return chosen

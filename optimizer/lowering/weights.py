@@ -15,7 +15,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-
 from planish.optimizer.errors import BadInput
 from planish.optimizer.tensors import lazy
 
@@ -159,8 +158,11 @@ def _check_extents(path: Path, tensors: dict[str, Stored], base: int, size: int)
         if tensor.offset + _length(tensor) > size:
             raise _broken(path, f"tensor {name!r} ends beyond the end of the file: the file is cut off")
         if tensor.offset != position:
-            raise _broken(path, f"tensor {name!r} {'overlaps' if tensor.offset < position else 'leaves a gap after'} "
-                                "the tensor before it")
+            raise _broken(
+                path,
+                f"tensor {name!r} {'overlaps' if tensor.offset < position else 'leaves a gap after'} "
+                "the tensor before it",
+            )
         position += _length(tensor)
     if position != size:
         raise _broken(path, f"{size - position} bytes at its end belong to no tensor")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-
 from planish.optimizer.base import Pass, PassResult
 from planish.optimizer.graph import constant_of, graphs_of, location_of
 

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
 import onnx_ir as ir
-
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.graph import NAME_SCOPES, graphs_of, location_of, opset_of, scalar_of, sole_user
 
 Match = TypeVar("Match")
 
 
-class Declined(Exception):  # noqa: N818 - not an error: the answer of a check
+class Declined(Exception):
     """What a check raises when a site cannot be rewritten: the reason, and the value or node in the way."""
 
     def __init__(self, reason: str, culprit: ir.Value | ir.Node | None = None) -> None:

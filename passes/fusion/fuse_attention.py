@@ -15,7 +15,6 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-
 from planish.optimizer.graph import rank_of, scalar_of
 from planish.optimizer.shapes import Followed, dims_of
 from planish.passes.fusion._fusion import Declined, Fusion, made_by, other_operand, used_by
@@ -77,7 +76,9 @@ class FuseAttention(Fusion[Attention]):
         query, turned = _unscaled(matmul.inputs[0]), _unscaled(matmul.inputs[1])
         key = _turned_key(turned.value)
         scale = scores.factor * query.factor * turned.factor
-        return Attention(query.value, key, turned.value, product.inputs[1], mask, scale, node, probabilities, product.outputs[0])
+        return Attention(
+            query.value, key, turned.value, product.inputs[1], mask, scale, node, probabilities, product.outputs[0]
+        )
 
     def check(self, match: Attention) -> None:
         """Four dimensions, softmax and transposition over the last ones, and nobody else who reads inside."""
@@ -87,7 +88,9 @@ class FuseAttention(Fusion[Attention]):
         if match.key is None:
             raise Declined("its keys are not seen to be transposed", match.transposed)
         if len(match.key.perm) != _RANK:
-            raise Declined(f"its keys have rank {len(match.key.perm)}, attention is written for {_RANK}", match.transposed)
+            raise Declined(
+                f"its keys have rank {len(match.key.perm)}, attention is written for {_RANK}", match.transposed
+            )
         for name, value in (("queries", match.query), ("values", match.value)):
             if rank_of(value) not in (None, _RANK):
                 raise Declined(f"its {name} have rank {rank_of(value)}, attention is written for {_RANK}", value)
@@ -129,7 +132,12 @@ def _scores(value: ir.Value | None) -> tuple[Scaled, ir.Value | None] | None:
     add = made_by(value, "Add")
     for operand in () if add is None else add.inputs:
         scores = None if operand is None else _unscaled(operand)
-        if add is not None and operand is not None and scores is not None and made_by(scores.value, "MatMul") is not None:
+        if (
+            add is not None
+            and operand is not None
+            and scores is not None
+            and made_by(scores.value, "MatMul") is not None
+        ):
             return scores, other_operand(add, operand)
     return None
 

@@ -3,7 +3,7 @@
 Before:  a = Div (x, 1.4142);  b = Erf (a);  c = Add (b, 1);  d = Mul (x, c);  r = Mul (d, 0.5)
 After:   r = Gelu (x)
 
-Hendrycks and Gimpel 2016, "Gaussian Error Linear Units": exact (erf) and approximate (tanh) forms. ONNX: Gelu, opset 20.
+Hendrycks and Gimpel 2016, "Gaussian Error Linear Units": exact (erf) and approximate (tanh) form. ONNX: Gelu, opset 20.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-
 from planish.optimizer.graph import scalar_of
 from planish.passes.fusion._fusion import Declined, Fusion, made_by, other_operand, used_by, with_constant
 

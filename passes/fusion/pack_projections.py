@@ -1,6 +1,7 @@
 """Multiply once by the matrices of several projections of the same input.
 
-Before:  a = MatMul (x, wq);  q = Add (a, bq);  b = MatMul (x, wk);  k = Add (b, bk);  c = MatMul (x, wv);  v = Add (c, bv)
+Before:  a = MatMul (x, wq);  q = Add (a, bq);  b = MatMul (x, wk);  k = Add (b, bk);  c = MatMul (x, wv)
+         v = Add (c, bv)
 After:   p = MatMul (x, w);  s = Add (p, b);  q, k, v = Split <axis=-1> (s, {768, 768, 768})       w = [wq | wk | wv]
 """
 
@@ -12,9 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-
 from planish.optimizer.base import Pass, PassResult, Refusal
-from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of, sole_user
+from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of, sizes_of, sole_user
 from planish.optimizer.tensors import lazy
 
 
@@ -30,7 +30,7 @@ class Projection:
     @property
     def width(self) -> int:
         """Columns of the matrix."""
-        return int(self.weight.shape[1]) if self.weight.shape is not None else 0
+        return _sizes(self.weight)[1]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _projection(product: ir.Node) -> Projection | None:
     if addition is None or addition.op_type != "Add" or addition.domain != "" or weight is None:
         return None
     bias = addition.inputs[1] if addition.inputs[0] is product.outputs[0] else addition.inputs[0]
-    if bias is None or bias.const_value is None or list(bias.const_value.shape) != [weight.const_value.shape[1] if weight.const_value else 0]:
+    if bias is None or bias.const_value is None or _sizes(bias) != _sizes(weight)[1:]:
         return None
     return Projection(product, addition, weight, bias)
 
@@ -117,8 +117,8 @@ def _pack(graph: ir.Graph, group: Sequence[Projection]) -> None:
 def _joined(graph: ir.Graph, name: str, values: Sequence[ir.Value], axis: int) -> ir.Value:
     """An initializer that holds constants side by side, put together when it is read."""
     tensors = [value.const_value for value in values if value.const_value is not None]
-    shape = [int(dim) for dim in tensors[0].shape]
-    shape[axis] = sum(int(tensor.shape[axis]) for tensor in tensors)
+    shape = sizes_of(tensors[0])
+    shape[axis] = sum(sizes_of(tensor)[axis] for tensor in tensors)
     joined = lazy(lambda: np.concatenate([t.numpy() for t in tensors], axis), tensors[0].dtype, shape, name)
     return add_initializer(graph, name, joined)
 
@@ -137,5 +137,9 @@ def _describe(group: Sequence[Projection], product: ir.Node, addition: ir.Node, 
 
 def _drop(graph: ir.Graph, values: Iterable[ir.Value]) -> None:
     for value in values:
-        if not value.uses() and value.name in graph.initializers:
-            del graph.initializers[value.name]
+        if not value.uses() and value.name is not None:
+            graph.initializers.pop(value.name, None)
+
+
+def _sizes(value: ir.Value) -> list[int]:
+    return [] if value.const_value is None else sizes_of(value.const_value)

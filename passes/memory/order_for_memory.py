@@ -1,11 +1,11 @@
 """Put nodes in an order that needs less memory at once.
 
-Before:  a = Exp (x);  b = Exp (y);  c = ReduceSum (a);  d = ReduceSum (b);  r = Add (c, d)       (a and b live together)
+Before:  a = Exp (x);  b = Exp (y);  c = ReduceSum (a);  d = ReduceSum (b);  r = Add (c, d)    (a and b live together)
 After:   a = Exp (x);  c = ReduceSum (a);  b = Exp (y);  d = ReduceSum (b);  r = Add (c, d)
 
-The peak is that of a runtime which executes nodes in file order and frees a value after its last reader (in ONNX Runtime:
-`execution_order=PRIORITY_BASED`). Greedy list scheduling by the memory that a node leaves behind, as in Bruno and Sethi 1976
-and Kahn 1962; the order found is kept only if its peak is lower.
+The peak is that of a runtime which executes nodes in file order and frees a value after its last reader (in ONNX
+Runtime: `execution_order=PRIORITY_BASED`). Greedy list scheduling (Kahn 1962, "Topological sorting of large
+networks") by the memory that a node leaves behind; the order found is kept only if its peak is lower.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.errors import UsageError
 from planish.optimizer.graph import location_of, sizes_of_values
@@ -91,7 +90,8 @@ class _Plan:
     def lower_bound(self) -> int:
         """No order can need less: inputs and outputs of one node live together."""
         return max(
-            (self._made(node) + sum(self.sizes.get(v, 0) for v in self.reads[id(node)]) for node in self.nodes), default=0
+            (self._made(node) + sum(self.sizes.get(v, 0) for v in self.reads[id(node)]) for node in self.nodes),
+            default=0,
         )
 
     def greedy(self) -> list[ir.Node]:

@@ -3,8 +3,8 @@
 Before:  u = MatMul (x, w1);  h = Add (u, b1);  a = Gelu (h);  r = MatMul (a, w2)     w1: 768 x 3072, w2: 3072 x 768
 After:   the same nodes, w1: 768 x 2304, b1: 2304, w2: 2304 x 768                     (keep=0.75)
 
-Structured magnitude pruning: a neuron's weight is the product of the Euclidean norms of what goes into it and of what comes
-out of it (Li et al. 2017, "Pruning Filters for Efficient ConvNets", carried over to both sides of a neuron).
+Structured magnitude pruning: a neuron's weight is the product of the Euclidean norms of what goes into it and of what
+comes out of it (Li et al. 2017, "Pruning Filters for Efficient ConvNets", carried over to both sides of a neuron).
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Annotated, ClassVar
 import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge, Gt, Le
-
 from planish.optimizer.base import Pass, PassResult, Refusal
-from planish.optimizer.graph import is_weight_matrix, location_of, rank_of
+from planish.optimizer.graph import is_weight_matrix, location_of, shape_of, sizes_of
 from planish.optimizer.tensors import taken
 
 _ELEMENTWISE = frozenset(
-    "Gelu Relu Tanh Sigmoid Erf Elu LeakyRelu HardSwish Mish Softplus Swish Identity Abs Neg Sqrt Exp Pow Add Sub Mul Div "
-    "Dropout Cast".split()
+    {
+        *("Gelu", "Relu", "Tanh", "Sigmoid", "Erf", "Elu", "LeakyRelu", "HardSwish", "Mish", "Softplus", "Swish"),
+        *("Abs", "Neg", "Sqrt", "Exp", "Pow", "Add", "Sub", "Mul", "Div", "Identity", "Dropout", "Cast"),
+    }
 )
 
 
@@ -120,7 +121,7 @@ class _Block:
     @property
     def neurons(self) -> int:
         """Rows of the matrix that narrows."""
-        return int(_tensor(self.down.inputs[1]).shape[0])
+        return sizes_of(_tensor(self.down.inputs[1]))[0]
 
     def obstacle(self) -> tuple[str, ir.Value] | None:
         """Why the block cannot shrink: a consumer outside of it, a shared weight, a constant of another form."""
@@ -130,18 +131,18 @@ class _Block:
                 if value.is_graph_output() or any(id(use.node) not in inside for use in value.uses()):
                     return "its neurons are read outside of the block", value
         for node, index in [(up, 1) for up in self.ups] + [(self.down, 1), *self.constants]:
-            value = node.inputs[index]
-            if value is not None and len(list(value.uses())) > 1:
-                return "a weight of it is used elsewhere as well", value
+            weight = node.inputs[index]
+            if weight is not None and len(list(weight.uses())) > 1:
+                return "a weight of it is used elsewhere as well", weight
         for node, index in self.constants:
-            value = node.inputs[index]
-            if value is not None and (rank_of(value) != 1 or _tensor(value).shape[0] != self.neurons):
-                return "a constant in it is not a vector over its neurons", value
+            vector = node.inputs[index]
+            if vector is not None and sizes_of(_tensor(vector)) != [self.neurons]:
+                return "a constant in it is not a vector over its neurons", vector
         return None
 
     def strength(self) -> np.ndarray:
         """Norm in times norm out of each neuron, shape (neurons,)."""
-        total = np.linalg.norm(_tensor(self.down.inputs[1]).numpy().astype(np.float64), axis=1)
+        total: np.ndarray = np.linalg.norm(_tensor(self.down.inputs[1]).numpy().astype(np.float64), axis=1)
         for up in self.ups:
             total = total * np.linalg.norm(_tensor(up.inputs[1]).numpy().astype(np.float64), axis=0)
         return total
@@ -164,7 +165,7 @@ def _is_product(node: ir.Node) -> bool:
 
 
 def _columns(node: ir.Node) -> int:
-    return int(_tensor(node.inputs[1]).shape[1])
+    return sizes_of(_tensor(node.inputs[1]))[1]
 
 
 def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
@@ -176,4 +177,4 @@ def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
 def _cut(value: ir.Value | None, kept: np.ndarray, axis: int) -> None:
     if value is not None:
         value.const_value = taken(_tensor(value), kept, axis, value.name or "")
-        value.shape = ir.Shape(value.const_value.shape)
+        value.shape = shape_of(value.const_value)

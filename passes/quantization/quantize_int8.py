@@ -9,8 +9,8 @@ After:   (activations=token; w8 and s are w in int8 with one scale per column)
          (activations=runtime)
          d = DequantizeLinear <axis=1> (w8, s);  r = MatMul (x, d)
 
-Everything written is of the ONNX standard. Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference"; per-token activation scales as in Yao et al. 2022, "ZeroQuant", section 4.1.
+Everything written is of the ONNX standard. Jacob et al. 2018, "Quantization and Training of Neural Networks for
+Efficient Integer-Arithmetic-Only Inference"; scales per token as in Yao et al. 2022, "ZeroQuant", section 4.1.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge
-
 from planish.optimizer.base import Pass, PassResult, Refusal
-from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of
+from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of, sizes_of
 from planish.optimizer.tensors import lazy
 
 _LEVELS = 127
@@ -75,7 +74,9 @@ class QuantizeInt8(Pass):
         if weight.const_value.dtype is not ir.DataType.FLOAT:
             return Refusal.at(node, f"its matrix is {weight.const_value.dtype}, not FLOAT", weight)
         if weight.const_value.size < self.minimum:
-            return Refusal.at(node, f"its matrix has {weight.const_value.size} elements, fewer than {self.minimum}", weight)
+            return Refusal.at(
+                node, f"its matrix has {weight.const_value.size} elements, fewer than {self.minimum}", weight
+            )
         if not np.isfinite(weight.const_value.numpy()).all():
             return Refusal.at(node, "its matrix holds NaN or infinity", weight)
         return None
@@ -128,7 +129,7 @@ class _Writer:
                 raise ValueError(f"{weight.name!r} has no values")
             scale = channel_scales(tensor.numpy())
             name = weight.name or ""
-            int8 = lazy(lambda: quantized(tensor.numpy(), scale), ir.DataType.INT8, list(tensor.shape), f"{name}_int8")
+            int8 = lazy(lambda: quantized(tensor.numpy(), scale), ir.DataType.INT8, sizes_of(tensor), f"{name}_int8")
             self.weights[id(weight)] = (
                 add_initializer(self.graph, f"{name}_int8", int8),
                 add_initializer(self.graph, f"{name}_scale", scale),
@@ -188,7 +189,9 @@ class _Writer:
         outputs: int = 1,
     ) -> ir.Node:
         """Put a node before ``node``, named after it and located where it is."""
-        made = ir.node(op_type, inputs, attributes, num_outputs=outputs, name=f"{node.name}_{op_type}_{len(self.graph)}")
+        made = ir.node(
+            op_type, inputs, attributes, num_outputs=outputs, name=f"{node.name}_{op_type}_{len(self.graph)}"
+        )
         if NAME_SCOPES in node.metadata_props:
             made.metadata_props[NAME_SCOPES] = node.metadata_props[NAME_SCOPES]
         for index, output in enumerate(made.outputs):
@@ -200,9 +203,9 @@ class _Writer:
 def channel_scales(matrix: np.ndarray) -> np.ndarray:
     """Scale of each column, symmetric around zero, shape (columns,); 1 for a column of zeros."""
     largest = np.abs(matrix).max(axis=0)
-    return np.where(largest > 0, largest / np.float32(_LEVELS), 1).astype(np.float32)
+    return np.asarray(np.where(largest > 0, largest / np.float32(_LEVELS), 1), np.float32)
 
 
 def quantized(matrix: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """The matrix in steps of its column scales, rounded to even, shape as given, int8."""
-    return np.clip(np.rint(matrix / scale), -_LEVELS, _LEVELS).astype(np.int8)
+    return np.asarray(np.clip(np.rint(matrix / scale), -_LEVELS, _LEVELS), np.int8)
