@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 from planish.optimizer.graph import constant_of
 
@@ -146,3 +147,20 @@ _RULES: Mapping[str, Callable[[Followed, ir.Node], Found]] = {
     "Sub": _arithmetic(lambda a, b: a - b),
     "Mul": _arithmetic(lambda a, b: a * b),
 }
+
+
+def rows_for(query: ir.Value, mask: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
+    """An attention mask with one row per query, and the nodes that make it; none if it has the rows already.
+
+    ``query`` has shape (batch, heads, queries, size); the rows of the mask are its last axis but one.
+    """
+    rows = None if mask.shape is None or len(mask.shape) < 2 else mask.shape[-2]
+    queries = None if query.shape is None else query.shape[-2]
+    same = isinstance(rows, ir.SymbolicDim) and rows.value is not None and rows == queries
+    if same or (isinstance(rows, int) and rows != 1):
+        return mask, []
+    count = ir.node("Shape", [query], {"start": 2, "end": 3})
+    one = ir.node("Constant", [], {"value": ir.tensor(np.array([1], np.int64))})
+    target = ir.node("Concat", [count.outputs[0], one.outputs[0]], {"axis": 0})
+    spread = ir.node("Expand", [mask, target.outputs[0]])
+    return spread.outputs[0], [count, one, target, spread]

@@ -32,20 +32,22 @@ def lower(
     *,
     sample_inputs: Mapping[str, Any] | None = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    background: bool = True,
 ) -> Lowered:
     """Lower a checkpoint folder, an `.onnx` file, or an `nn.Module` called with ``sample_inputs`` by keyword.
 
-    ``dynamic_axes`` names the axes of a module's inputs that vary. Raises BadInput or UsageError.
+    ``dynamic_axes`` names the axes of a module's inputs that vary. With ``background`` the original of a checkpoint is
+    loaded by another process meanwhile. Raises BadInput or UsageError.
     """
     if not isinstance(source, str | Path):
         return _lower_module(source, sample_inputs, dynamic_axes or {})
     path = Path(source)
     if path.suffix.lower() == ".onnx" or path.is_file():
         return _lower_file(path, task)
-    return _lower_folder(path, task)
+    return _lower_folder(path, task, background)
 
 
-def _lower_folder(path: Path, task: str | None) -> Lowered:
+def _lower_folder(path: Path, task: str | None, background: bool) -> Lowered:
     if not path.exists():
         raise BadInput(
             "there is no such file or folder",
@@ -56,7 +58,7 @@ def _lower_folder(path: Path, task: str | None) -> Lowered:
     from planish.optimizer.lowering.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path, task)
-    program, original = encoder.lower(checkpoint)
+    program, original = encoder.lower(checkpoint, background=background)
     return Lowered(program, original, path, tuple(checkpoint.companions()))
 
 

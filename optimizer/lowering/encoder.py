@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering import module as exporter
 from planish.optimizer.lowering.checkpoint import Checkpoint, bind, loaded, skeleton, tensors_of
 from planish.optimizer.lowering.depth import cut, find_stack, grow
-from planish.optimizer.lowering.original import CheckpointOriginal
+from planish.optimizer.lowering.original import CheckpointOriginal, TorchOriginal
 from planish.optimizer.lowering.tasks import TASKS
 from planish.optimizer.program import Axis, Program, Provenance, Role, Signature, TensorSpec
 
@@ -24,18 +24,26 @@ _SAMPLE = {"batch": 2, "choices": 3, "sequence": 16}
 """Sizes of the traced inputs: all above one and all different, so that none is taken for another."""
 
 
-def lower(checkpoint: Checkpoint) -> tuple[Program, CheckpointOriginal]:
-    """Lower an encoder checkpoint: the program, its weights still in the checkpoint, and its original in PyTorch."""
+def lower(checkpoint: Checkpoint, *, background: bool = True) -> tuple[Program, TorchOriginal]:
+    """Lower an encoder checkpoint: the program, its weights still in the checkpoint, and its original in PyTorch.
+
+    With ``background`` the original is loaded by a process of its own meanwhile.
+    """
     model = skeleton(checkpoint)
     spec = TASKS[checkpoint.task]
     inputs = find_inputs(model, checkpoint)
     bound = bind(model, checkpoint)
     constants = _constants(model)
-    original = CheckpointOriginal(checkpoint.folder, checkpoint.task, spec.outputs, constants)
+    original = (
+        CheckpointOriginal(checkpoint.folder, checkpoint.task, spec.outputs, constants)
+        if background
+        else TorchOriginal(lambda: loaded(checkpoint), spec.outputs, constants)
+    )
     axes = {tensor.name: {i: d for i, d in enumerate(tensor.shape) if isinstance(d, str)} for tensor in inputs}
     sample = exporter.to_torch(_sample(inputs))
     graph, ranges = _trace(model, sample, axes, spec.outputs, constants)
-    exporter.adopt_weights(graph, tensors_of(bound) | _computed(model, bound, checkpoint))
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    exporter.adopt_weights(graph, tensors_of(bound) | _computed(parameters - bound.keys(), checkpoint), parameters)
     exporter.fold_stored_transposes(graph)
     ranges["sequence"] = _sequence_axis(ranges["sequence"], model, checkpoint)
     signature = Signature(_used(inputs, graph), _outputs(graph, spec.role), ranges)
@@ -49,17 +57,38 @@ def lower(checkpoint: Checkpoint) -> tuple[Program, CheckpointOriginal]:
 
 
 def _trace(model: Any, sample: Any, axes: exporter.Axes, outputs: Any, constants: Any) -> tuple[ir.Model, Any]:
-    """Export the model, by way of its first layers if the others are copies of them."""
+    """Export the model, by way of its first layers if the others are copies of them.
+
+    A model that mixes its parameters with tensors it makes on the CPU does not trace on the meta device: it gets memory
+    that nobody writes or reads, which costs addresses only. One that counts its layers is traced whole.
+    """
     stack = find_stack(model)
-    if stack is not None:
-        try:
-            with cut(model, stack):
-                graph, ranges = exporter.export(model, sample, axes, outputs, constants)
-            if grow(graph, stack):
+    for depth in [stack, None] if stack is not None else [None]:
+        for prepare in (lambda _: None, _give_addresses):
+            prepare(model)
+            try:
+                with cut(model, depth) if depth is not None else nullcontext():
+                    graph, ranges = exporter.export(model, sample, axes, outputs, constants)
+            except BadInput as error:
+                failure = error
+                continue
+            if depth is None or grow(graph, depth):
                 return graph, ranges
-        except BadInput:
-            pass  # a model that counts its layers does not trace without them: trace it whole, below
-    return exporter.export(model, sample, axes, outputs, constants)
+    raise failure
+
+
+def _give_addresses(model: Any) -> None:
+    """Replace parameters on the meta device by uninitialized ones on the CPU, tied ones by one and the same."""
+    import torch
+
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                fresh = made.setdefault(
+                    id(parameter), torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), False)
+                )
+                module._parameters[name] = fresh
 
 
 def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
@@ -70,9 +99,13 @@ def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
     """
     parameters = inspect.signature(type(model).forward).parameters
     config = checkpoint.config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise BadInput(
+            f"{type(model).__name__} has a decoder, which this version does not lower", where=checkpoint.folder
+        )
     shape = (*TASKS[checkpoint.task].leading, "sequence")
     pad = getattr(config, "pad_token_id", None)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0]) if "input_ids" in parameters else 0
+    vocabulary = _vocabulary(model, config)
     segments = int(getattr(config, "type_vocab_size", 0) or 0)
     candidates = [
         TensorSpec("input_ids", ir.DataType.INT64, shape, Role.TOKENS, vocabulary, pad if isinstance(pad, int) else 0),
@@ -96,6 +129,16 @@ def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
             advice="lower it from Python as an nn.Module with sample inputs",
         )
     return found
+
+
+def _vocabulary(model: Any, config: Any) -> int:
+    """Rows of the table of token embeddings; what the configuration says where the model does not show one."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        table = None
+    weight = getattr(table, "weight", table)
+    return int(weight.shape[0]) if weight is not None else int(getattr(config, "vocab_size", None) or 2)
 
 
 def _box_bound(config: Any) -> int:
@@ -122,9 +165,8 @@ def _sample(inputs: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
     return found
 
 
-def _computed(model: Any, bound: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, ir.TensorProtocol]:
+def _computed(absent: set[str], checkpoint: Checkpoint) -> dict[str, ir.TensorProtocol]:
     """Parameters that no stored tensor is, alone: transformers computes them, so its loaded model is asked."""
-    absent = {name for name, _ in model.named_parameters(remove_duplicate=False)} - bound.keys()
     if not absent:
         return {}
     state = loaded(checkpoint).state_dict()
@@ -146,7 +188,7 @@ def _position_limit(model: Any, config: Any) -> int | None:
     paddings = [
         module.padding_idx
         for name, module in model.named_modules()
-        if "position" in name and getattr(module, "num_embeddings", None) == rows
+        if "position" in name and hasattr(module, "padding_idx") and module.weight.shape[0] == rows
     ]
     offset = next((padding + 1 for padding in paddings if padding is not None), 0)
     return rows - offset

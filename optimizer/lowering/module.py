@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,13 @@ from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering.checkpoint import quiet
 from planish.optimizer.lowering.weights import Stored
 from planish.optimizer.program import Axis
+from planish.optimizer.shapes import rows_for
 from planish.optimizer.tensors import origin_of
 
 OPSET = 23
 """The first opset with Attention, RMSNormalization and RotaryEmbedding."""
+
+_NO_LIMIT = 1 << 31
 
 Axes = Mapping[str, Mapping[int, str]]
 """For each input, the name of each dynamic axis by its position."""
@@ -94,6 +97,7 @@ def export(
     if program is None:
         raise BadInput(f"torch gave no graph for {type(module).__name__}")
     model = program.model
+    spread_masks(model)
     return model, _name_axes(model, axes, _ranges(captured))
 
 
@@ -101,8 +105,8 @@ def _ranges(captured: Any) -> dict[str, tuple[int, int | None]]:
     """Smallest and largest size of each symbol that the trace allows."""
     found = {}
     for symbol, interval in captured.range_constraints.items():
-        upper = int(interval.upper) if interval.upper.is_finite and interval.upper < 2**31 else None
-        found[str(symbol)] = (int(interval.lower), upper)
+        upper = int(interval.upper) if getattr(interval.upper, "is_Integer", False) else None
+        found[str(symbol)] = (int(interval.lower), upper if upper is not None and upper < _NO_LIMIT else None)
     return found
 
 
@@ -143,18 +147,32 @@ def _rename_symbols(model: ir.Model, names: Mapping[str, str]) -> None:
                 )
 
 
-def adopt_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], prefix: str = "module.") -> None:
+def spread_masks(model: ir.Model) -> None:
+    """Give the mask of each attention a row for every query: no CPU runtime repeats it along that axis."""
+    for node in [node for node in model.graph if node.op_type == "Attention" and len(node.inputs) > 3]:
+        query, mask = node.inputs[0], node.inputs[3]
+        if query is not None and mask is not None:
+            spread, nodes = rows_for(query, mask)
+            for index, fresh in enumerate(nodes):
+                fresh.name = f"{node.name}_mask_{index}"
+                fresh.outputs[0].name = f"{fresh.name}_out"
+            model.graph.insert_before(node, nodes)
+            node.replace_input_with(3, spread)
+
+
+def adopt_weights(
+    model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], parameters: Set[str], prefix: str = "module."
+) -> None:
     """Give each initializer the tensor that is registered for its parameter, and its parameter's plain name.
 
-    Initializers that no tensor is registered for (buffers, lifted constants) must hold real data: ValueError if one
-    is left on the meta device.
+    Initializers that no tensor is registered for (buffers, lifted constants) keep the data that they were traced with;
+    ValueError if one of ``parameters`` is left, for it was traced without data.
     """
     for name, value in list(model.graph.initializers.items()):
         plain = name.removeprefix(prefix)
-        tensor = tensors.get(plain, value.const_value)
-        raw = getattr(tensor, "raw", None)
-        if getattr(raw, "is_meta", False):
+        if plain in parameters and plain not in tensors:
             raise ValueError(f"no weights are registered for {plain!r}")
+        tensor = tensors.get(plain, value.const_value)
         value.name = plain
         value.const_value = tensor
         if tensor is not None:

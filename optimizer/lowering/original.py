@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from planish.optimizer import errors
 from planish.optimizer.compare import Case
-from planish.optimizer.errors import InternalError, OutOfResources, PlanishError
+from planish.optimizer.errors import BadInput, InternalError, OutOfResources, PlanishError
 from planish.optimizer.lowering.checkpoint import loaded, open_checkpoint, quiet
 from planish.optimizer.lowering.module import flatten, to_torch
 from planish.optimizer.reference import load_cases, save_cases, thin
@@ -82,7 +82,14 @@ class TorchOriginal(Original):
         if dtype is not None:
             feeds = {k: v.to(dtype) if v.is_floating_point() else v for k, v in feeds.items()}
         with torch.no_grad(), quiet():
-            results = flatten(module(**feeds, **self._constants), self._outputs)
+            try:
+                results = flatten(module(**feeds, **self._constants), self._outputs)
+            except (IndexError, ValueError, KeyError) as error:
+                shapes = {name: list(array.shape) for name, array in case.items()}
+                raise BadInput(
+                    f"the original model cannot run reference inputs of shapes {shapes}: {error}",
+                    advice="give inputs that it takes with --calibration",
+                ) from error
         return {name: value.numpy() for name, value in results.items()}
 
 

@@ -26,7 +26,7 @@ def lower(
         outputs = tuple(exporter.flatten(module(**inputs)))
     graph, ranges = exporter.export(module, inputs, axes, outputs)
     tensors = {name: _tensor(name, value) for name, value in module.state_dict().items()}
-    exporter.adopt_weights(graph, tensors)
+    exporter.adopt_weights(graph, tensors, tensors.keys())
     signature = _signature(graph, ranges)
     provenance = Provenance("module", type(module).__name__, {"state_dict": _hash(module)})
     return Program({"model": graph}, {"model": signature}, "inference", provenance), TorchOriginal(

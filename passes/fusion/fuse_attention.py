@@ -10,14 +10,14 @@ queries where it is not known to have a row for each: no CPU runtime repeats it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 from planish.optimizer.graph import rank_of, scalar_of
 from planish.optimizer.shapes import Followed, dims_of
-from planish.passes.fusion._fusion import Declined, Fusion, made_by, other_operand, used_by
+from planish.passes.fusion._fusion import Declined, Fusion, made_by, used_by
 
 _RANK = 4
 
@@ -40,72 +40,73 @@ class Turned:
 
 @dataclass(frozen=True)
 class Attention:
-    """A match: operands, mask, the whole scale, the probabilities and the result."""
+    """A match: the softmax, the product with the values behind it, and what is known of the scores before it."""
+
+    softmax: ir.Node
+    probabilities: ir.Value
+    product: ir.Node
+    scores: Scores | None
+    """None if they are not one product of two matrices."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a softmax is taken of: the product of queries and keys, scaled, and whatever is added to it."""
 
     query: ir.Value
     key: Turned | None
     """Where the transposed keys come from; None if nothing is known to transpose them."""
     transposed: ir.Value
-    value: ir.Value
-    mask: ir.Value | None
     scale: float
-    softmax: ir.Node
-    probabilities: ir.Value
-    result: ir.Value
+    masks: tuple[ir.Value, ...]
 
 
 @dataclass(frozen=True)
 class FuseAttention(Fusion[Attention]):
-    """Fuse softmax(q · kᵀ · scale + mask) · v, scale factors wherever they stand, guarded against NaN or not."""
+    """Fuse softmax(q · kᵀ · scale + masks) · v, scale factors wherever they stand, guarded against NaN or not."""
 
     name: ClassVar[str] = "fuse-attention"
     root: ClassVar[str] = "Softmax"
     since: ClassVar[int] = 23
 
     def pattern(self, node: ir.Node) -> Attention | None:
-        """From the softmax look inside for scores and mask, and outside for the product with the values."""
+        """A softmax whose result is multiplied, from the left, with a matrix."""
         probabilities = _guarded(node.outputs[0])
-        product = used_by(probabilities, "MatMul") or _any_product(probabilities)
-        inner = _scores(node.inputs[0])
-        if product is None or inner is None or product.inputs[0] is not probabilities or product.inputs[1] is None:
+        readers = [use.node for use in probabilities.uses() if use.node.op_type == "MatMul" and use.idx == 0]
+        if not readers or node.inputs[0] is None:
             return None
-        scores, mask = inner
-        matmul = made_by(scores.value, "MatMul")
-        if matmul is None or matmul.inputs[0] is None or matmul.inputs[1] is None:
-            return None
-        query, turned = _unscaled(matmul.inputs[0]), _unscaled(matmul.inputs[1])
-        key = _turned_key(turned.value)
-        scale = scores.factor * query.factor * turned.factor
-        return Attention(
-            query.value, key, turned.value, product.inputs[1], mask, scale, node, probabilities, product.outputs[0]
-        )
+        return Attention(node, probabilities, readers[0], _scores(node.inputs[0]))
 
     def check(self, match: Attention) -> None:
         """Four dimensions, softmax and transposition over the last ones, and nobody else who reads inside."""
         axis = match.softmax.attributes.get("axis")
         if axis is not None and axis.as_int() not in (-1, _RANK - 1):
             raise Declined(f"its softmax runs over axis {axis.as_int()}", match.softmax)
-        if match.key is None:
-            raise Declined("its keys are not seen to be transposed", match.transposed)
-        if len(match.key.perm) != _RANK:
-            raise Declined(
-                f"its keys have rank {len(match.key.perm)}, attention is written for {_RANK}", match.transposed
-            )
-        for name, value in (("queries", match.query), ("values", match.value)):
-            if rank_of(value) not in (None, _RANK):
-                raise Declined(f"its {name} have rank {rank_of(value)}, attention is written for {_RANK}", value)
         if used_by(match.probabilities, "MatMul") is None:
             raise Declined("its probabilities are read by another node as well", match.probabilities)
+        if match.scores is None:
+            raise Declined("its scores are not one product of two matrices", match.softmax.inputs[0])
+        if match.scores.key is None:
+            raise Declined("its keys are not seen to be transposed", match.scores.transposed)
+        if len(match.scores.key.perm) != _RANK:
+            rank = len(match.scores.key.perm)
+            raise Declined(f"its keys have rank {rank}, attention is written for {_RANK}", match.scores.transposed)
+        for name, value in (("queries", match.scores.query), ("values", match.product.inputs[1])):
+            if rank_of(value) not in (None, _RANK):
+                raise Declined(f"its {name} have rank {rank_of(value)}, attention is written for {_RANK}", value)
 
     def rewrite(self, match: Attention) -> tuple[ir.Value, list[ir.Node]]:
-        """Keys the right way round, the mask spread, and one node."""
-        key, nodes = _keys(match)
-        inputs: list[ir.Value | None] = [match.query, key, match.value]
-        if match.mask is not None:
-            mask, spreading = _spread(match.mask, match.query)
+        """Keys the right way round, one mask with a row for each query, and one node."""
+        if match.scores is None or match.scores.key is None:
+            raise ValueError("rewrite needs a match that was checked")
+        key, nodes = _keys(match.scores.key)
+        inputs: list[ir.Value | None] = [match.scores.query, key, match.product.inputs[1]]
+        if match.scores.masks:
+            mask, adding = _sum(match.scores.masks)
+            mask, spreading = rows_for(match.scores.query, mask)
             inputs.append(mask)
-            nodes += spreading
-        return match.result, [*nodes, ir.node("Attention", inputs, {"scale": match.scale})]
+            nodes += [*adding, *spreading]
+        return match.product.outputs[0], [*nodes, ir.node("Attention", inputs, {"scale": match.scores.scale})]
 
 
 def _guarded(probabilities: ir.Value) -> ir.Value:
@@ -117,29 +118,34 @@ def _guarded(probabilities: ir.Value) -> ir.Value:
     return probabilities
 
 
-def _any_product(value: ir.Value) -> ir.Node | None:
-    """A product that reads ``value`` among other nodes: matched, so that the check can say why it is refused."""
-    return next((use.node for use in value.uses() if use.node.op_type == "MatMul" and use.idx == 0), None)
-
-
-def _scores(value: ir.Value | None) -> tuple[Scaled, ir.Value | None] | None:
-    """Scores and mask of the argument of the softmax."""
-    if value is None:
+def _scores(value: ir.Value) -> Scores | None:
+    """Queries, keys, scale and masks of the argument of a softmax; None if it is not one product and other terms."""
+    terms = _terms(value)
+    products = [term for term in terms if made_by(_unscaled(term).value, "MatMul") is not None]
+    scaled = _unscaled(products[0]) if len(products) == 1 else None
+    matmul = None if scaled is None else made_by(scaled.value, "MatMul")
+    if scaled is None or matmul is None or matmul.inputs[0] is None or matmul.inputs[1] is None:
         return None
-    plain = _unscaled(value)
-    if made_by(plain.value, "MatMul") is not None:
-        return plain, None
+    query, turned = _unscaled(matmul.inputs[0]), _unscaled(matmul.inputs[1])
+    masks = tuple(term for term in terms if term is not products[0])
+    scale = scaled.factor * query.factor * turned.factor
+    return Scores(query.value, _turned_key(turned.value), turned.value, scale, masks)
+
+
+def _sum(masks: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Node]]:
+    """One mask, and the additions that make it of several (a relative bias and a padding mask, say)."""
+    total, nodes = masks[0], []
+    for mask in masks[1:]:
+        nodes.append(ir.node("Add", [total, mask]))
+        total = nodes[-1].outputs[0]
+    return total, nodes
+
+
+def _terms(value: ir.Value) -> list[ir.Value]:
+    """The terms of a sum, however its additions are nested; a product of numbers is one term."""
     add = made_by(value, "Add")
-    for operand in () if add is None else add.inputs:
-        scores = None if operand is None else _unscaled(operand)
-        if (
-            add is not None
-            and operand is not None
-            and scores is not None
-            and made_by(scores.value, "MatMul") is not None
-        ):
-            return scores, other_operand(add, operand)
-    return None
+    operands = [] if add is None else [operand for operand in add.inputs if operand is not None]
+    return [term for operand in operands for term in _terms(operand)] if operands else [value]
 
 
 def _unscaled(value: ir.Value) -> Scaled:
@@ -182,25 +188,9 @@ def _turned_key(value: ir.Value) -> Turned | None:
     return None
 
 
-def _keys(match: Attention) -> tuple[ir.Value, list[ir.Node]]:
+def _keys(turned: Turned) -> tuple[ir.Value, list[ir.Node]]:
     """Keys as (batch, heads, keys, size)."""
-    if match.key is None:
-        raise Declined("its keys are not seen to be transposed", match.transposed)
-    if match.key.perm == tuple(range(_RANK)):
-        return match.key.source, []
-    turned = ir.node("Transpose", [match.key.source], {"perm": list(match.key.perm)})
-    return turned.outputs[0], [turned]
-
-
-def _spread(mask: ir.Value, query: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
-    """The mask with one row per query; nothing to do if it has them already."""
-    rows = None if mask.shape is None or len(mask.shape) < 2 else mask.shape[-2]
-    queries = None if query.shape is None else query.shape[-2]
-    same = isinstance(rows, ir.SymbolicDim) and isinstance(queries, ir.SymbolicDim) and rows == queries
-    if (isinstance(rows, int) and rows != 1) or (same and rows is not None):
-        return mask, []
-    start = ir.node("Shape", [query], {"start": _RANK - 2, "end": _RANK - 1})
-    one = ir.node("Constant", [], {"value": ir.tensor(np.array([1], np.int64))})
-    target = ir.node("Concat", [start.outputs[0], one.outputs[0]], {"axis": 0})
-    spread = ir.node("Expand", [mask, target.outputs[0]])
-    return spread.outputs[0], [start, one, target, spread]
+    if turned.perm == tuple(range(_RANK)):
+        return turned.source, []
+    transpose = ir.node("Transpose", [turned.source], {"perm": list(turned.perm)})
+    return transpose.outputs[0], [transpose]

@@ -1,0 +1,115 @@
+"""Tiny random checkpoints of many architectures: odd sizes, real configurations, weights drawn with a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 99
+
+
+@dataclass(frozen=True)
+class Species:
+    """One architecture: its configuration class, what differs from the common sizes, and the head to save."""
+
+    model_type: str
+    task: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """How tests call it."""
+        return f"{self.model_type}-{self.task}"
+
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 48,
+    "type_vocab_size": 2,
+    "pad_token_id": 1,
+}
+"""Head size 8, sizes that are no powers of two, a padding id that is not zero."""
+
+ZOO = [
+    Species("bert", "feature-extraction"),
+    Species("bert", "fill-mask"),
+    Species("bert", "text-classification"),
+    Species("bert", "token-classification"),
+    Species("bert", "question-answering"),
+    Species("bert", "multiple-choice"),
+    Species("roberta", "text-classification", {"max_position_embeddings": 50, "type_vocab_size": 1}),
+    Species("xlm-roberta", "token-classification", {"max_position_embeddings": 50, "type_vocab_size": 1}),
+    Species("camembert", "fill-mask", {"max_position_embeddings": 50, "type_vocab_size": 1}),
+    Species("distilbert", "question-answering", {"dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40}),
+    Species("electra", "token-classification", {"embedding_size": 16}),
+    Species("albert", "text-classification", {"embedding_size": 16}),
+    Species("mpnet", "feature-extraction", {"max_position_embeddings": 50}),
+    Species("deberta", "text-classification", {"relative_attention": True, "pos_att_type": "c2p|p2c"}),
+    Species(
+        "deberta-v2",
+        "token-classification",
+        {"relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0, "position_buckets": 8},
+    ),
+    Species("modernbert", "fill-mask", {"global_attn_every_n_layers": 2, "local_attention": 8, "pad_token_id": 0}),
+    Species("roformer", "fill-mask", {"embedding_size": 24}),
+    Species("mobilebert", "text-classification", {"embedding_size": 16, "intra_bottleneck_size": 24}),
+    Species("squeezebert", "text-classification", {"embedding_size": 24, "q_groups": 1, "k_groups": 1, "v_groups": 1}),
+    Species("convbert", "text-classification", {"embedding_size": 24, "conv_kernel_size": 3, "head_ratio": 1}),
+    Species("ernie", "text-classification", {"use_task_id": False}),
+    Species("rembert", "token-classification", {"input_embedding_size": 16, "output_embedding_size": 20}),
+    Species("megatron-bert", "question-answering"),
+    Species("layoutlm", "token-classification", {"max_2d_position_embeddings": 64}),
+    Species("nystromformer", "text-classification", {"num_landmarks": 48, "segment_means_seq_len": 48}),
+    Species("fnet", "text-classification", {"tpu_short_seq_length": 48}),
+    Species("xlm", "text-classification", {"emb_dim": 24, "n_layers": 2, "n_heads": 3, "n_words": VOCABULARY}),
+    Species("flaubert", "token-classification", {"emb_dim": 24, "n_layers": 2, "n_heads": 3, "n_words": VOCABULARY}),
+    Species("ibert", "text-classification", {"max_position_embeddings": 50}),
+    Species("data2vec-text", "text-classification", {"max_position_embeddings": 50}),
+    Species("roc_bert", "text-classification"),
+    Species("splinter", "question-answering"),
+    Species("yoso", "text-classification"),
+    Species("big_bird", "text-classification", {"attention_type": "original_full"}),
+    Species("luke", "text-classification", {"entity_vocab_size": 10}),
+    Species("gpt2", "text-classification", {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 48}),
+    Species("llama", "feature-extraction", {"num_key_value_heads": 1}),
+    Species("qwen2", "text-classification", {"num_key_value_heads": 1}),
+    Species("xmod", "text-classification", {"max_position_embeddings": 50, "default_language": "en_XX"}),
+    Species("nomic_bert", "feature-extraction"),
+    Species("eurobert", "fill-mask", {"num_key_value_heads": 3, "pad_token_id": 0}),
+    Species("esm", "fill-mask", {"position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 5}),
+    Species("lilt", "token-classification", {"max_2d_position_embeddings": 64, "channel_shrink_ratio": 2}),
+    Species("markuplm", "token-classification"),
+    Species("mra", "text-classification"),
+]
+
+
+def sizes(species: Species) -> dict[str, Any]:
+    """The settings of a species: a span has two labels, other heads have three."""
+    wanted = {**COMMON, "num_labels": 2 if species.task == "question-answering" else 3, **species.config}
+    return {name: value for name, value in wanted.items() if value is not ...}
+
+
+def build(species: Species, folder: Path, seed: int = 0, dtype: str = "float32") -> Path:
+    """Write the checkpoint of a species into ``folder`` and return it."""
+    import torch
+    from optimum.exporters.tasks import TasksManager
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(species.model_type, **sizes(species))
+    torch.manual_seed(seed)
+    auto = TasksManager.get_model_class_for_task(species.task)
+    model = auto.from_config(config).eval().to(getattr(torch, dtype))
+    with torch.no_grad():  # fresh biases and norms are constants: draw them, so that a lost one is noticed
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif "embed" not in name:
+                parameter.mul_(3.0)
+    model.save_pretrained(folder)
+    return folder
