@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge
+
 from planish.optimizer import onnx_io
 from planish.optimizer.backend import Backend, Engine
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime

@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar
 
 import onnx_ir as ir
 from annotated_types import Len
+
 from planish.optimizer import onnx_io
 from planish.optimizer.backend import Backend, Engine
 from planish.optimizer.errors import CheckFailed, MissingRuntime

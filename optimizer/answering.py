@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from planish.optimizer import registry
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.benching import target_of

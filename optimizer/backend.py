@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer import spec
 from planish.optimizer.base import OPTIONS_CONFIG
 from planish.optimizer.errors import BadInput

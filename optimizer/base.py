@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import onnx_ir as ir
+
 from planish.optimizer import spec
 from planish.optimizer.graph import location_of
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer import instruments, onnx_io, presets, registry
 from planish.optimizer.backend import Arrays, Backend
 from planish.optimizer.base import Pass
@@ -97,6 +98,8 @@ class Builder:
     scratch: Path
     reproducers: Path
     stages: Stages
+    notes: list[str] = field(default_factory=list)
+    """What the user should read after the build."""
 
     def build(self, target: Backend, choice: Choice | None) -> Built:
         """Build the engine of one target; ``choice`` says what to do if it was decided before."""
@@ -134,14 +137,17 @@ class Builder:
         pipeline = self.request.pipelines[target.name] if choice is None else Pipeline.parse(choice.pipeline)
         model, signature = self.lowered.program.sole()
         checker = registry.backend(CHECKER)
+        undo = self.request.preset is not None and choice is None
+        reproducer = instruments.Reproducer(self.reproducers, onnx_io.save, bugs_only=undo)
         watchers = [
-            instruments.Reproducer(self.reproducers, onnx_io.save),
+            reproducer,
             instruments.CompareEach(signature, quick(self.inputs), self._budget_of, checker.load),
             instruments.VerifyEach(),
             instruments.Timing(),
         ]
-        undo = self.request.preset is not None and choice is None
-        return pipeline.run(model.clone(), watchers, on_failure="rollback" if undo else "raise")
+        outcome = pipeline.run(model.clone(), watchers, on_failure="rollback" if undo else "raise")
+        self.notes += [f"an exact pass was undone, which is a bug; reproduce with: {c}" for c in reproducer.commands]
+        return outcome
 
     def _budget_of(self, step: Pass) -> Budget:
         """What one pass may change: rounding if it is exact, else what was asked for."""

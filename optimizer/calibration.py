@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput
 from planish.optimizer.program import Signature

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from planish.optimizer.errors import CheckFailed, UsageError
 from planish.optimizer.program import Role, Signature, TensorSpec
 from planish.optimizer.spec import did_you_mean

@@ -10,6 +10,7 @@ from importlib import metadata
 
 import psutil
 from packaging.requirements import Requirement
+
 from planish.optimizer import registry
 from planish.optimizer.manifest import instruction_set
 

@@ -12,7 +12,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Result:
     folder: Path
     manifest: Manifest
     measurements: Mapping[str, Any]
+    notes: list[str] = field(default_factory=list)
+    """What to read after the build: an exact pass that was undone, and how to reproduce it."""
 
     @functools.cached_property
     def engines(self) -> dict[str, Engine]:
@@ -96,10 +98,11 @@ def optimize(
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
         with stages.stage("report"):
             result = _write(folder, request, lowered, reference(), built, stages, calibration)
+            result.notes.extend(builder.notes)
     if lock is not None and known is None:
         with staged_file(Path(lock)) as path:
             path.write_text((Path(out) / LOCK).read_text(encoding="utf-8"), encoding="utf-8")
-    return Result(Path(out), result.manifest, result.measurements)
+    return replace(result, folder=Path(out))
 
 
 def _request(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 import onnx_ir as ir
+
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.base import Pass, PassResult
 from planish.optimizer.compare import Budget, Comparison, compare
@@ -157,23 +158,35 @@ class Reproducer(Instrument):
     ``save`` writes a model to a file; it is handed in because only backends and the driver write models.
     """
 
-    def __init__(self, folder: Path, save: Callable[[ir.Model, Path], None], options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        save: Callable[[ir.Model, Path], None],
+        options: Sequence[str] = (),
+        *,
+        bugs_only: bool = False,
+    ) -> None:
         self.folder = folder
         self.save = save
         self.options = options
-        self.command: str | None = None
+        self.bugs_only = bugs_only
+        """Leave alone a pass that is not exact and only missed the fidelity that was asked for."""
+        self.commands: list[str] = []
 
     def failed(self, step: Step, error: Exception) -> None:
         """Write `before.onnx`, the remaining pipeline and the command; put the command into the error."""
+        if self.bugs_only and isinstance(error, CheckFailed) and not step.pass_.exact:
+            return
         folder = self.folder / step.pass_.name
         folder.mkdir(parents=True, exist_ok=True)
         model = folder / "before.onnx"
         self.save(step.before, model)
         options = " ".join(self.options)
-        self.command = f"planish opt {model} --pipeline '{step.rest}' -o {folder / 'after.onnx'} {options}".strip()
-        (folder / "command.txt").write_text(f"{self.command}\n# {error}\n", encoding="utf-8")
+        command = f"planish opt {model} --pipeline '{step.rest}' -o {folder / 'after.onnx'} {options}".strip()
+        (folder / "command.txt").write_text(f"{command}\n# {error}\n", encoding="utf-8")
+        self.commands.append(command)
         if isinstance(error, PlanishError):
-            error.advice = f"reproduce with: {self.command}"
+            error.advice = f"reproduce with: {command}"
 
 
 def text_of(model: ir.Model) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 import tomli_w
-from planish.optimizer.errors import BadInput, UsageError
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from planish.optimizer.errors import BadInput, UsageError
 
 LOCK = "planish.lock"
 

@@ -8,12 +8,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from planish.optimizer.compare import Comparison
 from planish.optimizer.errors import BadInput
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.pipeline import PassReport
 from planish.optimizer.program import Axis, Program, Role, Signature, TensorSpec
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 MEASUREMENTS = "measurements.json"
 _LIBRARIES = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "optimum", "torch", "transformers")

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
+
 from planish.optimizer import errors, registry
 from planish.optimizer.backend import Arrays
 from planish.optimizer.errors import InternalError, PlanishError

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
+
 from planish.optimizer.errors import BadInput
 from planish.optimizer.graph import NAME_SCOPES, graphs_of, weight_bytes
 

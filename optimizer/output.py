@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
 from planish.optimizer.errors import BadInput, OutOfResources
 
 MANIFEST = "planish.json"

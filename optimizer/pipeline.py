@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import onnx_ir as ir
+
 from planish.optimizer import registry, spec
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.compare import Comparison

@@ -10,20 +10,22 @@ from planish.optimizer.errors import UsageError
 
 _SHARED = (
     "fold-constants,eliminate-identities,fuse-layer-norm,fuse-gelu,fuse-attention,simplify-shapes,"
-    "eliminate-common-subexpressions,deduplicate-initializers,remove-unused-nodes"
+    "eliminate-common-subexpressions,deduplicate-initializers"
 )
 """Cleanup, and raising to canonical operators: the same for every target."""
 
+_LAST = "remove-unused-nodes"
+
 PRESETS: Mapping[str, Mapping[str, str]] = {
     "exact": {
-        "onnxruntime": f"{_SHARED},legalize-onnxruntime",
-        "openvino": _SHARED,
-        "tensorrt": _SHARED,
+        "onnxruntime": f"{_SHARED},legalize-onnxruntime,{_LAST}",
+        "openvino": f"{_SHARED},{_LAST}",
+        "tensorrt": f"{_SHARED},{_LAST}",
     },
     "fast": {
-        "onnxruntime": f"{_SHARED},pack-projections,quantize-int8{{activations=token}},legalize-onnxruntime",
-        "openvino": f"{_SHARED},quantize-int8{{activations=runtime}}",
-        "tensorrt": _SHARED,
+        "onnxruntime": f"{_SHARED},pack-projections,quantize-int8{{activations=token}},legalize-onnxruntime,{_LAST}",
+        "openvino": f"{_SHARED},quantize-int8{{activations=runtime}},{_LAST}",
+        "tensorrt": f"{_SHARED},{_LAST}",
     },
 }
 """Preset -> target -> pipeline. For tensorrt `fast` is `exact` until static quantization gives it a form of its own."""
@@ -36,7 +38,7 @@ def pipeline_text(preset: str, target: str) -> str:
     """The pipeline of a preset for a target named without options; targets of third parties get the shared part."""
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}{spec.did_you_mean(preset, PRESETS)}")
-    return PRESETS[preset].get(target, _SHARED)
+    return PRESETS[preset].get(target, f"{_SHARED},{_LAST}")
 
 
 def budget(preset: str | None) -> Budget:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from planish.optimizer.compare import Budget, Case, Clause, compare
 from planish.optimizer.errors import BadInput
 from planish.optimizer.program import Role, Signature, TensorSpec

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer.graph import constant_of
 
 Entry = int | str | None

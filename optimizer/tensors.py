@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer.graph import sizes_of
 
 Read = Callable[[], np.ndarray]

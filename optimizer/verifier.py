@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
+
 from planish.optimizer.errors import CheckFailed
 from planish.optimizer.graph import graphs_of, location_of, subgraphs_of, without_weights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+
 from planish.optimizer.cli.options import json_flag, print_json
 from planish.optimizer.registry import BACKENDS
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+
 from planish.optimizer.cli.options import existing, parse_shapes, shapes_option
 
 

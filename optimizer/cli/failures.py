@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 import click
+
 from planish.optimizer.errors import InternalError, OutOfResources, PlanishError, UsageError
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+
 from planish.optimizer.cli.options import existing, json_flag, parse_shapes, print_json, shapes_option
 
 
@@ -59,6 +60,8 @@ def command(
             lock=lock,
             progress=progress,
         )
+    for note in result.notes:
+        click.echo(f"planish: note: {note}", err=True)
     if depfile is not None:
         _write_depfile(depfile, source, out, [*result.manifest.source.files], [p for p in (calibration, lock) if p])
     if as_json:

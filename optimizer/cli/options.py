@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from planish.optimizer.errors import UsageError
 
 existing = click.Path(path_type=Path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from planish.optimizer.cli.options import existing, json_flag, print_json
 from planish.optimizer.errors import UsageError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+
 from planish.optimizer.cli.options import existing, json_flag, print_json
 from planish.optimizer.errors import CheckFailed
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+
 from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering import tasks
 from planish.optimizer.lowering.weights import Stored, read_index, weight_files

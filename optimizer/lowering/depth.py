@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+
 from planish.optimizer.graph import NAME_SCOPES
 
 _FEWEST = 5

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering import module as exporter
 from planish.optimizer.lowering.checkpoint import Checkpoint, bind, loaded, skeleton, tensors_of
@@ -64,8 +65,9 @@ def _trace(model: Any, sample: Any, axes: exporter.Axes, outputs: Any, constants
     """
     stack = find_stack(model)
     for depth in [stack, None] if stack is not None else [None]:
-        for prepare in (lambda _: None, _give_addresses):
-            prepare(model)
+        for addresses in (False, True):
+            if addresses:
+                _give_addresses(model)
             try:
                 with cut(model, depth) if depth is not None else nullcontext():
                     graph, ranges = exporter.export(model, sample, axes, outputs, constants)

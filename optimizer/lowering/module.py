@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering.checkpoint import quiet
 from planish.optimizer.lowering.weights import Stored
@@ -98,19 +99,19 @@ def export(
         raise BadInput(f"torch gave no graph for {type(module).__name__}")
     model = program.model
     spread_masks(model)
-    return model, _name_axes(model, axes, _ranges(captured))
+    return model, _name_axes(model, axes, _limits(captured))
 
 
-def _ranges(captured: Any) -> dict[str, tuple[int, int | None]]:
-    """Smallest and largest size of each symbol that the trace allows."""
+def _limits(captured: Any) -> dict[str, int]:
+    """Largest size of each symbol that the trace limits."""
     found = {}
     for symbol, interval in captured.range_constraints.items():
-        upper = int(interval.upper) if getattr(interval.upper, "is_Integer", False) else None
-        found[str(symbol)] = (int(interval.lower), upper if upper is not None and upper < _NO_LIMIT else None)
+        if getattr(interval.upper, "is_Integer", False) and int(interval.upper) < _NO_LIMIT:
+            found[str(symbol)] = int(interval.upper)
     return found
 
 
-def _name_axes(model: ir.Model, axes: Axes, ranges: Mapping[str, tuple[int, int | None]]) -> dict[str, Axis]:
+def _name_axes(model: ir.Model, axes: Axes, symbols: Mapping[str, int]) -> dict[str, Axis]:
     """Replace torch's symbols by the names of the axes everywhere, and collect what the trace says of each axis."""
     names: dict[str, str] = {}
     limits: dict[str, list[int]] = {name: [] for by_index in axes.values() for name in by_index.values()}
@@ -122,8 +123,7 @@ def _name_axes(model: ir.Model, axes: Axes, ranges: Mapping[str, tuple[int, int 
                     f"axis {axis!r} of input {value.name!r} is fixed at {dim}: the module does not treat it as dynamic"
                 )
             names[str(dim.value)] = axis
-            upper = ranges.get(str(dim.value), (1, None))[1]
-            limits[axis] += [] if upper is None else [upper]
+            limits[axis] += [symbols[str(dim.value)]] if str(dim.value) in symbols else []
     _rename_symbols(model, names)
     return {name: Axis(name, 1, min(upper, default=None)) for name, upper in limits.items()}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
+
 from planish.optimizer import onnx_io, registry
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer.lowering import module as exporter
 from planish.optimizer.lowering.onnx_file import signature_of
 from planish.optimizer.lowering.original import TorchOriginal

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer.errors import BadInput
 from planish.optimizer.tensors import lazy
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx_ir as ir
+
 from planish.optimizer.base import PassResult
 from planish.optimizer.graph import graphs_of, location_of
 

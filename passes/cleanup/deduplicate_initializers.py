@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar
 
 import onnx_ir as ir
 from annotated_types import Ge
+
 from planish.optimizer.base import Pass, PassResult
 from planish.optimizer.tensors import origin_of
 

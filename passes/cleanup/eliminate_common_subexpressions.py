@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from annotated_types import Ge
+
 from planish.optimizer.base import Pass
 from planish.passes.cleanup import _library
 

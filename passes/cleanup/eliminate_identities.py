@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
+
 from planish.optimizer.base import Pass, PassResult
 from planish.optimizer.graph import constant_of, graphs_of, location_of
 
@@ -30,11 +31,13 @@ class EliminateIdentities(Pass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Bypass every such node in the graph, its subgraphs and functions."""
-        found = [node for graph in graphs_of(model) for node in graph if _does_nothing(node) and _removable(node)]
-        sites = [location_of(node) for node in found]
-        for node in found:
-            _bypass(node)
-        return PassResult(model, bool(found), sites=sites)
+        sites: list[str] = []
+        for graph in graphs_of(model):
+            for node in list(graph):
+                if _does_nothing(node) and _removable(node):
+                    sites.append(location_of(node))
+                    _bypass(node)
+        return PassResult(model, bool(sites), sites=sites)
 
 
 def _does_nothing(node: ir.Node) -> bool:

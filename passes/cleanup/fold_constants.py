@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from annotated_types import Ge
 from onnxscript import optimizer
+
 from planish.optimizer.base import Pass
 from planish.passes.cleanup import _library
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
+
 from planish.optimizer.base import Pass
 from planish.passes.cleanup import _library
 

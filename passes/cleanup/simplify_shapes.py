@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.graph import add_initializer, constant_of, location_of
 from planish.optimizer.shapes import Entry, Followed, dims_of

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
 import onnx_ir as ir
+
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.graph import NAME_SCOPES, graphs_of, location_of, opset_of, scalar_of, sole_user
 

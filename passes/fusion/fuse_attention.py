@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
+
 from planish.optimizer.graph import rank_of, scalar_of
-from planish.optimizer.shapes import Followed, dims_of
+from planish.optimizer.shapes import Followed, dims_of, rows_for
 from planish.passes.fusion._fusion import Declined, Fusion, made_by, used_by
 
 _RANK = 4

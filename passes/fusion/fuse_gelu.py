@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
+
 from planish.optimizer.graph import scalar_of
 from planish.passes.fusion._fusion import Declined, Fusion, made_by, other_operand, used_by, with_constant
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer.graph import constant_of, rank_of, scalar_of
 from planish.passes.fusion._fusion import Declined, Fusion, made_by, other_operand, used_by, with_constant
 

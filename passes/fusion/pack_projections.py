@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of, sizes_of, sole_user
 from planish.optimizer.tensors import lazy
@@ -94,14 +95,15 @@ def _pack(graph: ir.Graph, group: Sequence[Projection]) -> None:
     weight = _joined(graph, name, [projection.weight for projection in group], axis=1)
     bias = _joined(graph, f"{group[0].bias.name}_packed", [projection.bias for projection in group], axis=0)
     widths = np.array([projection.width for projection in group], np.int64)
-    product = ir.node("MatMul", [first.inputs[0], weight], name=f"{first.name}_packed")
-    addition = ir.node("Add", [product.outputs[0], bias], name=f"{first.name}_packed_bias")
+    base = first.outputs[0].name
+    product = ir.node("MatMul", [first.inputs[0], weight], name=f"{base}_packed")
+    addition = ir.node("Add", [product.outputs[0], bias], name=f"{base}_packed_bias")
     split = ir.node(
         "Split",
         [addition.outputs[0], add_initializer(graph, f"{name}_widths", widths)],
         {"axis": -1},
         num_outputs=len(group),
-        name=f"{first.name}_split",
+        name=f"{base}_split",
     )
     _describe(group, product, addition, int(widths.sum()))
     graph.insert_before(first, [product, addition, split])

@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+
 from planish.optimizer.base import Pass, PassResult
 from planish.optimizer.graph import add_initializer, constant_of, location_of, rank_of, sole_user
 
@@ -148,12 +149,14 @@ def _unsplit(value: ir.Value | None) -> tuple[ir.Value, int] | None:
         return None
     target = constant_of(reshape.inputs[1])
     keeps = target is not None and target.size == 4 and list(target[:2]) == [0, 0] and rank_of(reshape.inputs[0]) == 3
-    heads = _heads(transpose.outputs[0]) if keeps else None
+    heads = None if target is None or not keeps else _heads(int(target[2]), transpose.outputs[0])
     return None if heads is None else (reshape.inputs[0], heads)
 
 
-def _heads(split: ir.Value) -> int | None:
-    """The size of axis 1 of (batch, heads, sequence, size)."""
+def _heads(written: int, split: ir.Value) -> int | None:
+    """The number of heads: as written in the target of the reshape, or axis 1 of (batch, heads, sequence, size)."""
+    if written > 0:
+        return written
     heads = None if split.shape is None else split.shape[1]
     return heads if isinstance(heads, int) else None
 

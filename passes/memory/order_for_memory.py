@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
+
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.errors import UsageError
 from planish.optimizer.graph import location_of, sizes_of_values

@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge, Gt, Le
+
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.graph import is_weight_matrix, location_of, shape_of, sizes_of
 from planish.optimizer.tensors import taken

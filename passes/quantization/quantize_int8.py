@@ -21,6 +21,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge
+
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of, sizes_of
 from planish.optimizer.tensors import lazy
@@ -101,16 +102,13 @@ class _Writer:
             return
         stored, scale = self._stored(weight)
         if self.activations == "runtime":
-            wide = self._add(node, "DequantizeLinear", [stored, scale], {"axis": 1})
-            node.replace_input_with(1, wide)
+            node.replace_input_with(1, self._add(node, "weight", "DequantizeLinear", [stored, scale], {"axis": 1}))
             return
         rows, size = self._rows(node, data)
-        sums = self._add(node, "MatMulInteger", [rows, stored, self.zero_points[id(data)]])
-        sums.dtype = ir.DataType.INT32
-        real = self._add(node, "Cast", [sums], {"to": ir.DataType.FLOAT})
-        per_channel = self._add(node, "Mul", [real, self._channel_scale(scale)])
-        product = self._add(node, "Mul", [per_channel, size])
-        self._take_over(node, product)
+        sums = self._add(node, "int32", "MatMulInteger", [rows, stored, self.zero_points[id(data)]])
+        real = self._add(node, "float", "Cast", [sums], {"to": ir.DataType.FLOAT})
+        columns = self._add(node, "columns", "Mul", [real, self._channel_scale(scale)])
+        self._take_over(node, self._add(node, "rows", "Mul", [columns, size]))
 
     def _take_over(self, node: ir.Node, product: ir.Value) -> None:
         old = node.outputs[0]
@@ -154,20 +152,21 @@ class _Writer:
         return self.rows[id(data)]
 
     def _per_tensor(self, node: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value]:
-        quantize = self._insert(node, "DynamicQuantizeLinear", [data], outputs=3)
+        quantize = self._insert(node, ("uint8", "scale", "zero_point"), "DynamicQuantizeLinear", [data])
         self.zero_points[id(data)] = quantize.outputs[2]
         return quantize.outputs[0], quantize.outputs[1]
 
     def _per_token(self, node: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value]:
         zero = self._constant("int8_zero_point", np.array(_ZERO_POINT, np.uint8))
-        magnitude = self._add(node, "Abs", [data])
         axes = self._constant("int8_axes", np.array([-1], np.int64))
-        largest = self._add(node, "ReduceMax", [magnitude, axes], {"keepdims": 1})
-        size = self._add(node, "Max", [largest, self._constant("int8_tiny", np.array(_TINY, np.float32))])
-        unit = self._add(node, "Div", [data, size])
+        tiny = self._constant("int8_tiny", np.array(_TINY, np.float32))
         step = self._constant("int8_step", np.array(1 / _LEVELS, np.float32))
+        magnitude = self._add(node, "magnitude", "Abs", [data])
+        largest = self._add(node, "largest", "ReduceMax", [magnitude, axes], {"keepdims": 1})
+        size = self._add(node, "size", "Max", [largest, tiny])
+        unit = self._add(node, "unit", "Div", [data, size])
         self.zero_points[id(data)] = zero
-        return self._add(node, "QuantizeLinear", [unit, step, zero]), size
+        return self._add(node, "uint8", "QuantizeLinear", [unit, step, zero]), size
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
         if name not in self.constants:
@@ -176,26 +175,30 @@ class _Writer:
         return self.constants[name]
 
     def _add(
-        self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, int] | None = None
+        self,
+        node: ir.Node,
+        what: str,
+        op_type: str,
+        inputs: list[ir.Value | None],
+        attributes: dict[str, int] | None = None,
     ) -> ir.Value:
-        return self._insert(node, op_type, inputs, attributes).outputs[0]
+        return self._insert(node, (what,), op_type, inputs, attributes).outputs[0]
 
     def _insert(
         self,
         node: ir.Node,
+        what: tuple[str, ...],
         op_type: str,
         inputs: list[ir.Value | None],
         attributes: dict[str, int] | None = None,
-        outputs: int = 1,
     ) -> ir.Node:
-        """Put a node before ``node``, named after it and located where it is."""
-        made = ir.node(
-            op_type, inputs, attributes, num_outputs=outputs, name=f"{node.name}_{op_type}_{len(self.graph)}"
-        )
+        """Put a node before ``node``: located where it is, its outputs named after its output and ``what`` they are."""
+        base = node.outputs[0].name
+        made = ir.node(op_type, inputs, attributes, num_outputs=len(what), name=f"{base}_{op_type}_{what[0]}")
         if NAME_SCOPES in node.metadata_props:
             made.metadata_props[NAME_SCOPES] = node.metadata_props[NAME_SCOPES]
-        for index, output in enumerate(made.outputs):
-            output.name = f"{made.name}_{index}"
+        for output, suffix in zip(made.outputs, what, strict=True):
+            output.name = f"{base}_{suffix}"
         self.graph.insert_before(node, made)
         return made
 

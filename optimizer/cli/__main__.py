@@ -1,0 +1,5 @@
+"""`python -m planish.optimizer.cli` is `planish`."""
+
+from planish.optimizer.cli import main
+
+main()

