@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 from planish.optimizer.errors import BadInput, OutOfResources
 
 MANIFEST = "planish.json"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _LOCK = ".building"
@@ -82,13 +84,13 @@ def _clear_errors(destination: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _NO_ROOM:
             raise OutOfResources(
                 f"there is no room to write ({error.strerror})",
                 where=destination,
                 advice="free some space and run again",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if error.errno in _UNWRITABLE:
             raise BadInput(f"this cannot be written ({error.strerror})", where=destination) from error
         raise
 

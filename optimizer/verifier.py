@@ -35,9 +35,13 @@ class Fault:
 
 def faults_of(model: ir.Model) -> list[Fault]:
     """Every fault of the model; cheap checks first, type and shape inference only on a graph that passes them."""
+    return structural_faults(model) or list(_inference_faults(model))
+
+
+def structural_faults(model: ir.Model) -> list[Fault]:
+    """Every fault that shows without inferring types and shapes."""
     roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    found = [fault for root in roots for fault in _graph_faults(model, root, frozenset())]
-    return found or list(_inference_faults(model))
+    return [fault for root in roots for fault in _graph_faults(model, root, frozenset())]
 
 
 def verify(model: ir.Model) -> None:

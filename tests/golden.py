@@ -103,7 +103,7 @@ def text_of(model: ir.Model) -> str:
 
 
 def outputs(model: ir.Model, seed: int = 0) -> list[np.ndarray]:
-    """What the graph computes on inputs drawn with a seed, by the reference evaluator or, if it must be, ONNX Runtime."""
+    """What the graph computes on inputs drawn with a seed, by the reference evaluator or, if it must, ONNX Runtime."""
     feeds = _feeds(model, np.random.default_rng(seed))
     foreign = any(node.domain not in ("", "ai.onnx") for graph in graphs_of(model) for node in graph)
     if foreign:

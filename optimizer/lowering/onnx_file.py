@@ -22,6 +22,7 @@ from planish.optimizer.lowering.original import Answers, Original
 from planish.optimizer.lowering.tasks import TASKS
 from planish.optimizer.program import Axis, Program, Provenance, Role, Signature, TensorSpec, guess_role
 from planish.optimizer.reference import thin
+from planish.optimizer.verifier import picture, structural_faults
 
 _THROUGH = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Slice", "Transpose", "Flatten"})
 """Operators behind which an integer input is still the same integers."""
@@ -37,6 +38,9 @@ def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
         raise BadInput(
             f"it is written in opset {version}", where=path, advice=f"export it at opset {OLDEST_OPSET} or later"
         )
+    faults = structural_faults(model)
+    if faults:
+        raise BadInput(f"the graph is not valid: {faults[0]}", where=path, picture=picture(model, faults))
     common.RemoveInitializersFromInputsPass()(model)
     common.InlinePass()(model)
     notes = _upgrade(model, path, version)

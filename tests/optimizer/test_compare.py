@@ -86,7 +86,7 @@ def test_budgets_read_and_judge() -> None:
     array = np.ones((1, 1, 3), np.float32)
     far = compare(SIGNATURE, [{}], [{"logits": array}], [{"logits": -array}])
     assert len(budget.violations(far)) == 2
-    with pytest.raises(CheckFailed, match="cosine of logits is -1, the budget asks cosine>=0.9"):
+    with pytest.raises(CheckFailed, match=r"cosine of logits is -1, the budget asks cosine>=0\.9"):
         budget.check(far, where="here")
     budget.check(compare(SIGNATURE, [{}], [{"logits": array}], [{"logits": array}]), where="here")
 
@@ -108,7 +108,7 @@ def test_budgets_that_make_no_sense(text: str, message: str) -> None:
 
 def test_figures_are_rounded_away_from_perfection() -> None:
     array = np.array([[[1.0, 2.0, 3.0]]])
-    found = compare(SIGNATURE, [{}], [{"logits": array}], [{"logits": array + [0, 0, 0.0012345]}])
+    found = compare(SIGNATURE, [{}], [{"logits": array}], [{"logits": array + np.array([0, 0, 0.0012345])}])
     rounded = found.rounded().outputs["logits"]
     assert rounded["max_abs"] == 1.23e-3
     assert 0 < 1 - rounded["cosine"] < 1e-6
