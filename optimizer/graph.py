@@ -120,7 +120,7 @@ def without_weights(model: ir.Model, limit: int = 1024) -> ir.Model:
             value.const_value = ir.ExternalTensor(
                 "weights", 0, tensor.nbytes, tensor.dtype, shape=shape_of(tensor), name=value.name or ""
             )
-    return copy
+    return embedded(copy, limit)
 
 
 def weights_as_inputs(model: ir.Model, limit: int = 1024) -> tuple[ir.Model, dict[str, ir.TensorProtocol]]:
@@ -137,7 +137,16 @@ def weights_as_inputs(model: ir.Model, limit: int = 1024) -> tuple[ir.Model, dic
             value.const_value = None
             copy.graph.inputs.append(value)
             lent[name] = tensor
-    return copy, lent
+    return embedded(copy, limit), lent
+
+
+def embedded(model: ir.Model, limit: int) -> ir.Model:
+    """The model with small initializers (at most ``limit`` elements) in it that lay in files: its bytes can travel."""
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.size <= limit:
+            value.const_value = ir.tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
+    return model
 
 
 def _big_initializers(model: ir.Model, limit: int) -> list[ir.Value]:

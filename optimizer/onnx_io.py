@@ -16,7 +16,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from planish.optimizer.errors import BadInput
-from planish.optimizer.graph import NAME_SCOPES, graphs_of, weight_bytes
+from planish.optimizer.graph import NAME_SCOPES, embedded, graphs_of, weight_bytes
 
 EXTERNAL_FROM = 1 << 20
 """Models with more bytes of weights than this keep them in a file beside the graph, where runtimes map them."""
@@ -42,8 +42,7 @@ def save(model: ir.Model, path: Path, progress: Callable[[int, int], None] | Non
             progress(info.index + 1, info.total)
 
     if external is None:
-        embedded = ir.external_data.load_to_model(released)
-        ir.save(embedded, path)
+        ir.save(embedded(released, EXTERNAL_FROM), path)
         return
     ir.save(
         released,

@@ -9,7 +9,7 @@ from planish.optimizer.compare import Budget
 from planish.optimizer.errors import UsageError
 
 _SHARED = (
-    "fold-constants,eliminate-identities,fuse-layer-norm,fuse-gelu,fuse-attention,simplify-shapes,"
+    "fold-constants,eliminate-identities,simplify-shapes,fuse-layer-norm,fuse-gelu,fuse-attention,"
     "eliminate-common-subexpressions,deduplicate-initializers"
 )
 """Cleanup, and raising to canonical operators: the same for every target."""

@@ -6,7 +6,6 @@ import importlib
 import sys
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
 
 import click
 
@@ -59,7 +58,7 @@ def cli() -> None:
     """Planish compiles trained Transformers into smaller, faster engines, each checked against the original."""
 
 
-def main(arguments: list[str] | None = None) -> Any:
+def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every way to fail ends in one line and the documented exit code."""
     from planish.optimizer.cli.failures import exit_code_of
 
@@ -67,6 +66,3 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(cli.main(args=arguments, prog_name="planish", standalone_mode=False) or 0)
     except Exception as error:  # noqa: BLE001 - the outermost handler: everything is turned into a line and a code
         sys.exit(exit_code_of(error))
-    except KeyboardInterrupt:
-        click.echo("planish: interrupted; nothing was written", err=True)
-        sys.exit(130)

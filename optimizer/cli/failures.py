@@ -12,14 +12,19 @@ import click
 
 from planish.optimizer.errors import InternalError, OutOfResources, PlanishError, UsageError
 
+INTERRUPTED = 130
+"""What shells return for a command that Ctrl-C ended."""
+
 
 def exit_code_of(error: Exception) -> int:
     """Tell the user of ``error`` on stderr and return the exit code for it."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
-    if isinstance(error, click.ClickException | click.Abort):
-        if isinstance(error, click.ClickException):
-            error.show(file=sys.stderr)
+    if isinstance(error, click.Abort):  # what click makes of Ctrl-C
+        click.echo("planish: interrupted; nothing was written", err=True)
+        return INTERRUPTED
+    if isinstance(error, click.ClickException):
+        error.show(file=sys.stderr)
         return UsageError.exit_code
     known = _as_ours(error)
     if known.picture:

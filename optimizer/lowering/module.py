@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -26,22 +26,22 @@ Axes = Mapping[str, Mapping[int, str]]
 """For each input, the name of each dynamic axis by its position."""
 
 
-class _Flat:
-    """Makes the wrapper class when torch is there: keyword arguments by name in, the wanted outputs as a tuple out."""
+def wrap(module: Any, names: Iterable[str], outputs: Sequence[str], constants: Mapping[str, Any] | None = None) -> Any:
+    """A module that takes the inputs called ``names`` in order and gives the wanted outputs as a tuple."""
+    import torch
 
-    def __new__(cls, module: Any, names: Sequence[str], constants: Mapping[str, Any], outputs: Sequence[str]) -> Any:
-        import torch
+    keywords = list(names)
 
-        class Flat(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.module = module
+    class Flat(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
 
-            def forward(self, *args: Any) -> tuple[Any, ...]:
-                result = self.module(**dict(zip(names, args, strict=True)), **constants)
-                return tuple(flatten(result, outputs).values())
+        def forward(self, *args: Any) -> tuple[Any, ...]:
+            result = self.module(**dict(zip(keywords, args, strict=True)), **(constants or {}))
+            return tuple(flatten(result, outputs).values())
 
-        return Flat()
+    return Flat()
 
 
 def flatten(result: Any, names: Sequence[str] = ()) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def export(
     """
     import torch
 
-    flat = _Flat(module, list(inputs), constants or {}, outputs)
+    flat = wrap(module, inputs, outputs, constants)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in inputs}
     with torch.no_grad(), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -41,11 +41,7 @@ def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
     faults = structural_faults(model)
     if faults:
         raise BadInput(f"the graph is not valid: {faults[0]}", where=path, picture=picture(model, faults))
-    common.RemoveInitializersFromInputsPass()(model)
-    common.InlinePass()(model)
-    notes = _upgrade(model, path, version)
-    common.NameFixPass()(model)
-    common.ShapeInferencePass()(model)
+    notes = normalize(model, path.parent)
     signature = signature_of(model)
     config = _config_beside(path)
     program = Program(
@@ -57,6 +53,19 @@ def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
     return program, OnnxOriginal(path)
 
 
+def normalize(model: ir.Model, folder: Path | None) -> tuple[str, ...]:
+    """Bring a graph that somebody else wrote to the canonical opset, inlined, with unique names and known shapes.
+
+    Returns notes on what was done. ``folder`` is where its external data lies.
+    """
+    common.RemoveInitializersFromInputsPass()(model)
+    common.InlinePass()(model)
+    notes = _upgrade(model, folder)
+    common.NameFixPass()(model)
+    common.ShapeInferencePass()(model)
+    return notes
+
+
 def read_signature(path: Path) -> Signature:
     """The signature of an ONNX file as it is; raises as `lower` does."""
     model = onnx_io.load(path)
@@ -64,10 +73,11 @@ def read_signature(path: Path) -> Signature:
     return signature_of(model)
 
 
-def _upgrade(model: ir.Model, path: Path, version: int) -> tuple[str, ...]:
+def _upgrade(model: ir.Model, folder: Path | None) -> tuple[str, ...]:
     """Convert to the canonical opset; a model that cannot be converted stays as it is, and a note says so."""
     from onnxscript import version_converter
 
+    version = opset_of(model)
     if version >= OPSET:
         return ()
     kept = model.clone()
@@ -79,8 +89,9 @@ def _upgrade(model: ir.Model, path: Path, version: int) -> tuple[str, ...]:
             return (f"left at opset {version}: {' '.join(str(error).split())[:200]}",)
     if opset_of(model) != OPSET:
         return (f"left at opset {version}: the converter of ONNX does not know how to raise it to {OPSET}",)
-    for graph in model.graphs():
-        ir.external_data.set_base_dir(graph, path.parent)
+    if folder is not None:
+        for graph in model.graphs():
+            ir.external_data.set_base_dir(graph, folder)
     return (f"raised from opset {version} to {OPSET}",)
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
+from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering import module as exporter
-from planish.optimizer.lowering.onnx_file import signature_of
+from planish.optimizer.lowering.checkpoint import quiet
+from planish.optimizer.lowering.onnx_file import normalize, signature_of
 from planish.optimizer.lowering.original import TorchOriginal
 from planish.optimizer.program import Axis, Program, Provenance, Signature
+
+_RECORDED_OPSET = 17
 
 
 def lower(
@@ -25,14 +33,54 @@ def lower(
     module = module.eval()
     with torch.no_grad():
         outputs = tuple(exporter.flatten(module(**inputs)))
-    graph, ranges = exporter.export(module, inputs, axes, outputs)
-    tensors = {name: _tensor(name, value) for name, value in module.state_dict().items()}
-    exporter.adopt_weights(graph, tensors, tensors.keys())
+    notes: tuple[str, ...] = ()
+    try:
+        graph, ranges = exporter.export(module, inputs, axes, outputs)
+        tensors = {name: _tensor(name, value) for name, value in module.state_dict().items()}
+        exporter.adopt_weights(graph, tensors, tensors.keys())
+    except BadInput as refused:
+        graph, notes = _by_running(module, inputs, axes, outputs, refused)
+        ranges = {}
     signature = _signature(graph, ranges)
-    provenance = Provenance("module", type(module).__name__, {"state_dict": _hash(module)})
+    provenance = Provenance("module", type(module).__name__, {"state_dict": _hash(module)}, notes)
     return Program({"model": graph}, {"model": signature}, "inference", provenance), TorchOriginal(
         lambda: module, outputs
     )
+
+
+def _by_running(
+    module: Any,
+    inputs: Mapping[str, Any],
+    axes: Mapping[str, Mapping[int, str]],
+    outputs: Sequence[str],
+    refused: BadInput,
+) -> tuple[ir.Model, tuple[str, ...]]:
+    """Lower with torch's first exporter, which records one run; raises ``refused`` if that fails as well.
+
+    It knows recurrent layers with a dynamic sequence, and freezes control flow that depends on values: the check
+    against the original on inputs of other sizes tells.
+    """
+    import torch
+
+    flat = exporter.wrap(module, inputs, outputs)
+    with torch.no_grad(), quiet(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "recorded.onnx"
+        try:
+            torch.onnx.export(
+                flat,
+                tuple(inputs.values()),
+                path,
+                dynamo=False,
+                opset_version=_RECORDED_OPSET,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_axes={name: dict(named) for name, named in axes.items()},
+            )
+        except Exception as error:
+            raise refused from error  # the first refusal is the one to read
+        graph: ir.Model = ir.from_proto(onnx.load(path))
+    return graph, ("recorded from one run by torch's first exporter", *normalize(graph, None))
 
 
 def _tensor(name: str, value: Any) -> ir.TensorProtocol:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal
-from planish.optimizer.graph import add_initializer, constant_of, location_of
+from planish.optimizer.graph import add_initializer, constant_of, location_of, rank_of, sole_user
 from planish.optimizer.shapes import Entry, Followed, dims_of
 
 
@@ -25,7 +25,9 @@ class SimplifyShapes(Pass):
     1. The shape of a ``Reshape`` becomes constant where every entry is a number, the dimension that the input has at
        the same place (written 0), or the only one that is neither (written -1).
     2. A ``Reshape`` to the shape that its input has disappears.
-    3. Any other small integer tensor whose entries are all numbers becomes a constant.
+    3. A ``Softmax`` over the last axis, between a ``Flatten`` that keeps that axis and the ``Reshape`` that undoes it,
+       reads the tensor as it is (what the softmax of opset 12 becomes in later opsets).
+    4. Any other small integer tensor whose entries are all numbers becomes a constant.
     """
 
     name: ClassVar[str] = "simplify-shapes"
@@ -37,7 +39,9 @@ class SimplifyShapes(Pass):
         refusals: list[Refusal] = []
         for node in list(model.graph):
             known.visit(node)
-            if node.op_type == "Reshape" and node.domain == "":
+            if node.op_type == "Softmax" and node.domain == "" and _unflatten(model.graph, node):  # Case 3
+                sites.append(location_of(node))
+            elif node.op_type == "Reshape" and node.domain == "" and node.graph is not None:
                 self._reshape(model.graph, node, known, sites, refusals)
             elif (numbers := _numbers(known, node)) is not None:
                 _replace(model.graph, node, numbers)
@@ -67,6 +71,26 @@ class SimplifyShapes(Pass):
         node.replace_input_with(1, value)
         node.attributes.pop("allowzero", None)
         sites.append(location_of(node))
+
+
+def _unflatten(graph: ir.Graph, softmax: ir.Node) -> bool:
+    """Case 3: whether the softmax now reads what was flattened for it."""
+    flatten = None if softmax.inputs[0] is None else softmax.inputs[0].producer()
+    reshape = sole_user(softmax.outputs[0])
+    if flatten is None or reshape is None or flatten.op_type != "Flatten" or reshape.op_type != "Reshape":
+        return False
+    source, shape = flatten.inputs[0], None if reshape.inputs[1] is None else reshape.inputs[1].producer()
+    axis, over = flatten.attributes.get("axis"), softmax.attributes.get("axis")
+    keeps_last = axis is not None and axis.as_int() == (rank_of(source) or 0) - 1
+    undoes = shape is not None and shape.op_type == "Shape" and shape.inputs[0] is source and not shape.attributes
+    if source is None or not keeps_last or not undoes or (over is not None and over.as_int() not in (-1, 1)):
+        return False
+    softmax.replace_input_with(0, source)
+    softmax.attributes.add(ir.AttrInt64("axis", -1))
+    softmax.outputs[0].shape = source.shape
+    ir.convenience.replace_all_uses_with(reshape.outputs[0], softmax.outputs[0])
+    graph.remove(reshape, safe=True)
+    return True
 
 
 def _is_same(dims: Sequence[Entry], entries: Sequence[Entry]) -> bool:
