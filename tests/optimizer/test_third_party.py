@@ -76,7 +76,7 @@ def test_its_backend_gives_a_checked_and_measured_engine(installed: Path, tiny: 
 def test_a_wrong_pass_is_caught_named_undone_and_reproduced(
     installed: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(presets.PRESETS["exact"], "onnxruntime", "fold-constants,negate-gelu,fuse-attention")  # type: ignore[arg-type]
+    monkeypatch.setitem(presets.PRESETS["exact"], "onnxruntime", "fold-constants,negate-gelu,fuse-attention")
     result = optimize(tiny, tmp_path / "out", preset="exact")
     record = result.manifest.targets["onnxruntime"]
     (undone,) = record.rolled_back

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from planish.optimizer import Pipeline
 from tests import golden
 
 CASES = list(golden.read_cases())
@@ -26,11 +27,11 @@ def test_golden(case: golden.Case, request: pytest.FixtureRequest) -> None:
         np.testing.assert_allclose(other, one, rtol=tolerance, atol=tolerance)
 
 
-EXACT = [case for case in CASES if all(step.exact for step in golden.Pipeline.parse(case.pipeline).passes)]
+EXACT = [case for case in CASES if all(step.exact for step in Pipeline.parse(case.pipeline).passes)]
 
 
 @pytest.mark.parametrize("case", EXACT, ids=lambda case: f"{case.path.stem}-{case.name}")
 def test_running_twice_is_running_once(case: golden.Case) -> None:
     once, _ = golden.run(case)
-    twice = golden.Pipeline.parse(case.pipeline).run(once.clone())
+    twice = Pipeline.parse(case.pipeline).run(once.clone())
     assert golden.text_of(twice.model) == golden.text_of(once)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from planish.optimizer import Pass, PassResult
+from planish.optimizer.graph import location_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class NegateTwice(Pass):
         sites = []
         for node in [node for node in model.graph if node.op_type == "Tanh"]:
             _follow(model, node, ["Neg"] * (2 * self.pairs))
-            sites.append(node.outputs[0].name)
+            sites.append(location_of(node))
         return PassResult(model, bool(sites), sites=sites)
 
 
@@ -35,7 +36,7 @@ class NegateGelu(Pass):
         sites = []
         for node in [node for node in model.graph if node.op_type == "Gelu"]:
             _follow(model, node, ["Neg"])
-            sites.append(node.outputs[0].name)
+            sites.append(location_of(node))
         return PassResult(model, bool(sites), sites=sites)
 
 
@@ -43,12 +44,12 @@ def _follow(model: ir.Model, node: ir.Node, op_types: list[str]) -> None:
     """Insert a chain of unary operators behind a node."""
     output = node.outputs[0]
     users = list(output.uses())
-    value = output
+    value, last = output, node
     for index, op_type in enumerate(op_types):
         made = ir.node(op_type, [value], name=f"{output.name}_{op_type}_{index}")
         made.outputs[0].name = made.name
         made.outputs[0].shape, made.outputs[0].type = output.shape, output.type
-        model.graph.insert_after(value.producer(), made)
-        value = made.outputs[0]
+        model.graph.insert_after(last, made)
+        value, last = made.outputs[0], made
     for use in users:
         use.node.replace_input_with(use.idx, value)
