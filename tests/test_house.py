@@ -1,0 +1,142 @@
+"""The rules of the house: layers, registration, docstrings, golden tests, sizes. See CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from planish.backends import BACKENDS
+from planish.optimizer import Backend, Pass, registry, spec
+from planish.passes import PASSES
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [path for folder in ("optimizer", "passes", "backends") for path in sorted((ROOT / folder).rglob("*.py"))]
+PASS_FILES = [path for path in SOURCES if path.parts[-3] == "passes" and not path.name.startswith("_")]
+TESTED = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function, its docstring not counted: explaining must not cost."""
+    text = ast.get_docstring(function, clean=False)
+    lines = (function.end_lineno or function.lineno) - function.lineno + 1
+    return lines if text is None else lines - text.count("\n") - 1
+
+
+def test_the_layers_hold() -> None:
+    done = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "0 broken" in done.stdout
+
+
+def test_every_layer_is_named_in_the_contract() -> None:
+    named = set(re.findall(r"planish\.optimizer\.(\w+)", (ROOT / "pyproject.toml").read_text()))
+    there = {
+        path.stem for path in (ROOT / "optimizer").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert there - {"__init__"} <= named
+
+
+def test_every_pass_file_is_registered_under_its_own_name() -> None:
+    by_file = {relative(path): path.stem.replace("_", "-") for path in PASS_FILES}
+    registered = {
+        entry.partition(":")[0].removeprefix("planish.").replace(".", "/") + ".py": n for n, entry in PASSES.items()
+    }
+    assert by_file == registered
+    assert set(PASSES) <= set(registry.table(registry.PASSES))
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_is_a_documented_frozen_dataclass(name: str) -> None:
+    cls = registry.table(registry.PASSES)[name].load()
+    module = sys.modules[cls.__module__].__doc__ or ""
+    assert issubclass(cls, Pass)
+    assert cls.name == name
+    assert dataclasses.is_dataclass(cls)
+    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert re.search(r"^Before:  \S.*^After:   \S", module, re.DOTALL | re.MULTILINE), "show the IR before and after"
+    assert cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("), "say what the pass does"
+    for option, facts in spec.schema(cls).items():
+        assert facts.get("description"), f"document {option}"
+        assert "default" in facts, f"{option} needs a default: a pass can be named without options"
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_has_golden_cases(name: str) -> None:
+    text = (ROOT / "tests" / "data" / "passes" / f"{name}.test").read_text()
+    assert text.count("[case ") >= 3
+    refuses = (
+        "Refusal"
+        in (ROOT / PASSES[name].partition(":")[0].removeprefix("planish.").replace(".", "/"))
+        .with_suffix(".py")
+        .read_text()
+    )
+    assert not refuses or "[refused]" in text, "a refusal that no case shows may never happen"
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_have_the_same_members(name: str) -> None:
+    cls = registry.table(registry.BACKENDS)[name].load()
+    assert issubclass(cls, Backend)
+    assert cls.name == name
+    for member in ("emit", "open", "missing"):
+        assert callable(getattr(cls, member))
+    for option, facts in spec.schema(cls).items():
+        assert facts.get("description"), f"document {option}"
+    assert (ROOT / "tests" / "backends" / f"test_{name}.py").is_file()
+
+
+def test_heavy_runtimes_are_imported_inside_functions() -> None:
+    heavy = {"torch", "transformers", "optimum", "onnxruntime", "openvino", "tensorrt", "tokenizers", "scipy"}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found = {name.partition(".")[0] for name in names} & heavy
+            assert not found, f"{relative(path)}:{node.lineno} imports {found}"
+
+
+def test_files_are_short() -> None:
+    for path in TESTED:
+        limit = 300 if path in PASS_FILES else 500
+        assert len(path.read_text().splitlines()) <= limit, relative(path)
+
+
+def test_functions_are_short() -> None:
+    lengths = {f"{relative(path)}:{f.lineno} {f.name}": length(f) for path in SOURCES for f in functions(path)}
+    assert {where: lines for where, lines in lengths.items() if lines > 60} == {}
+    deciles = statistics.quantiles(lengths.values(), n=10)
+    assert deciles[4] <= 12
+    assert deciles[8] <= 35
+
+
+def test_nothing_is_unfinished_and_no_exception_is_swallowed() -> None:
+    marks = re.compile(r"\bTODO\b|\bFIXME\b|\bXXX\b|except[^\n]*:\s*\n\s*(pass|\.\.\.)\b")
+    for path in SOURCES:
+        found = marks.search(path.read_text())
+        assert found is None, f"{relative(path)}: {found.group() if found else ''}"
+
+
+def test_error_classes_carry_the_documented_exit_codes() -> None:
+    from planish.optimizer import errors
+
+    classes = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.PlanishError)]
+    codes = {cls.__name__: cls.exit_code for cls in classes}
+    assert set(codes.values()) == {1, 2, 3, 4, 5, 70}, codes
