@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,9 +173,24 @@ def opened(engines: Sequence[EngineRef]) -> Iterator[list[Worker]]:
 def race(engines: Sequence[EngineRef], inputs: Sequence[Arrays], *, seconds: float = 30.0) -> list[Timing]:
     """Time engines in alternation, each on its own inputs; the first is what the others are compared with.
 
-    Every round gives each engine a turn of a few calls, in an order that changes; the speed-up of a round is the ratio
-    of the medians of its turns, so that drift of the machine cancels. Ends when every interval excludes one, after the
-    greatest number of rounds, or when ``seconds`` are used up and five rounds are done.
+    Ends when every interval excludes one, after the greatest number of rounds, or when ``seconds`` are used up and
+    five rounds are done.
+    """
+    turns = alternate(engines, inputs, seconds=seconds, enough=_clear)
+    return [timing(turns[0], own) for own in turns]
+
+
+def alternate(
+    engines: Sequence[EngineRef],
+    inputs: Sequence[Arrays],
+    *,
+    seconds: float = 30.0,
+    enough: Callable[[Sequence[Sequence[float]]], bool] = lambda _: False,
+) -> list[list[float]]:
+    """Milliseconds of each turn of each engine; turn i of one belongs to turn i of every other.
+
+    Every round gives each engine a turn of a few calls, in an order that changes, and a turn counts with the median of
+    its calls: ratios within a round are free of the drift of the machine.
     """
     turns: list[list[float]] = [[] for _ in engines]
     with opened(engines) as workers:
@@ -188,15 +203,15 @@ def race(engines: Sequence[EngineRef], inputs: Sequence[Arrays], *, seconds: flo
             for index in _order(len(workers), number):
                 turns[index].append(_turn(workers[index]))
             late = number >= 4 and time.perf_counter() - start > seconds
-            if late or (number % _FEWEST_ROUNDS == _FEWEST_ROUNDS - 1 and _clear(turns)):
+            if late or (number % _FEWEST_ROUNDS == _FEWEST_ROUNDS - 1 and enough(turns)):
                 break
-    return [_timing(turns[0], own) for own in turns]
+    return turns
 
 
 def _clear(turns: Sequence[Sequence[float]]) -> bool:
     """Whether every engine is known to be faster or slower than the first."""
-    timings = [_timing(turns[0], own) for own in turns[1:]]
-    return all(timing.low > 1 or timing.high < 1 for timing in timings)
+    timings = [timing(turns[0], own) for own in turns[1:]]
+    return all(found.low > 1 or found.high < 1 for found in timings)
 
 
 def _order(count: int, number: int) -> list[int]:
@@ -213,7 +228,8 @@ def _turn(worker: Worker) -> float:
         worker.pause()
 
 
-def _timing(base: Sequence[float], own: Sequence[float]) -> Timing:
+def timing(base: Sequence[float], own: Sequence[float]) -> Timing:
+    """An engine's turns compared with those of another, round by round."""
     ratios = np.asarray(base) / np.asarray(own)
     low, high = interval(ratios)
     return Timing(statistics.median(own), float(np.median(ratios)), low, high, len(own))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,12 +66,12 @@ def test_every_pass_file_is_registered_under_its_own_name() -> None:
 
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_is_a_documented_frozen_dataclass(name: str) -> None:
-    cls = registry.table(registry.PASSES)[name].load()
+    cls: type[Any] = registry.table(registry.PASSES)[name].load()
     module = sys.modules[cls.__module__].__doc__ or ""
     assert issubclass(cls, Pass)
     assert cls.name == name
     assert dataclasses.is_dataclass(cls)
-    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert cls.__dataclass_params__.frozen
     assert re.search(r"^Before:  \S.*^After:   \S", module, re.DOTALL | re.MULTILINE), "show the IR before and after"
     assert cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("), "say what the pass does"
     for option, facts in spec.schema(cls).items():

@@ -1,0 +1,41 @@
+"""Results: as JSON with versions and machine, and as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from planish.optimizer.cli.display import print_table
+from planish.optimizer.manifest import instruction_set, library_versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, what: str, columns: Sequence[str], rows: Sequence[Sequence[str]], figures: Any) -> None:
+    """Write `results/NAME.json` and `results/NAME.md`, and print the table."""
+    RESULTS.mkdir(exist_ok=True)
+    head = {
+        "what": what,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "python": platform.python_version(),
+        "libraries": library_versions(),
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(head | {"figures": figures}, indent=1) + "\n", encoding="utf-8")
+    lines = [f"# {what}", "", f"{head['date']}, {machine()}; `python -m benchmarks.{name}`.", ""]
+    lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print_table(what, columns, rows)
+
+
+def machine() -> str:
+    """The processor, what it can do, and how many of its cores are ours."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{models[0] if models else platform.processor()}, {cores} cores, {instruction_set()}"

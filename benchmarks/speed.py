@@ -1,0 +1,65 @@
+"""Latency of our engines beside the plain exports, all in one run, in alternation: `python -m benchmarks.speed`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from benchmarks.record import record
+from benchmarks.subjects import CHECKPOINTS, TARGETS, dynamic_int8, forget_ours, ours, plain_exports
+from planish.optimizer.building import sized_case
+from planish.optimizer.cli.options import parse_shapes
+from planish.optimizer.manifest import Manifest
+from planish.optimizer.measure import EngineRef, Timing, alternate, timing
+
+
+def field(name: str) -> dict[str, tuple[str, Path]]:
+    """Label -> target and path of everything that runs: the plain exports first."""
+    found: dict[str, tuple[str, Path]] = {}
+    for way, path in plain_exports(name).items():
+        found[f"{way} on onnxruntime"] = (TARGETS[0], path)
+    found["torch.onnx.export on openvino"] = (TARGETS[1], plain_exports(name)["torch.onnx.export"])
+    found["onnxruntime's dynamic int8"] = (TARGETS[0], dynamic_int8(name))
+    for preset in ("exact", "fast"):
+        for target in TARGETS:
+            short = target.partition("{")[0]
+            found[f"planish {preset} on {short}"] = (target, ours(name, preset) / short)
+    return found
+
+
+def measure(name: str, shape: dict[str, int], seconds: float) -> dict[str, dict[str, Timing]]:
+    """Label -> baseline -> timing, for one checkpoint at one shape; every engine gets the same inputs."""
+    racing = field(name)
+    signature = Manifest.read(ours(name, "exact")).signature.signature()
+    case, _ = sized_case(signature, shape)
+    engines = [EngineRef(target, path) for target, path in racing.values()]
+    turns = dict(zip(racing, alternate(engines, [case] * len(engines), seconds=seconds), strict=True))
+    bases = [f"{way} on onnxruntime" for way in plain_exports(name)]
+    return {label: {base: timing(turns[base], own) for base in bases} for label, own in turns.items()}
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, type=click.Choice(list(CHECKPOINTS)), help="Only this; both if none.")
+@click.option("--shape", default="batch=1,sequence=128", show_default=True)
+@click.option("--seconds", default=240.0, show_default=True, help="Longest time for one checkpoint.")
+@click.option("--keep", is_flag=True, help="Measure the engines that were built before.")
+def main(models: tuple[str, ...], shape: str, seconds: float, keep: bool) -> None:
+    """Time our engines beside the plain exports."""
+    if not keep:
+        forget_ours()
+    (sizes,) = parse_shapes((shape,))
+    rows, figures = [], {}
+    for name in models or tuple(CHECKPOINTS):
+        found = measure(name, dict(sizes), seconds)
+        figures[name] = {label: {base: t.__dict__ for base, t in timings.items()} for label, timings in found.items()}
+        for label, timings in found.items():
+            ratios = [f"{t.speedup:.2f} [{t.low:.2f}, {t.high:.2f}]" for t in timings.values()]
+            rows.append((name, label, f"{next(iter(timings.values())).median_ms:.2f}", *ratios))
+    bases = [f"times as fast as {base.partition(' on ')[0]}" for base in next(iter(found.values()))]
+    what = f"Latency at {shape}, two threads: medians, ratios with 95 % intervals"
+    record("speed", what, ("checkpoint", "engine", "median ms", *bases), rows, figures)
+
+
+if __name__ == "__main__":
+    main()

