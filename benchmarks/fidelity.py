@@ -60,7 +60,8 @@ def nearest(vectors: np.ndarray) -> np.ndarray:
     """Index of the most similar other sentence."""
     likeness = vectors @ vectors.T
     np.fill_diagonal(likeness, -2)
-    return likeness.argmax(axis=1)
+    found: np.ndarray = likeness.argmax(axis=1)
+    return found
 
 
 def figures_of(states: list[np.ndarray], expected: list[np.ndarray], batches: list[Arrays]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from planish.optimizer import optimize
+from planish.optimizer.lowering.module import wrap
 
 PLACE = Path("build") / "benchmarks"
 PEERS = PLACE / "peers"
@@ -71,14 +72,16 @@ def torch_export(checkpoint: Path, path: Path, *, dynamo: bool) -> None:
     model = AutoModel.from_pretrained(checkpoint, add_pooling_layer=False).eval()
     sample = {name: torch.ones(2, 16, dtype=torch.long) for name in _INPUTS}
     names: dict[str, Any] = {"input_names": list(_INPUTS), "output_names": ["last_hidden_state"]}
-    if dynamo:
-        axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-        names["dynamic_shapes"] = dict.fromkeys(_INPUTS, axes)
-    else:
-        names["dynamic_axes"] = {name: {0: "batch", 1: "sequence"} for name in (*_INPUTS, "last_hidden_state")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(model, kwargs=sample, f=path, dynamo=dynamo, **names)
+        if dynamo:
+            axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+            shapes = dict.fromkeys(_INPUTS, axes)
+            torch.onnx.export(model, kwargs=sample, f=path, dynamic_shapes=shapes, verbose=False, **names)
+        else:  # the older exporter takes inputs by position only
+            flat = wrap(model, _INPUTS, ["last_hidden_state"])
+            dynamic = {name: {0: "batch", 1: "sequence"} for name in (*_INPUTS, "last_hidden_state")}
+            torch.onnx.export(flat, tuple(sample.values()), path, dynamo=False, dynamic_axes=dynamic, **names)
 
 
 def optimum_export(checkpoint: Path, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 import statistics
 import subprocess
@@ -66,11 +65,10 @@ def test_every_pass_file_is_registered_under_its_own_name() -> None:
 
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_is_a_documented_frozen_dataclass(name: str) -> None:
-    cls: type[Any] = registry.table(registry.PASSES)[name].load()
+    cls: Any = registry.table(registry.PASSES)[name].load()
     module = sys.modules[cls.__module__].__doc__ or ""
     assert issubclass(cls, Pass)
     assert cls.name == name
-    assert dataclasses.is_dataclass(cls)
     assert cls.__dataclass_params__.frozen
     assert re.search(r"^Before:  \S.*^After:   \S", module, re.DOTALL | re.MULTILINE), "show the IR before and after"
     assert cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("), "say what the pass does"
