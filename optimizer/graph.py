@@ -18,10 +18,19 @@ def constant_of(value: ir.Value | None, limit: int = 1 << 16) -> np.ndarray | No
 
     Looks at initializers and at ``Constant`` nodes; the limit keeps callers from reading weights by accident.
     """
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    tensor = None if value is None else _tensor_of(value)
     if tensor is None or tensor.size > limit:
         return None
     return tensor.numpy()
+
+
+def _tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
+    """As `ir.convenience.get_const_tensor`, which renames the tensor of a Constant: looking must not change a graph."""
+    node = value.producer()
+    if value.const_value is None and node is not None and node.op_type == "Constant" and "value" in node.attributes:
+        attribute = node.attributes["value"]
+        return None if attribute.is_ref() else attribute.as_tensor()
+    return ir.convenience.get_const_tensor(value)
 
 
 def scalar_of(value: ir.Value | None) -> float | None:

@@ -11,7 +11,8 @@ import pytest
 from planish.optimizer import Pipeline, presets
 from planish.optimizer.base import Pass, PassResult
 from planish.optimizer.errors import CheckFailed, UsageError
-from planish.optimizer.instruments import Instrument, Step, VerifyEach
+from planish.optimizer.graph import scalar_of
+from planish.optimizer.instruments import Instrument, Step, VerifyEach, fingerprint
 
 GRAPH = '<ir_version: 10, opset_import: ["" : 23]> g (float[2] x) => (float[2] r) { y = Relu (x)  r = Neg (y) }'
 
@@ -145,3 +146,12 @@ class Recorder(Instrument):
 
     def failed(self, step: Step, error: Exception) -> None:
         self.seen.append(f"{self.name} failed {type(error).__name__}")
+
+
+def test_looking_at_a_constant_does_not_change_the_graph() -> None:
+    """Or a pass that only looked would be said to have changed what it left alone."""
+    body = "{ c = Constant <value: tensor = float {2}> ()  r = Mul (x, c) }"
+    looked_at = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["": 23]> g (float[2] x) => (float[2] r) {body}')
+    before = fingerprint(looked_at)
+    assert scalar_of(looked_at.graph[1].inputs[1]) == 2.0
+    assert fingerprint(looked_at) == before
