@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,11 +160,30 @@ def loaded(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def bind(model: Any, checkpoint: Checkpoint) -> dict[str, Stored]:
+@dataclass(frozen=True)
+class Binding:
+    """Where the parameters and buffers of a model are stored."""
+
+    stored: Mapping[str, Stored]
+    absent: frozenset[str]
+    """Parameters that the checkpoint says nothing about: a head it was saved without, perhaps one that nobody asked."""
+
+    def refuse_absent(self, used: Collection[str], model: Any, checkpoint: Checkpoint) -> None:
+        """BadInput if a parameter that is ``used`` has no weights."""
+        missing = sorted(self.absent.intersection(used))
+        if missing:
+            raise BadInput(
+                f"the checkpoint has no weights for {_some(missing)} of {type(model).__name__} ({checkpoint.task})",
+                where=checkpoint.folder,
+                advice="choose a --task that it was trained for, or a checkpoint with that head",
+            )
+
+
+def bind(model: Any, checkpoint: Checkpoint) -> Binding:
     """Which stored tensor each parameter and buffer of ``model`` is, by the renaming rules of transformers.
 
-    BadInput names the weights that the checkpoint lacks or that have another shape. Parameters that transformers
-    computes from several stored tensors are left out: their values come from the loaded original.
+    BadInput if one has another shape. Parameters that transformers computes from several stored tensors are in neither
+    list: their values come from the loaded original.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -184,8 +203,8 @@ def bind(model: Any, checkpoint: Checkpoint) -> dict[str, Stored]:
         elif target in state:
             bound[target] = tensor.widened()
     _follow_ties(model, bound)
-    _check_bound(model, state, bound, converted, checkpoint)
-    return bound
+    _check_shapes(state, bound, checkpoint)
+    return Binding(bound, frozenset() if converted else _absent(model, bound))
 
 
 def _follow_ties(model: Any, bound: dict[str, Stored]) -> None:
@@ -196,22 +215,15 @@ def _follow_ties(model: Any, bound: dict[str, Stored]) -> None:
                 bound[name] = bound[other]
 
 
-def _check_bound(
-    model: Any, state: Mapping[str, Any], bound: Mapping[str, Stored], converted: set[str], checkpoint: Checkpoint
-) -> None:
+def _absent(model: Any, bound: Mapping[str, Stored]) -> frozenset[str]:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ignorable = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    absent = sorted(
-        name
-        for name in parameters - bound.keys()
-        if not converted and not any(pattern.search(name) for pattern in ignorable)
+    return frozenset(
+        name for name in parameters - bound.keys() if not any(pattern.search(name) for pattern in ignorable)
     )
-    if absent:
-        raise BadInput(
-            f"the checkpoint has no weights for {_some(absent)} of {type(model).__name__} ({checkpoint.task})",
-            where=checkpoint.folder,
-            advice="choose a --task that it was trained for, or a checkpoint with that head",
-        )
+
+
+def _check_shapes(state: Mapping[str, Any], bound: Mapping[str, Stored], checkpoint: Checkpoint) -> None:
     for name, tensor in bound.items():
         if name in state and tuple(state[name].shape) != tensor.stored_shape:
             raise BadInput(

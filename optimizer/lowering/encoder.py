@@ -33,7 +33,7 @@ def lower(checkpoint: Checkpoint, *, background: bool = True) -> tuple[Program, 
     model = skeleton(checkpoint)
     spec = TASKS[checkpoint.task]
     inputs = find_inputs(model, checkpoint)
-    bound = bind(model, checkpoint)
+    binding = bind(model, checkpoint)
     constants = _constants(model)
     original = (
         CheckpointOriginal(checkpoint.folder, checkpoint.task, spec.outputs, constants)
@@ -44,7 +44,9 @@ def lower(checkpoint: Checkpoint, *, background: bool = True) -> tuple[Program, 
     sample = exporter.to_torch(_sample(inputs))
     graph, ranges = _trace(model, sample, axes, spec.outputs, constants)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    exporter.adopt_weights(graph, tensors_of(bound) | _computed(parameters - bound.keys(), checkpoint), parameters)
+    binding.refuse_absent(exporter.parameters_of(graph), model, checkpoint)
+    computed = _computed(parameters - binding.stored.keys() - binding.absent, checkpoint)
+    exporter.adopt_weights(graph, tensors_of(binding.stored) | computed, parameters)
     exporter.fold_stored_transposes(graph)
     ranges["sequence"] = _sequence_axis(ranges["sequence"], model, checkpoint)
     signature = Signature(_used(inputs, graph), _outputs(graph, spec.role), ranges)

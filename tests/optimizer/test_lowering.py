@@ -111,6 +111,13 @@ def test_another_task_than_the_checkpoint_was_saved_for(tiny: Path, tmp_path: Pa
     assert (found.worst("max_rel") or 0) < 1e-5
 
 
+def test_weights_that_no_output_depends_on_may_be_absent(tmp_path: Path) -> None:
+    """A language model is saved without the pooler that its bare encoder has; the hidden states need none."""
+    lowered = lower(build(Species("bert", "fill-mask"), tmp_path / "c"), "feature-extraction", background=False)
+    found = fidelity(lowered, reference_of(lowered), "onnxruntime", tmp_path / "engine")
+    assert (found.worst("max_rel") or 0) < 1e-5
+
+
 def test_deep_stacks_are_traced_by_their_first_layers(tmp_path: Path) -> None:
     """Seven layers of which two are traced; what is written for the others must read their own weights."""
     deep = Species("bert", "feature-extraction", {"num_hidden_layers": 7})
