@@ -17,7 +17,7 @@ import click
 import psutil
 
 from benchmarks.record import record
-from benchmarks.subjects import PEERS, bert_base, optimum_command, plain_exports
+from benchmarks.subjects import bert_base, optimum_command, plain_exports
 
 _PLANISH = [sys.executable, "-m", "planish.optimizer.cli"]
 _POLL_SECONDS = 0.1
@@ -63,7 +63,7 @@ def _succeeded(command: Sequence[str], code: int) -> None:
 
 
 def _sizes(process: psutil.Process) -> list[int]:
-    """Proportional set sizes of a process and its children, in bytes."""
+    """Proportional set sizes of a process and its children, in bytes; none where one ended while it was asked."""
     try:
         return [one.memory_full_info().pss for one in (process, *process.children(recursive=True))]
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
@@ -80,9 +80,7 @@ def contestants(checkpoint: Path, lock: Path, folder: Path) -> dict[str, list[st
     }  # fmt: skip
     for label, way in {"torch.onnx.export": "dynamo", "torch.onnx.export (TorchScript)": "script"}.items():
         found[label] = [sys.executable, "-c", _TORCH, str(checkpoint), str(folder / f"{way}.onnx"), way]
-    if PEERS.exists():
-        found["optimum export"] = [*optimum_command(checkpoint), str(folder / "optimum")]
-    return found
+    return found | {"optimum export": [*optimum_command(checkpoint), str(folder / "optimum")]}
 
 
 def locked(checkpoint: Path) -> Path:
