@@ -2,7 +2,7 @@
 
 Before:  r = MatMul (x, w)
 After:   (activations=token; w8 and s are w in int8 with one scale per column)
-         a = Abs (x);  m = ReduceMax (a, {-1});  t = Max (m, tiny);  u = Div (x, t)
+         a = ReduceMax (x, {-1});  b = ReduceMin (x, {-1});  t = Max (a, Neg (b), tiny);  u = Div (x, t)
          q = QuantizeLinear (u, 1/127, 128);  i = MatMulInteger (q, w8, 128);  f = Cast <to=1> (i)
          g = Mul (f, s/127);  r = Mul (g, t)
 
@@ -161,9 +161,10 @@ class _Writer:
         axes = self._constant("int8_axes", np.array([-1], np.int64))
         tiny = self._constant("int8_tiny", np.array(_TINY, np.float32))
         step = self._constant("int8_step", np.array(1 / _LEVELS, np.float32))
-        magnitude = self._add(node, "magnitude", "Abs", [data])
-        largest = self._add(node, "largest", "ReduceMax", [magnitude, axes], {"keepdims": 1})
-        size = self._add(node, "size", "Max", [largest, tiny])
+        largest = self._add(node, "largest", "ReduceMax", [data, axes], {"keepdims": 1})
+        smallest = self._add(node, "smallest", "ReduceMin", [data, axes], {"keepdims": 1})
+        lowest = self._add(node, "lowest", "Neg", [smallest])  # two reductions cost less than |x| in full size
+        size = self._add(node, "size", "Max", [largest, lowest, tiny])
         unit = self._add(node, "unit", "Div", [data, size])
         self.zero_points[id(data)] = zero
         return self._add(node, "uint8", "QuantizeLinear", [unit, step, zero]), size
