@@ -93,11 +93,12 @@ class CompareEach(Instrument):
         """CheckFailed if the pass moved an output further than the budget of that pass allows."""
         if not step.result.modified:
             return
+        budget = self.budget_of(step.pass_)  # first: it may wait for the original, whose memory is then gone
         if self._outputs is None:
             self._outputs = self._run(step.before)
         after = self._run_changed(step)
         step.comparison = compare(self.signature, self.inputs, self._outputs, after)
-        violations = self.budget_of(step.pass_).violations(step.comparison)
+        violations = budget.violations(step.comparison)
         if violations:
             raise CheckFailed(f"{step.pass_.name} moved the outputs: {'; '.join(violations)}")
         self._outputs = after

@@ -30,16 +30,17 @@ def lower(checkpoint: Checkpoint, *, background: bool = True) -> tuple[Program, 
 
     With ``background`` the original is loaded by a process of its own meanwhile.
     """
+    original = (
+        CheckpointOriginal(checkpoint.folder, checkpoint.task)
+        if background
+        else TorchOriginal(lambda: loaded(checkpoint), ())
+    )
     model = skeleton(checkpoint)
     spec = TASKS[checkpoint.task]
     inputs = find_inputs(model, checkpoint)
     binding = bind(model, checkpoint)
     constants = _constants(model)
-    original = (
-        CheckpointOriginal(checkpoint.folder, checkpoint.task, spec.outputs, constants)
-        if background
-        else TorchOriginal(lambda: loaded(checkpoint), spec.outputs, constants)
-    )
+    original.ask_for(spec.outputs, constants)
     axes = {tensor.name: {i: d for i, d in enumerate(tensor.shape) if isinstance(d, str)} for tensor in inputs}
     sample = exporter.to_torch(_sample(inputs))
     graph, ranges = _trace(model, sample, axes, spec.outputs, constants)

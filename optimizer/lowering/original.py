@@ -60,8 +60,12 @@ class TorchOriginal(Original):
         self, load: Callable[[], Any], outputs: Sequence[str], constants: Mapping[str, Any] | None = None
     ) -> None:
         self._load = load
+        self.ask_for(outputs, constants or {})
+
+    def ask_for(self, outputs: Sequence[str], constants: Mapping[str, Any]) -> None:
+        """Which results of the module count, and which arguments every call gets."""
         self._outputs = outputs
-        self._constants = constants or {}
+        self._constants = constants
 
     def answer(self, cases: Sequence[Case], precise: int) -> Answers:
         """Run every case in float32, and the first few in float64 unless the model's code insists on float32."""
@@ -97,19 +101,16 @@ class TorchOriginal(Original):
 class CheckpointOriginal(TorchOriginal):
     """A checkpoint as transformers loads it, in a process of its own: beside other work, and gone with its memory.
 
-    The process starts at once and loads the checkpoint while this one traces it; it ends when this one does.
+    The process starts at once and loads the checkpoint while this one traces it; it ends when this one does. How it
+    shall be called is said later, in `ask_for`.
     """
 
-    def __init__(
-        self, folder: Path, task: str, outputs: Sequence[str] = (), constants: Mapping[str, Any] | None = None
-    ) -> None:
-        super().__init__(lambda: loaded(open_checkpoint(folder, task)), outputs, constants)
+    def __init__(self, folder: Path, task: str) -> None:
+        super().__init__(lambda: loaded(open_checkpoint(folder, task)), ())
         self._scratch = tempfile.TemporaryDirectory(prefix="planish-reference-")
-        job = {"folder": str(folder), "task": task, "outputs": list(outputs), "constants": dict(constants or {})}
-        (Path(self._scratch.name) / "job.json").write_text(json.dumps(job), encoding="utf-8")
         with (Path(self._scratch.name) / "log").open("wb") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "planish.optimizer.lowering.original", self._scratch.name],
+                [sys.executable, "-m", "planish.optimizer.lowering.original", self._scratch.name, str(folder), task],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -119,8 +120,9 @@ class CheckpointOriginal(TorchOriginal):
         """Hand the cases to the process."""
         folder = Path(self._scratch.name)
         save_cases(cases, folder / "inputs.safetensors")
+        job = {"precise": precise, "outputs": list(self._outputs), "constants": dict(self._constants)}
         with suppress(BrokenPipeError):  # it died; `finish` says of what
-            _stdin(self._child).write(f"{precise}\n".encode())
+            _stdin(self._child).write(f"{json.dumps(job)}\n".encode())
             _stdin(self._child).close()
 
         def finish() -> Answers:
@@ -200,15 +202,15 @@ def _widen_as_they_run(module: Any, kept: Mapping[int, Any]) -> list[Any]:
 
 def main() -> None:
     """What the process of a `CheckpointOriginal` does: load, wait for the word, answer, write."""
-    folder = Path(sys.argv[1])
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    folder, checkpoint, task = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     try:
-        module = loaded(open_checkpoint(Path(job["folder"]), job["task"]))
-        word = sys.stdin.readline()
-        if not word:
+        module = loaded(open_checkpoint(checkpoint, task))
+        line = sys.stdin.readline()
+        if not line:
             return  # nobody waits for an answer any more
+        job = json.loads(line)
         original = TorchOriginal(lambda: module, job["outputs"], job["constants"])
-        answers = original.answer(load_cases(folder / "inputs.safetensors"), int(word))
+        answers = original.answer(load_cases(folder / "inputs.safetensors"), job["precise"])
     except PlanishError as error:
         said = {"kind": type(error).__name__, "what": error.what, "where": error.where, "advice": error.advice}
         (folder / "error.json").write_text(json.dumps(said), encoding="utf-8")
