@@ -262,7 +262,8 @@ def test_an_interrupted_run_cleans_up(how: signal.Signals, tiny: Path, tmp_path:
     time.sleep(1.0)
     process.send_signal(how)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    # Python ends itself by SIGINT, which shells report as 130 too, if the interrupt came while it ran code from a text
+    assert process.returncode in (130, -signal.SIGINT), said
     assert b"interrupted; nothing was written" in said
     assert b"Traceback" not in said
     assert list(tmp_path.iterdir()) == []
