@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,10 +12,10 @@ import onnx_ir as ir
 from annotated_types import Ge
 
 from planish.optimizer import onnx_io
-from planish.optimizer.backend import Backend, Engine
+from planish.optimizer.backend import Arrays, Backend, Engine, nothing
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
 from planish.optimizer.graph import weights_as_inputs
-from planish.optimizer.program import Program, TensorSpec, guess_role
+from planish.optimizer.program import Program, Role, TensorSpec, guess_role
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERROR, _WARNING = 3, 2
@@ -36,9 +36,11 @@ class OnnxRuntime(Backend):
     """The execution provider that runs the graph."""
 
     def emit(self, program: Program, folder: Path) -> None:
-        """Write `model.onnx`, with its weights beside it if they are large."""
-        model, _ = program.sole()
-        onnx_io.save(model, folder / self.model_file)
+        """Write `model.onnx`, with its weights beside it if they are large; several components share theirs."""
+        if len(program.components) > 1:
+            onnx_io.save_together({self.file_of(name): model for name, model in program.components.items()}, folder)
+        else:
+            onnx_io.save(program.sole()[0], folder / self.model_file)
 
     def open(self, path: Path) -> Engine:
         """Open an engine folder or an `.onnx` file, with all of the runtime's own optimizations."""
@@ -115,14 +117,45 @@ class OnnxRuntimeEngine(Engine):
         self.inputs = tuple(_spec(port) for port in session.get_inputs() if port.name not in self._lent)
         self.outputs = tuple(map(_spec, session.get_outputs()))
 
+    def prepare(self, inputs: Arrays) -> Callable[[], object]:
+        """Hand the arrays to the runtime now; the call only runs."""
+        values = self._values(self._feeds(inputs))
+        return lambda: self._run_values(values)
+
+    def step(self, inputs: Arrays, cache: object | None = None) -> tuple[dict[str, np.ndarray], object]:
+        """The cache stays with the runtime: its tensors go from output to input without a copy."""
+        past = dict(cache) if isinstance(cache, Mapping) else {}
+        own = [tensor for tensor in self.inputs if tensor.role is not Role.CACHE]
+        feeds = {tensor.name: self._feed(tensor, inputs) for tensor in own}
+        names = {tensor.name for tensor in self.inputs} - feeds.keys()
+        empty = {t.name: nothing(t, inputs) for t in self.inputs if t.name in names - past.keys()}
+        results = self._run_values(self._values(feeds | empty) | {name: past[name] for name in names & past.keys()})
+        fresh = {
+            name.replace("present.", "past_key_values.", 1): value
+            for name, value in results.items()
+            if name.startswith("present.")
+        }
+        rest = {name: value.numpy() for name, value in results.items() if not name.startswith("present.")}
+        return rest, past | fresh
+
+    def select(self, cache: object, rows: np.ndarray) -> object:
+        """Rows are copied: they are other texts' from now on."""
+        past = cache if isinstance(cache, Mapping) else {}
+        return self._values({name: np.ascontiguousarray(value.numpy()[rows]) for name, value in past.items()})
+
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: value.numpy() for name, value in self._run_values(self._values(feeds)).items()}
+
+    def _values(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        return {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+
+    def _run_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         names = [tensor.name for tensor in self.outputs]
-        values = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         try:
-            results = self._session.run_with_ort_values(names, values | self._lent)
+            results = self._session.run_with_ort_values(names, {**values, **self._lent})
         except Exception as error:
             raise BadInput(f"ONNX Runtime cannot run these inputs: {_first_line(error)}") from error
-        return {name: value.numpy() for name, value in zip(names, results, strict=True)}
+        return dict(zip(names, results, strict=True))
 
 
 def _spec(port: Any) -> TensorSpec:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,13 +17,17 @@ import onnx_ir as ir
 from annotated_types import Ge
 
 from planish.optimizer import onnx_io
-from planish.optimizer.backend import Backend, Engine
+from planish.optimizer.backend import Arrays, Backend, Engine
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
-from planish.optimizer.program import Program, TensorSpec, guess_role
+from planish.optimizer.program import PAST, Program, Role, TensorSpec, guess_role
 
 _TYPES = {"f32": "FLOAT", "f64": "DOUBLE", "f16": "FLOAT16", "bf16": "BFLOAT16", "boolean": "BOOL"} | {
     f"{sign}{bits}": f"{'INT' if sign == 'i' else 'UINT'}{bits}" for sign in "iu" for bits in (4, 8, 16, 32, 64)
 }
+
+
+_BEAMS = "beam_idx"
+_PRESENT = "present."
 
 
 @dataclass(frozen=True)
@@ -44,19 +49,24 @@ class OpenVino(Backend):
     relative error near 2e-3; here it must be asked for."""
 
     def emit(self, program: Program, folder: Path) -> None:
-        """Convert through ONNX and write the IR, weights as they are (never halved in silence)."""
+        """Convert through ONNX and write the IR, weights as they are (never halved in silence).
+
+        A decoder that is a program of its own keeps its cache inside, as variables.
+        """
         ov = self._import()
-        model, _ = program.sole()
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".openvino-") as scratch:
-            source = Path(scratch) / "model.onnx"
-            onnx_io.save(model, source)
-            try:
-                converted = ov.Core().read_model(str(source))
-            except RuntimeError as error:
-                raise CheckFailed(f"OpenVINO cannot convert the graph: {_first_line(error)}") from error
-            _give_stable_names(converted)
-            ov.save_model(converted, str(folder / self.model_file), compress_to_fp16=False)
-            del converted  # it maps the scratch file
+        for name, model in program.components.items():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".openvino-") as scratch:
+                source = Path(scratch) / "model.onnx"
+                onnx_io.save(model, source)
+                try:
+                    converted = ov.Core().read_model(str(source))
+                    if len(program.components) == 1 and program.signatures[name].cached:
+                        make_stateful(ov, converted)
+                except RuntimeError as error:
+                    raise CheckFailed(f"OpenVINO cannot convert the graph: {_first_line(error)}") from error
+                _give_stable_names(converted)
+                ov.save_model(converted, str(folder / self.file_of(name)), compress_to_fp16=False)
+                del converted  # it maps the scratch file
 
     def open(self, path: Path) -> Engine:
         """Open an engine folder, an `.xml` or an `.onnx` file."""
@@ -71,7 +81,7 @@ class OpenVino(Backend):
             compiled = core.compile_model(str(file), self.device, self._config())
         except RuntimeError as error:
             raise BadInput(f"OpenVINO refuses the model: {_first_line(error)}", where=file) from error
-        return OpenVinoEngine(compiled)
+        return OpenVinoEngine(ov, compiled)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -94,19 +104,111 @@ class OpenVino(Backend):
 
 
 class OpenVinoEngine(Engine):
-    """A compiled model and one inference request."""
+    """A compiled model and one inference request.
 
-    def __init__(self, compiled: Any) -> None:
+    Where the model keeps its cache inside, `run` still takes and gives it by name: the variables are set before and
+    read after. `step` leaves it where it is, so an engine serves one text at a time.
+    """
+
+    def __init__(self, ov: Any, compiled: Any) -> None:
+        self._tensor = ov.Tensor
         self._request = compiled.create_infer_request()
-        self.inputs = tuple(map(_spec, compiled.inputs))
+        self._variables = {state.name.partition(_PRESENT)[0]: state for state in self._request.query_state()}
+        cached = tuple(
+            TensorSpec(name, ir.DataType.FLOAT, ("batch", "heads", PAST, "size"), Role.CACHE)
+            for name in self._variables
+        )
+        self.inputs = (*(spec for spec in map(_spec, compiled.inputs) if spec.name != _BEAMS), *cached)
         self.outputs = tuple(map(_spec, compiled.outputs))
 
+    def prepare(self, inputs: Arrays) -> Callable[[], object]:
+        """Set the variables now; the call only infers."""
+        feeds = self._stateless(self._feeds(inputs))
+        return lambda: self._infer(feeds)
+
+    def step(self, inputs: Arrays, cache: object | None = None) -> tuple[dict[str, np.ndarray], object]:
+        """The cache stays in the variables; what is handed round is the rows of it that the next step reads."""
+        if not self._variables:
+            return super().step(inputs, cache)
+        rows = np.arange(_rows(inputs), dtype=np.int32) if cache is None else np.asarray(cache, np.int32)
+        if cache is None:
+            self._request.reset_state()
+        feeds = {spec.name: self._feed(spec, inputs) for spec in self.inputs if spec.role is not Role.CACHE}
+        outputs = self._infer({**feeds, _BEAMS: rows})
+        return outputs, np.arange(_rows(inputs), dtype=np.int32)
+
+    def select(self, cache: object, rows: np.ndarray) -> object:
+        """The next step reads these rows."""
+        return np.asarray(cache)[rows] if self._variables else super().select(cache, rows)
+
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = self._infer(self._stateless(feeds))
+        presents = {
+            name.replace("past_key_values.", _PRESENT, 1): np.array(state.state.data)
+            for name, state in self._variables.items()
+        }
+        return outputs | presents
+
+    def _stateless(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Put the cache that is among the inputs into the variables; the inputs that remain."""
+        if not self._variables:
+            return dict(feeds)
+        self._request.reset_state()
+        for name, state in self._variables.items():
+            if feeds[name].shape[2]:
+                state.state = self._tensor(feeds[name])
+        rest = {name: array for name, array in feeds.items() if name not in self._variables}
+        return {**rest, _BEAMS: np.arange(_rows(feeds), dtype=np.int32)}
+
+    def _infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            results = self._request.infer(feeds, share_inputs=True)
+            results = self._request.infer(dict(feeds), share_inputs=True)
         except RuntimeError as error:
             raise BadInput(f"OpenVINO cannot run these inputs: {_first_line(error)}") from error
         return {tensor.name: np.array(results[index]) for index, tensor in enumerate(self.outputs)}
+
+
+def _rows(inputs: Arrays) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def make_stateful(ov: Any, model: Any) -> None:
+    """Keep the cache inside the model: inputs `past_key_values.…` and outputs `present.…` become variables.
+
+    The rows of the cache that a step reads are chosen by the input `beam_idx`, shape (batch,), as the ecosystem's
+    loaders give it. The cache is kept in f32: the runtime's own default on a CPU is 8 bits, in silence.
+    """
+    from openvino import opset13 as ops
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    pasts = [name for port in model.inputs for name in port.get_names() if name.startswith("past_key_values.")]
+    batch = model.input("input_ids").get_partial_shape()[0]
+    beams = ops.parameter(ov.PartialShape([batch]), ov.Type.i32, name=_BEAMS)
+    beams.output(0).get_tensor().add_names({_BEAMS})
+    model.add_parameters([beams])
+    for name in pasts:
+        port = model.input(name)
+        readers = port.get_target_inputs()
+        chosen = ops.gather(port, beams, ops.constant(0))
+        for reader in readers:
+            reader.replace_source_output(chosen.output(0))
+    model.validate_nodes_and_infer_types()
+    apply_make_stateful_transformation(model, {name: name.replace("past_key_values.", _PRESENT, 1) for name in pasts})
+    _start_empty(ops, model)
+    model.set_rt_info("f32", ["runtime_options", "KV_CACHE_PRECISION"])
+
+
+def _start_empty(ops: Any, model: Any) -> None:
+    """Let each variable begin with as many rows as there are texts, and no tokens."""
+    shape = ops.shape_of(model.input("input_ids"), output_type="i64")
+    batch = ops.gather(shape, ops.constant([0]), ops.constant(0))
+    for operator in model.get_ops():
+        if operator.get_type_name() == "ReadValue":
+            dims = [dim.min_length for dim in operator.get_output_partial_shape(0)]
+            rest = ops.constant(np.array(dims[1:], np.int64))
+            zeros = ops.constant(0.0, dtype=operator.get_output_element_type(0))
+            operator.set_arguments([ops.broadcast(zeros, ops.concat([batch, rest], axis=0))])
+    model.validate_nodes_and_infer_types()
 
 
 def _import_quietly() -> Any:
@@ -138,7 +240,8 @@ def _give_stable_names(model: Any) -> None:
 
 def _spec(port: Any) -> TensorSpec:
     names = sorted(port.get_names())
-    name = names[0] if names else port.get_node().get_friendly_name()
+    called = port.get_node().get_friendly_name().removesuffix("/sink_port_0")
+    name = called if called in names or not names else names[0]  # what does nothing gives its name away as well
     dtype = ir.DataType[_TYPES[port.get_element_type().get_type_name()]]
     shape = tuple(
         dim.get_length() if dim.is_static else f"dim_{index}" for index, dim in enumerate(port.get_partial_shape())

@@ -31,7 +31,7 @@ def field(name: str) -> dict[str, tuple[str, Path]]:
 def measure(name: str, shape: dict[str, int], seconds: float) -> dict[str, dict[str, Timing]]:
     """Label -> baseline -> timing, for one checkpoint at one shape; every engine gets the same inputs."""
     racing = field(name)
-    signature = Manifest.read(ours(name, "exact")).signature.signature()
+    signature = Manifest.read(ours(name, "exact")).signatures["model"].signature()
     case, _ = sized_case(signature, shape)
     engines = [EngineRef(target, path) for target, path in racing.values()]
     turns = dict(zip(racing, alternate(engines, [case] * len(engines), seconds=seconds), strict=True))

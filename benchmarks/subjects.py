@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from planish.optimizer import optimize
+from planish.optimizer.lowering.calls import plain
 from planish.optimizer.lowering.module import wrap
 
 PLACE = Path("build") / "benchmarks"
@@ -79,7 +80,7 @@ def torch_export(checkpoint: Path, path: Path, *, dynamo: bool) -> None:
             shapes = dict.fromkeys(_INPUTS, axes)
             torch.onnx.export(model, kwargs=sample, f=path, dynamic_shapes=shapes, verbose=False, **names)
         else:  # the older exporter takes inputs by position only
-            flat = wrap(model, _INPUTS, ["last_hidden_state"])
+            flat = wrap(model, plain, _INPUTS, ["last_hidden_state"])
             dynamic = {name: {0: "batch", 1: "sequence"} for name in (*_INPUTS, "last_hidden_state")}
             torch.onnx.export(flat, tuple(sample.values()), path, dynamo=False, dynamic_axes=dynamic, **names)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from planish.optimizer.compare import Budget, Comparison
     from planish.optimizer.driver import Result, optimize, verify
     from planish.optimizer.errors import PlanishError
+    from planish.optimizer.generate import Decoding, Sampling
     from planish.optimizer.pipeline import Pipeline
     from planish.optimizer.program import Program, Signature
 
@@ -22,6 +23,7 @@ _HOMES = {
     "Backend": "backend",
     "Budget": "compare",
     "Comparison": "compare",
+    "Decoding": "generate",
     "Engine": "backend",
     "Pass": "base",
     "PassResult": "base",
@@ -30,6 +32,7 @@ _HOMES = {
     "Program": "program",
     "Refusal": "base",
     "Result": "driver",
+    "Sampling": "generate",
     "Signature": "program",
     "bench": "benching",
     "optimize": "driver",
@@ -40,6 +43,7 @@ __all__ = [
     "Backend",
     "Budget",
     "Comparison",
+    "Decoding",
     "Engine",
     "Pass",
     "PassResult",
@@ -48,6 +52,7 @@ __all__ = [
     "Program",
     "Refusal",
     "Result",
+    "Sampling",
     "Signature",
     "bench",
     "optimize",

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from planish.optimizer.benching import target_of
 from planish.optimizer.errors import BadInput
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.output import MANIFEST
+
+if TYPE_CHECKING:
+    from planish.optimizer.writing import Writer
 
 BATCH = 16
 _TOP = 5
@@ -96,8 +99,11 @@ class Answerer:
             yield {"truncated": True} if full and self._beyond(question) else {}
 
 
-def open_answerer(path: Path, target: str | None = None) -> Answerer:
-    """Open an output (its first engine that runs here, or ``target``'s) or an engine folder, with its tokenizer."""
+def open_answerer(path: Path, target: str | None = None) -> Answerer | Writer:
+    """Open an output (its first engine that runs here, or ``target``'s) or an engine folder, with its tokenizer.
+
+    What opens is a `Writer` where the task is to generate.
+    """
     from planish.optimizer.lowering.tokenizer import load_tokenizer
 
     folder, text = _engine_folder(path, target)
@@ -109,6 +115,10 @@ def open_answerer(path: Path, target: str | None = None) -> Answerer:
         )
     config = _json(folder / "config.json")
     task = manifest.task if manifest is not None else _task(config, folder)
+    if manifest is not None and any(record.signature().cached for record in manifest.signatures.values()):
+        from planish.optimizer.writing import open_writer
+
+        return open_writer(folder, text, manifest, tokenizer)
     if task not in _ANSWERS:
         raise BadInput(
             f"answers of task {task!r} are arrays", where=folder, advice="run it from Python: engine.run({…})"
@@ -142,7 +152,7 @@ def _task(config: Mapping[str, Any], folder: Path) -> str:
 
 
 def _longest(manifest: Manifest | None, tokenizer: Any) -> int | None:
-    axes = {} if manifest is None else manifest.signature.axes
+    axes = {} if manifest is None else next(iter(manifest.signatures.values())).axes
     limits = [axes["sequence"].maximum if "sequence" in axes else None, tokenizer.model_max_length]
     return min((int(limit) for limit in limits if limit is not None and limit < _ENDLESS), default=None)
 
@@ -177,7 +187,11 @@ def _question(line: str, path: Path, number: int) -> Question:
 
 
 def answer_file(
-    answerer: Answerer, source: Path, output: Path, batch: int = BATCH, progress: Callable[[int], None] = lambda _: None
+    answerer: Answerer | Writer,
+    source: Path,
+    output: Path,
+    batch: int = BATCH,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Answer every question of ``source`` into the `.jsonl` file ``output``; returns how many were answered now.
 
@@ -203,11 +217,12 @@ def answer_file(
     return answered
 
 
-def _identity(answerer: Answerer, source: Path) -> str:
+def _identity(answerer: Answerer | Writer, source: Path) -> str:
     if not source.is_file():
         raise BadInput("there is no such file", where=source)
     digest = hashlib.sha256(source.read_bytes())
-    digest.update(f"{answerer.folder.resolve()} {answerer.task} {answerer.longest}".encode())
+    asked = (getattr(answerer, "most", None), getattr(answerer, "sampling", None))
+    digest.update(f"{answerer.folder.resolve()} {answerer.task} {answerer.longest} {asked}".encode())
     return digest.hexdigest()[:16]
 
 

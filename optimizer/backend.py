@@ -7,7 +7,7 @@ builds need not be the machine that runs.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -36,12 +36,39 @@ class Engine(abc.ABC):
         A mask that is left out is all ones, segments are all zeros; integers are widened to what the engine takes.
         BadInput names an input that is unknown, missing or of the wrong kind.
         """
+        return self._run(self._feeds(inputs))
+
+    def prepare(self, inputs: Arrays) -> Callable[[], object]:
+        """Do now what a run needs beside the run itself; the function that is returned is what is timed."""
+        feeds = self._feeds(inputs)
+        return lambda: self._run(feeds)
+
+    def step(self, inputs: Arrays, cache: object | None = None) -> tuple[dict[str, np.ndarray], object]:
+        """Run behind ``cache``, which an earlier step gave (None: nothing is cached), and give the new one.
+
+        ``inputs`` and the outputs that are returned are those without the cache. How it is kept is the engine's
+        business; a cache is good for one step.
+        """
+        past = {} if cache is None else dict(_as_arrays(cache))
+        empty = {t.name: nothing(t, inputs) for t in self.inputs if t.role is Role.CACHE and t.name not in past}
+        known = {tensor.name for tensor in self.inputs}
+        outputs = self.run({**inputs, **empty, **{name: array for name, array in past.items() if name in known}})
+        fresh = {
+            n.replace("present.", "past_key_values.", 1): a for n, a in outputs.items() if n.startswith("present.")
+        }
+        return {name: array for name, array in outputs.items() if not name.startswith("present.")}, past | fresh
+
+    def select(self, cache: object, rows: np.ndarray) -> object:
+        """The cache with these rows of its batch, in this order: what beam search asks for."""
+        return {name: array[rows] for name, array in _as_arrays(cache).items()}
+
+    def _feeds(self, inputs: Arrays) -> dict[str, np.ndarray]:
         unknown = sorted(set(inputs) - {tensor.name for tensor in self.inputs})
         if unknown:
             raise BadInput(
                 f"this engine has no input {unknown[0]!r}{spec.did_you_mean(unknown[0], [t.name for t in self.inputs])}"
             )
-        return self._run({tensor.name: self._feed(tensor, inputs) for tensor in self.inputs})
+        return {tensor.name: self._feed(tensor, inputs) for tensor in self.inputs}
 
     @abc.abstractmethod
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -56,11 +83,30 @@ class Engine(abc.ABC):
         return np.ascontiguousarray(given, dtype=tensor.numpy_dtype())
 
     def _default(self, tensor: TensorSpec, inputs: Arrays) -> np.ndarray:
+        """A mask of ones, segments of zeros, positions that count on behind the cache."""
         tokens = next((t.name for t in self.inputs if t.role is Role.TOKENS and t.name in inputs), None)
-        fill = {Role.MASK: 1, Role.SEGMENTS: 0}.get(tensor.role)
+        fill = {Role.MASK: 1, Role.SEGMENTS: 0, Role.POSITIONS: 0}.get(tensor.role)
         if tokens is None or fill is None:
             raise BadInput(f"input {tensor.name!r} is missing", advice=f"give an array of {tensor.numpy_dtype()}")
-        return np.full(inputs[tokens].shape, fill, tensor.numpy_dtype())
+        shape = inputs[tokens].shape
+        past = max((array.shape[2] for name, array in inputs.items() if name.startswith("past_key_values.")), default=0)
+        if tensor.role is Role.POSITIONS:
+            return np.broadcast_to(np.arange(past, past + shape[1]), shape).astype(tensor.numpy_dtype())
+        longer = past if tensor.role is Role.MASK and len(shape) == 2 else 0
+        return np.full((*shape[:-1], shape[-1] + longer), fill, tensor.numpy_dtype())
+
+
+def _as_arrays(cache: object) -> Arrays:
+    if not isinstance(cache, Mapping):
+        raise BadInput("this is not a cache that an engine gave")
+    return cache
+
+
+def nothing(tensor: TensorSpec, inputs: Arrays) -> np.ndarray:
+    """A cache without tokens, for as many texts as there are."""
+    rows = len(next(iter(inputs.values())))
+    fixed = [dim if isinstance(dim, int) else 0 for dim in tensor.shape]
+    return np.zeros([rows, *fixed[1:]], tensor.numpy_dtype())
 
 
 @dataclass(frozen=True)
@@ -72,7 +118,7 @@ class Backend(abc.ABC):
     distribution: ClassVar[str]
     """The package on the index that brings the runtime."""
     model_file: ClassVar[str]
-    """Name of the file in an engine folder that `open` reads."""
+    """Name of the file in an engine folder that `open` reads: that of the component `model`."""
 
     def __str__(self) -> str:
         """The text form; options that have their default are left out."""
@@ -82,6 +128,11 @@ class Backend(abc.ABC):
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Make the target from option texts; UsageError names the option, what it got and what it takes."""
         return spec.build(cls, options, owner=f"target {cls.name}")
+
+    @classmethod
+    def file_of(cls, component: str) -> str:
+        """Name of the file of one component, as the ecosystem's loaders expect it."""
+        return cls.model_file.replace("model", component, 1)
 
     @abc.abstractmethod
     def emit(self, program: Program, folder: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planish.optimizer import registry
-from planish.optimizer.building import DEFAULT_SHAPE, sized_case
+from planish.optimizer.building import default_shapes, sized_case
 from planish.optimizer.errors import BadInput
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.measure import EngineRef, Timing, race
@@ -51,7 +51,7 @@ def bench(
         raise BadInput("there is no engine to time here", where=", ".join(map(str, models)))
     bounds = {t.name: t.bound for e in entrants for t in e.signature.inputs if t.bound is not None}
     rows = []
-    for sizes in shapes or (DEFAULT_SHAPE,):
+    for sizes in shapes or default_shapes(entrants[0].signature):
         cases = [sized_case(_bounded(entrant.signature, bounds), sizes) for entrant in entrants]
         timings = race([entrant.engine for entrant in entrants], [case for case, _ in cases])
         rows += [Row(e.label, text, t) for e, (_, text), t in zip(entrants, cases, timings, strict=True)]
@@ -65,16 +65,27 @@ def _entrants(path: Path, targets: Sequence[str]) -> list[Entrant]:
         manifest = Manifest.read(path)
         names = [name for name in manifest.targets if not asked or name in asked]
         return [
-            Entrant(
-                f"{path}/{n}",
-                EngineRef(asked.get(n, manifest.targets[n].target), path / n),
-                manifest.signature.signature(),
-            )
-            for n in names
-            if registry.backend(manifest.targets[n].target).missing() is None
+            entrant
+            for name in names
+            if registry.backend(manifest.targets[name].target).missing() is None
+            for entrant in _components(path / name, asked.get(name, manifest.targets[name].target), manifest)
         ]
     target = target_of(path)
+    if path.is_dir() and (path.parent / MANIFEST).is_file():
+        return _components(path, asked.get(target, target), Manifest.read(path.parent))
     return [Entrant(str(path), EngineRef(asked.get(target, target), path), _signature_of(path, target))]
+
+
+def _components(folder: Path, target: str, manifest: Manifest) -> list[Entrant]:
+    """Every component of an engine folder."""
+    return [
+        Entrant(
+            str(folder) if len(manifest.signatures) == 1 else f"{folder} {component}",
+            EngineRef(target, folder / registry.backend(target).file_of(component)),
+            record.signature(),
+        )
+        for component, record in manifest.signatures.items()
+    ]
 
 
 def target_of(path: Path) -> str:
@@ -83,7 +94,7 @@ def target_of(path: Path) -> str:
         found = [
             name
             for name in registry.table(registry.BACKENDS)
-            if (path / registry.backend_class(name).model_file).is_file()
+            if any((path / registry.backend_class(name).file_of(part)).is_file() for part in ("model", "decoder_model"))
         ]
         if found:
             return path.name if path.name in found else found[0]
@@ -98,10 +109,12 @@ def target_of(path: Path) -> str:
 
 
 def _signature_of(path: Path, target: str) -> Signature:
-    """The signature in the manifest above an engine folder, else what the graph or the runtime says."""
-    above = path.parent if path.is_dir() else path.parent.parent
+    """The signature in the manifest above an engine's file, else what the graph or the runtime says."""
+    above = path.parent.parent
     if (above / MANIFEST).is_file():
-        return Manifest.read(above).signature.signature()
+        backend = registry.backend(target)
+        signatures = Manifest.read(above).signatures
+        return next(record.signature() for name, record in signatures.items() if backend.file_of(name) == path.name)
     if path.suffix == ".onnx":
         from planish.optimizer.lowering.onnx_file import read_signature
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import time
@@ -16,19 +17,26 @@ import onnx_ir as ir
 from planish.optimizer import instruments, onnx_io, presets, registry
 from planish.optimizer.backend import Arrays, Backend
 from planish.optimizer.base import Pass
-from planish.optimizer.compare import Budget, Comparison, compare
+from planish.optimizer.compare import Budget, Clause, Comparison, compare
+from planish.optimizer.continuation import compare_continuations
 from planish.optimizer.errors import CheckFailed
 from planish.optimizer.lock import Choice, LockedPass, Speed
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.manifest import instruction_set
 from planish.optimizer.measure import EngineRef, Timing, Worker, race
 from planish.optimizer.pipeline import Outcome, Pipeline
-from planish.optimizer.program import Signature
-from planish.optimizer.reference import Reference, leading_axis, make_case, quick, thin
+from planish.optimizer.program import PAST, Signature
+from planish.optimizer.reference import Reference, References, leading_axis, make_case, quick, thin
 
+NOT_CHECKED = "NOT CHECKED"
+"""What is said of an engine that was compared with nothing."""
+GENERATION = "generation"
+"""Where the comparison of continuations stands among those of the components."""
 CHECKER = "onnxruntime"
 """The backend that runs graphs between passes, and engines whose own runtime is not here."""
-DEFAULT_SHAPE: Mapping[str, int] = {"batch": 1, "choices": 4, "sequence": 128}
+_SAME_TOKENS = (Clause("kl", "<=", 1e-6), Clause("greedy", ">=", 1.0))
+"""What continuations of an exact engine must keep."""
+DEFAULT_SHAPE: Mapping[str, int] = {"batch": 1, "choices": 4, "sequence": 128, "encoder_sequence": 128}
 """Sizes at which engines are timed when none are asked for; axes of other names count 1."""
 
 
@@ -55,14 +63,14 @@ class Built:
     """A finished engine folder and all that is known about it."""
 
     target: Backend
-    outcome: Outcome
+    outcomes: Mapping[str, Outcome]
+    """What the pipeline did, by component."""
     choice: Choice
-    budget: Budget
-    comparison: Comparison
-    checked_with: str
+    budgets: Mapping[str, Budget]
+    """By component."""
+    fidelity: Fidelity
     timings: Mapping[str, Mapping[str, Timing]]
     """Per shape: `plain` and `optimized`; empty if nothing was measured."""
-    peak_memory: int
 
 
 @dataclass
@@ -90,9 +98,9 @@ class Builder:
 
     request: Request
     lowered: Lowered
-    reference: Callable[[], Reference]
-    inputs: Sequence[Arrays]
-    """The reference inputs; the outputs may still be on their way."""
+    references: Callable[[], References] | None
+    inputs: Mapping[str, Sequence[Arrays]]
+    """The reference inputs by component; the outputs may still be on their way."""
     folder: Path
     """Where the engines' folders are made."""
     scratch: Path
@@ -104,84 +112,116 @@ class Builder:
     def build(self, target: Backend, choice: Choice | None) -> Built:
         """Build the engine of one target; ``choice`` says what to do if it was decided before."""
         with self.stages.stage(f"{target.name}: passes"):
-            outcome = self._run_passes(target, choice)
+            outcomes = {name: self._run_passes(target, name, choice) for name in self.lowered.program.components}
         place = self.folder / target.name
         with self.stages.stage(f"{target.name}: emission"):
-            self._emit(target, outcome.model, place)
+            self._emit(target, {name: outcome.model for name, outcome in outcomes.items()}, place)
         with self.stages.stage(f"{target.name}: check"):
-            budget = self._budget(outcome.applied.passes)
+            budgets = self._budgets({name: outcome.applied.passes for name, outcome in outcomes.items()})
             fidelity = self._check(target, place)
-        violations = budget.violations(fidelity.comparison)
+        violations = fidelity.violations(budgets)
         if violations and self.request.preset is None:
             raise CheckFailed(
                 "; ".join(violations), where=f"target {target}", advice="choose other passes or a wider budget"
             )
         timings: Mapping[str, Mapping[str, Timing]] = {}
         if choice is None:
-            choice, timings = self._choose(target, outcome, place, violations)
+            choice, timings = self._choose(target, outcomes, place, violations)
         elif violations and choice.shipped == "optimized":
             raise CheckFailed(
                 "; ".join(violations), where=f"target {target}", advice="the lock does not hold here: remove it"
             )
-        if choice.shipped == "plain":
-            fidelity, budget = self._ship_plain(target, place), self._budget([])
-            budget.check(fidelity.comparison, where=f"the plain lowering for {target}")
+        if choice.shipped == "plain" and self.references is not None:  # unchecked, it is what was emitted already
+            fidelity, budgets = self._ship_plain(target, place), self._budgets(dict.fromkeys(outcomes, ()))
+            wrong = fidelity.violations(budgets)
+            if wrong:
+                raise CheckFailed("; ".join(wrong), where=f"the plain lowering for {target}")
         for name in self.lowered.companions:
             self._copy_companion(name, place)
-        return Built(
-            target, outcome, choice, budget, fidelity.comparison, fidelity.checked_with, timings, fidelity.peak_memory
-        )
+        return Built(target, outcomes, choice, budgets, fidelity, timings)
 
-    def _run_passes(self, target: Backend, choice: Choice | None) -> Outcome:
-        """Run the pipeline over a copy of the program; presets undo passes that leave the budget, locks never do."""
-        pipeline = self.request.pipelines[target.name] if choice is None else Pipeline.parse(choice.pipeline)
-        model, signature = self.lowered.program.sole()
-        checker = registry.backend(CHECKER)
+    def _run_passes(self, target: Backend, component: str, choice: Choice | None) -> Outcome:
+        """Run the pipeline over a copy of a component; presets undo passes that leave the budget, locks never do."""
+        pipeline = self._pipeline(target, component, choice)
         undo = self.request.preset is not None and choice is None
         reproducer = instruments.Reproducer(self.reproducers, onnx_io.save, bugs_only=undo)
-        watchers = [
-            reproducer,
-            instruments.CompareEach(signature, quick(self.inputs), self._budget_of, checker.load),
-            instruments.VerifyEach(),
-            instruments.Timing(),
-        ]
-        outcome = pipeline.run(model.clone(), watchers, on_failure="rollback" if undo else "raise")
+        signature = self.lowered.program.signatures[component]
+        budget_of = functools.partial(self._budget_of, component)
+        load = registry.backend(CHECKER).load
+        checks = (
+            [instruments.CompareEach(signature, quick(self.inputs[component]), budget_of, load)]
+            if self.references is not None
+            else []
+        )
+        watchers = [reproducer, *checks, instruments.VerifyEach(), instruments.Timing()]
+        model = self.lowered.program.components[component].clone()
+        outcome = pipeline.run(model, watchers, on_failure="rollback" if undo else "raise")
         self.notes += [f"an exact pass was undone, which is a bug; reproduce with: {c}" for c in reproducer.commands]
         return outcome
 
-    def _budget_of(self, step: Pass) -> Budget:
+    def _pipeline(self, target: Backend, component: str, choice: Choice | None) -> Pipeline:
+        """What was asked for or chosen; nothing where a preset can be held against nothing."""
+        if self.references is None and self.request.preset is not None:
+            return Pipeline()
+        return self.request.pipelines[target.name] if choice is None else Pipeline.parse(choice.pipelines[component])
+
+    def _budget_of(self, component: str, step: Pass) -> Budget:
         """What one pass may change: rounding if it is exact, else what was asked for."""
-        return self.reference().exact_budget() if step.exact else self.request.asked
+        if step.exact and self.references is not None:
+            return self.references().components[component].exact_budget()
+        return self.request.asked
 
-    def _budget(self, passes: Sequence[Pass]) -> Budget:
-        """What a whole engine may differ from the reference."""
-        exact = self.reference().exact_budget() if all(step.exact for step in passes) else Budget()
-        return Budget((*exact.clauses, *self.request.asked.clauses))
+    def _budgets(self, passes: Mapping[str, Sequence[Pass]]) -> dict[str, Budget]:
+        """What each component of an engine may differ from the reference, given the passes that made it.
 
-    def _emit(self, target: Backend, model: ir.Model, place: Path) -> None:
+        As long as all are exact, continuations may not differ in a single token.
+        """
+        if self.references is None:
+            return {}
+        references = self.references()
+        exact = {name: all(step.exact for step in steps) for name, steps in passes.items()}
+        budgets = {
+            name: Budget((*references.components[name].exact_budget().clauses, *self.request.asked.clauses))
+            if exact[name]
+            else self.request.asked
+            for name in passes
+        }
+        if references.continuations:
+            asked = self.request.asked.clauses
+            budgets[GENERATION] = Budget((*(_SAME_TOKENS if all(exact.values()) else ()), *asked))
+        return budgets
+
+    def _emit(self, target: Backend, models: Mapping[str, ir.Model], place: Path) -> None:
         place.mkdir(parents=True)
-        program = self.lowered.program
-        target.emit(replace(program, components=dict.fromkeys(program.components, model)), place)
+        target.emit(replace(self.lowered.program, components=dict(models)), place)
 
     def _check(self, target: Backend, place: Path) -> Fidelity:
-        """Run the engine on every reference input, in a process of its own."""
-        engine = checkable(target, place)
-        return check_engine(engine, self.lowered.program.sole()[1], self.reference())
+        """Run the engine on every reference input, in processes of its own."""
+        if self.references is None:
+            return Fidelity({}, NOT_CHECKED, 0)
+        return check_engines(target, place, self.lowered.program.signatures, self.references())
 
     def _choose(
-        self, target: Backend, outcome: Outcome, place: Path, violations: Sequence[str]
+        self, target: Backend, outcomes: Mapping[str, Outcome], place: Path, violations: Sequence[str]
     ) -> tuple[Choice, Mapping[str, Mapping[str, Timing]]]:
         """Decide by the budget first, then by the clock, against the plain lowering on the same target."""
-        undone = [LockedPass(text=r.text, reason=r.rolled_back) for r in outcome.reports if r.rolled_back is not None]
         base = Choice(
             target=str(target),
-            pipeline=str(outcome.applied),
-            rolled_back=undone,
+            pipelines={name: str(outcome.applied) for name, outcome in outcomes.items()},
+            rolled_back=[
+                LockedPass(component=name, text=report.text, reason=report.rolled_back)
+                for name, outcome in outcomes.items()
+                for report in outcome.reports
+                if report.rolled_back is not None
+            ],
             shipped="optimized",
             why="",
             machine=instruction_set(),
             measured=[],
         )
+        if self.references is None:
+            shipped = "optimized" if self.request.preset is None else "plain"
+            return base.model_copy(update={"shipped": shipped, "why": f"{NOT_CHECKED}, and not measured"}), {}
         if violations:
             return base.model_copy(update={"shipped": "plain", "why": f"outside the budget: {violations[0]}"}), {}
         missing = target.missing()
@@ -204,21 +244,24 @@ class Builder:
         return base.model_copy(update={"shipped": shipped, "why": why, "measured": speeds}), timings
 
     def _measure(self, target: Backend, place: Path) -> dict[str, dict[str, Timing]]:
+        """Each component at each shape; where there are several, the text of the shape begins with its name."""
         plain = self._plain(target)
-        signature = self.lowered.program.sole()[1]
-        engines = [EngineRef(str(target), path) for path in (plain, place)]
+        signatures = self.lowered.program.signatures
         found = {}
-        for sizes in self.request.shapes or (DEFAULT_SHAPE,):
-            case, shape = sized_case(signature, sizes)
-            timings = race(engines, [case, case])
-            found[shape] = dict(zip(("plain", "optimized"), timings, strict=True))
+        for component, signature in signatures.items():
+            engines = [EngineRef(str(target), folder / target.file_of(component)) for folder in (plain, place)]
+            for sizes in self.request.shapes or default_shapes(signature):
+                case, shape = sized_case(signature, sizes)
+                label = shape if len(signatures) == 1 else f"{component} {shape}"
+                if label not in found:
+                    found[label] = dict(zip(("plain", "optimized"), race(engines, [case, case]), strict=True))
         return found
 
     def _plain(self, target: Backend) -> Path:
         """The engine of the plain lowering: no pass of ours, all optimizations of the runtime."""
         place = self.scratch / f"plain-{target.name}"
         if not place.is_dir():
-            self._emit(target, self.lowered.program.sole()[0].clone(), place)
+            self._emit(target, {name: model.clone() for name, model in self.lowered.program.components.items()}, place)
         return place
 
     def _ship_plain(self, target: Backend, place: Path) -> Fidelity:
@@ -235,30 +278,67 @@ class Builder:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How an engine compares with the reference, what ran it, and its peak memory in bytes."""
+    """How an engine compares with the reference, what ran it, and its peak memory in bytes (of the largest part)."""
 
-    comparison: Comparison
+    comparisons: Mapping[str, Comparison]
+    """By component."""
     checked_with: str
     peak_memory: int
 
+    def violations(self, budgets: Mapping[str, Budget]) -> list[str]:
+        """One text for each condition that does not hold."""
+        return [
+            violation if len(self.comparisons) == 1 else f"{name}: {violation}"
+            for name, comparison in self.comparisons.items()
+            for violation in budgets[name].violations(comparison)
+        ]
 
-def checkable(target: Backend, place: Path) -> EngineRef:
-    """The engine as its own runtime opens it, or, where that is not here, as the checking backend does."""
-    if target.missing() is None:
-        return EngineRef(str(target), place)
-    return EngineRef(CHECKER, place / "model.onnx")
+    def comparison(self) -> Comparison:
+        """The comparisons as one; where there are several components, outputs are called `component.output`."""
+        if len(self.comparisons) == 1:
+            return next(iter(self.comparisons.values()))
+        return Comparison(
+            {f"{name}.{output}": m for name, c in self.comparisons.items() for output, m in c.outputs.items()}
+        )
 
 
-def check_engine(engine: EngineRef, signature: Signature, reference: Reference) -> Fidelity:
-    """Compare an engine with the reference on every case."""
+def check_engines(
+    target: Backend, place: Path, signatures: Mapping[str, Signature], references: References
+) -> Fidelity:
+    """Compare every component with its reference on every case, each in a process of its own; then the continuations.
+
+    Where the target's own runtime is not here, the checking backend runs its graphs.
+    """
+    own = target.missing() is None
+    runner = target if own else registry.backend(CHECKER)
+    found = {
+        name: check_engine(EngineRef(str(runner), place / target.file_of(name)), signature, references.components[name])
+        for name, signature in signatures.items()
+    }
+    comparisons = {component: comparison for component, (comparison, _) in found.items()}
+    if references.continuations:
+        with Worker(EngineRef(str(runner), place, tuple(signatures))) as worker:
+            scores = [worker.follow(continuation) for continuation in references.continuations]
+        comparisons[GENERATION] = compare_continuations(zip(references.continuations, scores, strict=True))
+    return Fidelity(comparisons, runner.name, max(memory for _, memory in found.values()))
+
+
+def check_engine(engine: EngineRef, signature: Signature, reference: Reference) -> tuple[Comparison, int]:
+    """Compare one graph with the reference on every case; also its peak memory in bytes."""
     with Worker(engine) as worker:
         outputs = [thin(worker.run(case)) for case in reference.inputs]
         memory = worker.memory()
     try:
-        comparison = compare(signature, reference.inputs, reference.outputs, outputs)
+        return compare(signature, reference.inputs, reference.outputs, outputs), memory
     except ValueError as error:
         raise CheckFailed(str(error), where=engine.path) from error
-    return Fidelity(comparison, engine.target.partition("{")[0], memory)
+
+
+def default_shapes(signature: Signature) -> tuple[Mapping[str, int], ...]:
+    """What is timed when nothing is asked for: one text; behind a cache, its prefill and one further token."""
+    if PAST not in signature.axes:
+        return (DEFAULT_SHAPE,)
+    return ({**DEFAULT_SHAPE, PAST: 0}, {**DEFAULT_SHAPE, "sequence": 1, PAST: 128})
 
 
 def sized_case(signature: Signature, sizes: Mapping[str, int]) -> tuple[Arrays, str]:
@@ -268,9 +348,12 @@ def sized_case(signature: Signature, sizes: Mapping[str, int]) -> tuple[Arrays, 
     `sequence` if tokens run along it, else 1.
     """
     known = {
-        name: axis.clamp(sizes.get(name, sizes.get(_usual_name(signature, name), 1)))
+        name: axis.clamp(sizes.get(name, sizes.get(_usual_name(signature, name), axis.minimum)))
         for name, axis in signature.axes.items()
     }
+    if PAST in known and "sequence" in known:
+        limit = signature.axes[PAST].maximum
+        known[PAST] = known[PAST] if limit is None else min(known[PAST], max(0, limit + 1 - known["sequence"]))
     text = ",".join(f"{name}={size}" for name, size in known.items()) or "fixed"
     return make_case(signature, known, np.random.default_rng(0)), text
 

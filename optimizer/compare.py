@@ -8,6 +8,7 @@ max_rel     largest absolute difference, divided by the largest magnitude of the
 cosine      mean cosine of the vectors along the last axis
 cosine_min  smallest such cosine
 top1        share of vectors whose largest entry stays the largest (logits only)
+kl, greedy  of continuations, see `continuation.py`
 ==========  ==========================================================================================
 """
 
@@ -22,10 +23,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from planish.optimizer.errors import CheckFailed, UsageError
-from planish.optimizer.program import Role, Signature, TensorSpec
+from planish.optimizer.program import SUM, Role, Signature, TensorSpec
 from planish.optimizer.spec import did_you_mean
 
-METRICS = ("max_abs", "max_rel", "cosine", "cosine_min", "top1")
+METRICS = ("max_abs", "max_rel", "cosine", "cosine_min", "top1", "kl", "greedy")
+_ERRORS = ("max_abs", "max_rel", "kl")
+"""Metrics of which less is better."""
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 _ABSURD = 1e20
 """Magnitudes that stand for minus infinity in masked scores; they do not set the scale of an output."""
@@ -40,7 +43,7 @@ class Comparison:
     def worst(self, metric: str) -> float | None:
         """The least favourable value of ``metric`` over the outputs that have it."""
         values = [metrics[metric] for metrics in self.outputs.values() if metric in metrics]
-        return None if not values else (max(values) if metric.startswith("max") else min(values))
+        return None if not values else (max(values) if metric in _ERRORS else min(values))
 
     def rounded(self, digits: int = 3) -> Comparison:
         """The same to a few significant digits: figures for people and for manifests."""
@@ -55,7 +58,7 @@ class Comparison:
 def _round(metric: str, value: float, digits: int) -> float:
     if not math.isfinite(value):
         return value
-    if metric.startswith("max"):
+    if metric in _ERRORS:
         return float(f"{value:.{digits - 1}e}")
     return 1.0 - float(f"{1.0 - value:.{digits - 1}e}")
 
@@ -115,8 +118,8 @@ def _clause(text: str) -> Clause:
     metric, relation, bound = match.groups()
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}", where=text)
-    if (relation == "<=") != metric.startswith("max"):
-        wanted = "<=" if metric.startswith("max") else ">="
+    if (relation == "<=") != (metric in _ERRORS):
+        wanted = "<=" if metric in _ERRORS else ">="
         raise UsageError(f"a budget on {metric} is written {metric}{wanted}X", where=text)
     try:
         return Clause(metric, relation, float(bound))
@@ -141,16 +144,44 @@ def compare(
         for name, tally in tallies.items():
             if name not in got:
                 raise ValueError(f"output {name!r} is missing")
-            tally.add(wanted[name], got[name], _visible(tally.tensor, mask, counts))
-    return Comparison({name: tally.metrics() for name, tally in tallies.items()})
+            visible = _visible(tally.tensor, mask, counts)
+            tally.add(wanted[name], got[name], None if visible is None else _end(visible, tally.tensor, wanted[name]))
+    return Comparison(_joined({name: (tally.tensor, tally.metrics()) for name, tally in tallies.items()}))
+
+
+def _joined(found: Mapping[str, tuple[TensorSpec, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Metrics by output; those of a cache, of which there are two a layer, as one: the worst of each."""
+    parts = Comparison({name: metrics for name, (tensor, metrics) in found.items() if tensor.role is Role.CACHE})
+    rest = {name: metrics for name, (tensor, metrics) in found.items() if tensor.role is not Role.CACHE}
+    worst = {metric: parts.worst(metric) for metric in METRICS}
+    cache = {metric: value for metric, value in worst.items() if value is not None}
+    return rest | ({"cache": cache} if cache else {})
+
+
+def _end(visible: np.ndarray, tensor: TensorSpec, wanted: np.ndarray) -> np.ndarray:
+    """The last entries of a mask that is longer than the output along its sequence."""
+    axis = tensor.axis_index("sequence")
+    if axis is None or visible.shape[axis] <= wanted.shape[axis]:
+        return visible
+    return visible.take(range(visible.shape[axis] - wanted.shape[axis], visible.shape[axis]), axis)
 
 
 def _visible(tensor: TensorSpec, mask: TensorSpec | None, counts: np.ndarray | None) -> np.ndarray | None:
-    """Where an output means something: the mask, laid along the axes that the output shares with it."""
-    if mask is None or counts is None or not all(axis in tensor.shape for axis in mask.shape):
+    """Where an output means something: the mask, laid along the axes that the output shares with it.
+
+    An output of the new tokens alone (`sequence`) shares the end of a mask over past and new ones.
+    """
+    if mask is None or counts is None:
         return None
-    order = [mask.shape.index(axis) for axis in tensor.shape if axis in mask.shape]
-    shape = [counts.shape[mask.shape.index(axis)] if axis in mask.shape else 1 for axis in tensor.shape]
+    along = list(mask.shape)
+    if along[-1] not in tensor.shape and "sequence" in tensor.shape and "sequence" in str(along[-1]).split(SUM):
+        along[-1] = "sequence"
+    if not all(axis in tensor.shape for axis in along):
+        return None
+    order = [along.index(axis) for axis in tensor.shape if axis in along]
+    shape = [
+        -1 if axis == along[-1] else counts.shape[along.index(axis)] if axis in along else 1 for axis in tensor.shape
+    ]
     return np.asarray(np.transpose(counts, order).reshape(shape) != 0)
 
 

@@ -15,21 +15,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from planish.optimizer import manifest as records
 from planish.optimizer import presets, registry
 from planish.optimizer.backend import Arrays, Engine
-from planish.optimizer.building import Builder, Built, Request, Stages, check_engine, checkable, pipelines_for
+from planish.optimizer.building import NOT_CHECKED, Builder, Built, Request, Stages, check_engines, pipelines_for
 from planish.optimizer.calibration import read_cases
 from planish.optimizer.compare import Budget, Comparison
 from planish.optimizer.errors import UsageError
+from planish.optimizer.generate import Decoding
 from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.lowering import Lowered, lower
+from planish.optimizer.lowering.original import Answers
 from planish.optimizer.lowering.tokenizer import load_tokenizer
 from planish.optimizer.manifest import MEASUREMENTS, Manifest
 from planish.optimizer.output import staged_file, staged_folder
-from planish.optimizer.reference import Reference, make_inputs, noise_floor
+from planish.optimizer.reference import Reference, References, make_inputs, make_prompts, noise_floor
 from planish.optimizer.report import write_report
 
 _PRECISE_CASES = 1
@@ -52,7 +54,15 @@ class Result:
     def engines(self) -> dict[str, Engine]:
         """The engines that this machine can open, by the name of their folder."""
         targets = {name: registry.backend(record.target) for name, record in self.manifest.targets.items()}
+        if list(self.manifest.signatures) != ["model"]:
+            raise UsageError("these engines have several components", advice="use result.decoding(name)")
         return {n: target.open(self.folder / n) for n, target in targets.items() if target.missing() is None}
+
+    def decoding(self, name: str) -> Decoding:
+        """The engine in the folder ``name``, ready to go on with texts token by token."""
+        return Decoding.of(
+            registry.backend(self.manifest.targets[name].target), self.folder / name, self.manifest.signatures
+        )
 
 
 def optimize(
@@ -67,6 +77,8 @@ def optimize(
     keep: Sequence[str] = (),
     shapes: Sequence[Mapping[str, int]] = (),
     lock: str | Path | None = None,
+    adapter: str | Path | None = None,
+    reference: Literal["full", "none"] = "full",
     sample_inputs: Mapping[str, Any] | None = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     progress: Progress = lambda *_: None,
@@ -75,7 +87,10 @@ def optimize(
 
     ``preset`` (`exact` by default) and ``pipeline`` exclude each other. ``keep`` are budgets (`cosine>=0.999`),
     ``shapes`` sizes of axes at which engines are timed. ``lock`` is used if the file exists and written if it does
-    not. A module needs ``sample_inputs`` (tensors by keyword) and ``dynamic_axes`` (`{input: {position: name}}`).
+    not. ``adapter`` is the folder of a PEFT adapter that is merged into a checkpoint. With ``reference`` "none" the
+    original is never run, for one that does not fit: nothing is compared and nothing timed, a preset ships the plain
+    lowering, and the manifest says so. A module needs ``sample_inputs`` (tensors by keyword) and ``dynamic_axes``
+    (`{input: {position: name}}`).
 
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
@@ -84,20 +99,28 @@ def optimize(
     stages = Stages(progress, 2 + (3 if known else 4) * len(request.targets))
     with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
         with stages.stage("lowering"):
-            lowered = lower(source, task, sample_inputs=sample_inputs, dynamic_axes=dynamic_axes)
+            lowered = lower(
+                source,
+                task,
+                sample_inputs=sample_inputs,
+                dynamic_axes=dynamic_axes,
+                adapter=None if adapter is None else Path(adapter),
+                background=reference == "full",
+            )
             gc.collect()
             gc.freeze()  # a million objects of torch stay as they are: no collection below needs to walk them again
         if known is not None and lock is not None:
             known.check_fits(
                 Path(lock), lowered.program.provenance.files, request.described(), [*map(str, request.targets)]
             )
-        inputs = _inputs(lowered, calibration)
-        reference = _reference(lowered, inputs)
+        inputs = _inputs(lowered, calibration) if reference == "full" else {}
+        references = _references(lowered, inputs) if reference == "full" else None
         reproducers = Path(f"{out}.failed")
-        builder = Builder(request, lowered, reference, inputs, folder, Path(scratch), reproducers, stages)
+        builder = Builder(request, lowered, references, inputs, folder, Path(scratch), reproducers, stages)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
         with stages.stage("report"):
-            result = _write(folder, request, lowered, reference(), built, stages, calibration)
+            made = None if references is None else references()
+            result = _write(folder, request, lowered, made, built, stages, calibration)
             result.notes.extend(builder.notes)
     if lock is not None and known is None:
         with staged_file(Path(lock)) as path:
@@ -123,43 +146,57 @@ def _request(
     return Request(backends, preset, pipelines_for(backends, preset, pipeline), asked, tuple(shapes))
 
 
-def _inputs(lowered: Lowered, calibration: str | Path | None) -> list[Arrays]:
-    """Reference inputs: the user's, and the longest that the signature allows; or all from the signature."""
-    signature = lowered.program.sole()[1]
-    made: list[Arrays] = list(make_inputs(signature))
+def _inputs(lowered: Lowered, calibration: str | Path | None) -> dict[str, list[Arrays]]:
+    """Reference inputs by component: the user's, and the longest that the signature allows; or all from the signature.
+
+    The user's are for the component that takes texts, which is the first.
+    """
+    made: dict[str, list[Arrays]] = {
+        name: list(make_inputs(signature)) for name, signature in lowered.program.signatures.items()
+    }
     if calibration is None:
         return made
+    first, signature = next(iter(lowered.program.signatures.items()))
     tokenizer = None if lowered.folder is None else load_tokenizer(lowered.folder)
-    return [*read_cases(Path(calibration), signature, tokenizer), made[-1]]
+    return made | {first: [*read_cases(Path(calibration), signature, tokenizer), made[first][-1]]}
 
 
-def _reference(lowered: Lowered, inputs: Sequence[Arrays]) -> Callable[[], Reference]:
+def _references(lowered: Lowered, inputs: Mapping[str, Sequence[Arrays]]) -> Callable[[], References]:
     """Start the original on the inputs; the function that is returned waits for it once."""
-    finish = lowered.original.start(inputs, min(_PRECISE_CASES, len(inputs)))
+    first = next(iter(lowered.program.signatures.values()))
+    prompts = make_prompts(first) if lowered.program.generates else []
+    finish = lowered.original.start(inputs, _PRECISE_CASES, prompts)
 
     @functools.cache
-    def reference() -> Reference:
+    def references() -> References:
         answers = finish()
-        few = 0 if answers.precise is None else len(answers.precise)
-        signature = lowered.program.sole()[1]
-        noise = noise_floor(signature, inputs[:few], answers.outputs[:few], answers.precise)
-        return Reference(tuple(inputs), tuple(answers.outputs), noise, lowered.original.description)
+        found = {name: _reference(lowered, name, own, answers) for name, own in inputs.items()}
+        return References(found, tuple(answers.continuations))
 
-    return reference
+    return references
+
+
+def _reference(lowered: Lowered, component: str, inputs: Sequence[Arrays], answers: Answers) -> Reference:
+    outputs = answers.outputs[component]
+    precise = None if answers.precise is None else answers.precise[component]
+    few = 0 if precise is None else len(precise)
+    noise = noise_floor(lowered.program.signatures[component], inputs[:few], outputs[:few], precise)
+    return Reference(tuple(inputs), tuple(outputs), noise, lowered.original.description)
 
 
 def _write(
     folder: Path,
     request: Request,
     lowered: Lowered,
-    reference: Reference,
+    references: References | None,
     built: Sequence[Built],
     stages: Stages,
     calibration: str | Path | None,
 ) -> Result:
     """Write reference, lock, measurements, report and manifest into a folder that holds the engines."""
-    (folder / "reference").mkdir()
-    reference.save(folder / "reference")
+    if references is not None:
+        references.save(folder / "reference")
+    known = {} if references is None else references.components
     choices = {engine.target.name: engine.choice for engine in built}
     source = dict(lowered.program.provenance.files)
     locked = Lock(source=source, requested=request.described(), targets=choices)
@@ -172,13 +209,13 @@ def _write(
         instruction_set=records.instruction_set(),
         source=records.source_record(lowered.program),
         task=lowered.program.task,
-        signature=records.SignatureRecord.of(lowered.program.sole()[1]),
+        signatures={n: records.SignatureRecord.of(s) for n, s in lowered.program.signatures.items()},
         requested=request.described(),
         reference=records.ReferenceRecord(
-            origin=reference.origin,
-            inputs="made from the signature" if calibration is None else "given",
-            noise=dict(reference.noise),
-            exact_budget=str(reference.exact_budget()),
+            origin=NOT_CHECKED if references is None else lowered.original.description,
+            inputs=_origin_of_inputs(references, calibration),
+            noise={name: dict(reference.noise) for name, reference in known.items()},
+            exact_budget={name: str(reference.exact_budget()) for name, reference in known.items()},
         ),
         targets={engine.target.name: _target_record(engine, folder) for engine in built},
         files={},
@@ -189,6 +226,12 @@ def _write(
     return Result(folder, manifest, measurements)
 
 
+def _origin_of_inputs(references: References | None, calibration: str | Path | None) -> str:
+    if references is None:
+        return "none"
+    return "made from the signature" if calibration is None else "given"
+
+
 def _target_record(built: Built, folder: Path) -> records.TargetRecord:
     choice = built.choice
     place = folder / built.target.name
@@ -196,12 +239,17 @@ def _target_record(built: Built, folder: Path) -> records.TargetRecord:
         target=choice.target,
         shipped=choice.shipped,
         why=choice.why,
-        pipeline=choice.pipeline if choice.shipped == "optimized" else "",
-        passes=[records.PassRecord.of(report) for report in built.outcome.reports if report.rolled_back is None],
-        rolled_back=[records.RolledBack(text=undone.text, reason=undone.reason) for undone in choice.rolled_back],
-        budget=str(built.budget),
-        checked_with=built.checked_with,
-        comparison=records.figures(built.comparison),
+        pipelines=choice.pipelines if choice.shipped == "optimized" else {},
+        passes=[
+            records.PassRecord.of(name, report)
+            for name, outcome in built.outcomes.items()
+            for report in outcome.reports
+            if report.rolled_back is None
+        ],
+        rolled_back=[records.RolledBack(**undone.model_dump()) for undone in choice.rolled_back],
+        budgets={name: str(budget) for name, budget in built.budgets.items()},
+        checked_with=built.fidelity.checked_with,
+        comparison=records.figures(built.fidelity.comparison()),
         size_bytes=sum(path.stat().st_size for path in sorted(place.rglob("*")) if path.is_file()),
     )
 
@@ -218,8 +266,11 @@ def _measurements(built: Sequence[Built], stages: Stages) -> dict[str, Any]:
                     shape: {kind: timing.__dict__ for kind, timing in timings.items()}
                     for shape, timings in engine.timings.items()
                 },
-                "check_peak_memory_bytes": engine.peak_memory,
-                "passes": {report.text: report.measured for report in engine.outcome.reports},
+                "check_peak_memory_bytes": engine.fidelity.peak_memory,
+                "passes": {
+                    name: {report.text: report.measured for report in outcome.reports}
+                    for name, outcome in engine.outcomes.items()
+                },
             }
             for engine in built
         },
@@ -245,21 +296,24 @@ def verify(out: str | Path) -> dict[str, Verdict]:
     folder = Path(out)
     manifest = Manifest.read(folder)
     broken = [name for name, digest in manifest.files.items() if records.digest_of(folder / name) != digest]
-    reference = Reference.load(folder / "reference", manifest.reference.noise, manifest.reference.origin)
-    return {name: _verify(folder, name, manifest, reference, broken) for name in manifest.targets}
+    return {name: _verify(folder, name, manifest, broken) for name in manifest.targets}
 
 
-def _verify(folder: Path, name: str, manifest: Manifest, reference: Reference, broken: Iterable[str]) -> Verdict:
+def _verify(folder: Path, name: str, manifest: Manifest, broken: Iterable[str]) -> Verdict:
     record = manifest.targets[name]
     changed = tuple(
         f"{file} is not the file that was written" for file in broken if file.startswith((f"{name}/", "reference/"))
     )
     if changed:
         return Verdict(record.target, None, changed)
+    if not manifest.reference.noise:
+        return Verdict(record.target, None, (f"it was built with --reference none, so it was {NOT_CHECKED}",))
     target = registry.backend(record.target)
-    fidelity = check_engine(checkable(target, folder / name), manifest.signature.signature(), reference)
-    problems = Budget.parse(record.budget.split()).violations(fidelity.comparison)
+    references = References.load(folder / "reference", manifest.reference.noise, manifest.reference.origin)
+    signatures = {component: recorded.signature() for component, recorded in manifest.signatures.items()}
+    fidelity = check_engines(target, folder / name, signatures, references)
+    problems = fidelity.violations({c: Budget.parse(text.split()) for c, text in record.budgets.items()})
     here = records.instruction_set()
     notes = [] if here == manifest.instruction_set else [f"built on {manifest.instruction_set}, checked on {here}"]
     notes += [] if target.missing() is None else [f"checked with {fidelity.checked_with}: {target.missing()}"]
-    return Verdict(record.target, fidelity.comparison, tuple(problems), "; ".join(notes))
+    return Verdict(record.target, fidelity.comparison(), tuple(problems), "; ".join(notes))

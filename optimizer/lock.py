@@ -23,6 +23,7 @@ class LockedPass(BaseModel):
     """A pass that was undone, and why."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    component: str
     text: str
     reason: str
 
@@ -43,8 +44,8 @@ class Choice(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     target: str
-    pipeline: str
-    """The passes that are applied when the optimized engine is shipped."""
+    pipelines: dict[str, str]
+    """The passes that are applied when the optimized engine is shipped, by component."""
     rolled_back: list[LockedPass]
     shipped: Literal["optimized", "plain"]
     why: str

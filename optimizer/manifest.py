@@ -88,13 +88,16 @@ class ReferenceRecord(Record):
 
     origin: str
     inputs: str
-    noise: dict[str, float]
-    exact_budget: str
+    noise: dict[str, dict[str, float]]
+    """By component and output."""
+    exact_budget: dict[str, str]
+    """By component."""
 
 
 class PassRecord(Record):
     """What one pass did."""
 
+    component: str
     text: str
     modified: bool
     sites: int
@@ -105,9 +108,10 @@ class PassRecord(Record):
     difference: dict[str, dict[str, float]] | None
 
     @classmethod
-    def of(cls, report: PassReport) -> PassRecord:
+    def of(cls, component: str, report: PassReport) -> PassRecord:
         """The record of a pass report; refusals of equal reason are counted, not repeated."""
         return cls(
+            component=component,
             text=report.text,
             modified=report.modified,
             sites=len(report.sites),
@@ -122,6 +126,7 @@ class PassRecord(Record):
 class RolledBack(Record):
     """A pass whose work was undone, and why."""
 
+    component: str
     text: str
     reason: str
 
@@ -132,15 +137,21 @@ class TargetRecord(Record):
     target: str
     shipped: Literal["optimized", "plain"]
     why: str
-    pipeline: str
-    """The passes whose work is in the engine; empty for a plain one."""
+    pipelines: dict[str, str]
+    """The passes whose work is in the engine, by component; none for a plain one."""
     passes: list[PassRecord]
     rolled_back: list[RolledBack]
-    budget: str
+    budgets: dict[str, str]
+    """By component."""
     checked_with: str
     comparison: dict[str, dict[str, float]]
     """Fidelity of the shipped engine to the reference."""
     size_bytes: int
+
+    def asked(self) -> str:
+        """The budgets as one text for people."""
+        distinct = dict.fromkeys(self.budgets.values())
+        return next(iter(distinct)) if len(distinct) == 1 else "; ".join(f"{n}: {b}" for n, b in self.budgets.items())
 
 
 class Manifest(Record):
@@ -152,7 +163,8 @@ class Manifest(Record):
     instruction_set: str
     source: SourceRecord
     task: str
-    signature: SignatureRecord
+    signatures: dict[str, SignatureRecord]
+    """By component."""
     requested: dict[str, str]
     reference: ReferenceRecord
     targets: dict[str, TargetRecord]

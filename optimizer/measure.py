@@ -27,7 +27,10 @@ import numpy as np
 
 from planish.optimizer import errors, registry
 from planish.optimizer.backend import Arrays
+from planish.optimizer.continuation import follow
 from planish.optimizer.errors import InternalError, PlanishError
+from planish.optimizer.generate import Decoding
+from planish.optimizer.reference import Continuation
 
 CONFIDENCE = 0.95
 _CALLS = 6
@@ -46,6 +49,8 @@ class EngineRef:
 
     target: str
     path: Path
+    components: tuple[str, ...] = ()
+    """The path is an engine folder whose components generate together; otherwise it is one model."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,9 @@ class Worker:
         self.engine = engine
         ours, theirs = os.pipe()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
+        where = [engine.target, str(engine.path), str(theirs), *engine.components]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "planish.optimizer.measure", engine.target, str(engine.path), str(theirs)],
+            [sys.executable, "-m", "planish.optimizer.measure", *where],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,  # what runtimes print there is not for our users
             stderr=self._said,
@@ -106,6 +112,15 @@ class Worker:
         self._send("run", inputs)
         outputs: dict[str, np.ndarray] = load(self._reply())
         return outputs
+
+    def follow(self, wanted: Continuation) -> np.ndarray:
+        """Scores of the engine along a continuation of the original, shape (steps, batch, vocabulary)."""
+        from safetensors.numpy import load
+
+        arrays = {f"prompt:{name}": array for name, array in wanted.prompt.items()}
+        self._send("follow", {**arrays, "start": wanted.start, "tokens": wanted.tokens}, swap=wanted.swap)
+        scores: np.ndarray = load(self._reply())["scores"]
+        return scores
 
     def time(self, calls: int, seconds: float) -> list[float]:
         """Milliseconds of up to ``calls`` calls with the inputs of the last `run`, at least two."""
@@ -249,11 +264,12 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 def main() -> None:
     """What a worker process does: open its engine, then answer commands until its input ends."""
-    target, path, descriptor = sys.argv[1:]
+    target, path, descriptor, *components = sys.argv[1:]
     _die_with_parent()
     with os.fdopen(int(descriptor), "wb") as replies:
         try:
-            engine = registry.backend(target).open(Path(path))
+            backend, place = registry.backend(target), Path(path)
+            engine: Any = backend.open(place) if not components else Decoding.of(backend, place, components)
             _answer(replies, b"")
             _serve(engine, sys.stdin.buffer, replies)
         except PlanishError as error:
@@ -278,6 +294,8 @@ def _serve(engine: Any, commands: IO[bytes], replies: IO[bytes]) -> None:
                 inputs = load(body)
                 found = {name: np.ascontiguousarray(array) for name, array in engine.run(inputs).items()}
                 _answer(replies, save(found))
+            elif header["command"] == "follow":
+                _answer(replies, save({"scores": follow(engine, _continuation(load(body), int(header["swap"])))}))
             elif header["command"] == "time":
                 _answer(replies, json.dumps(_time(engine, inputs, header)).encode())
             else:
@@ -286,11 +304,17 @@ def _serve(engine: Any, commands: IO[bytes], replies: IO[bytes]) -> None:
             _complain(replies, error)
 
 
+def _continuation(arrays: Arrays, swap: int) -> Continuation:
+    prompt = {name.partition(":")[2]: array for name, array in arrays.items() if name.startswith("prompt:")}
+    return Continuation(prompt, swap, arrays["start"], arrays["tokens"], np.zeros(0))
+
+
 def _time(engine: Any, inputs: Arrays, header: Mapping[str, float]) -> list[float]:
     spent: list[float] = []
     while len(spent) < 2 or (len(spent) < header["calls"] and sum(spent) < header["seconds"] * 1e3):
+        call = engine.prepare(inputs)  # a cache inside the engine must be set again for each call
         start = time.perf_counter()
-        engine.run(inputs)
+        call()
         spent.append((time.perf_counter() - start) * 1e3)
     return spent
 

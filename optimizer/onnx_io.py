@@ -7,7 +7,7 @@ the model's folder, by `..`, by an absolute path, or through links).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -17,11 +17,14 @@ from google.protobuf.message import DecodeError
 
 from planish.optimizer.errors import BadInput
 from planish.optimizer.graph import NAME_SCOPES, embedded, graphs_of, weight_bytes
+from planish.optimizer.tensors import origin_of
 
 EXTERNAL_FROM = 1 << 20
 """Models with more bytes of weights than this keep them in a file beside the graph, where runtimes map them."""
 ALIGNMENT = 1 << 16
 """Offset alignment of large tensors in that file: the mapping granularity of every system we know."""
+SHARED_DATA = "model.onnx.data"
+"""Where several graphs that are written together keep their weights."""
 _SMALL = 1024
 """Tensors of at most this many bytes stay in the graph: runtimes want shape constants there."""
 _KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview", "com.microsoft"})
@@ -53,6 +56,43 @@ def save(model: ir.Model, path: Path, progress: Callable[[int, int], None] | Non
         align_threshold=ALIGNMENT,
         callback=report,
     )
+
+
+def save_together(models: Mapping[str, ir.Model], folder: Path) -> None:
+    """Write several graphs, by file name, whose weights lie in one `model.onnx.data`: what they share lies there once.
+
+    Tensors are the same if they are one object or refer to the same place; nothing is read to compare it.
+    """
+    released = {name: embedded(strip_for_release(model), _SMALL) for name, model in models.items()}
+    values = [
+        value
+        for model in released.values()
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+        and value.const_value.nbytes > _SMALL
+        and value.const_value.dtype is not ir.DataType.STRING
+    ]
+    tensors = {_identity(value.const_value): value.const_value for value in values if value.const_value is not None}
+    written = ir.external_data.convert_tensors_to_external(
+        list(tensors.values()), folder, SHARED_DATA, alignment=ALIGNMENT, align_threshold=ALIGNMENT
+    )
+    places = dict(zip(tensors, written, strict=True))
+    for value in values:
+        if value.const_value is not None:
+            place = places[_identity(value.const_value)]
+            value.const_value = ir.ExternalTensor(
+                SHARED_DATA, place.offset, place.length, place.dtype, shape=place.shape, name=value.name or "",
+                base_dir=folder,
+            )  # fmt: skip
+    for name, model in released.items():
+        ir.save(model, folder / name)
+
+
+def _identity(tensor: ir.TensorProtocol) -> Hashable:
+    """Equal for tensors that are known to hold the same."""
+    origin = origin_of(tensor)
+    return id(tensor) if origin is None else (repr(origin), tensor.dtype, tuple(tensor.shape))
 
 
 def strip_for_release(model: ir.Model) -> ir.Model:

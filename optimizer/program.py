@@ -25,6 +25,8 @@ class Role(StrEnum):
     """Four coordinates (x0 ≤ x1, y0 ≤ y1) of each token on its page, each below ``bound``."""
     VALUES = "values"
     """Real numbers without further meaning."""
+    CACHE = "cache"
+    """Keys or values of earlier tokens, (batch, heads, past, size)."""
     HIDDEN = "hidden"
     """Hidden states: vectors along the last axis."""
     LOGITS = "logits"
@@ -32,6 +34,8 @@ class Role(StrEnum):
 
 
 _ROLES_BY_NAME = (
+    ("past_key_values", Role.CACHE),
+    ("present.", Role.CACHE),
     ("mask", Role.MASK),
     ("token_type", Role.SEGMENTS),
     ("segment", Role.SEGMENTS),
@@ -48,6 +52,12 @@ def guess_role(name: str, dtype: ir.DataType) -> Role:
     found = next((role for part, role in _ROLES_BY_NAME if part in name), Role.VALUES)
     integer_only = found in (Role.TOKENS, Role.SEGMENTS, Role.POSITIONS, Role.BOXES)
     return Role.VALUES if integer_only and not dtype.is_integer() else found
+
+
+PAST = "past"
+"""The axis along which a cache grows."""
+SUM = " + "
+"""Between the names of axes whose sizes add up to a dimension: `past + sequence`."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,12 @@ class Signature:
 
     def shape_of(self, spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Sizes of ``spec`` when each axis has the size that ``sizes`` gives it (KeyError if one is missing)."""
-        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)
+        return tuple(dim if isinstance(dim, int) else sum(sizes[axis] for axis in dim.split(SUM)) for dim in spec.shape)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the component takes a cache."""
+        return any(tensor.role is Role.CACHE for tensor in self.inputs)
 
 
 def _missing(name: str) -> TensorSpec:
@@ -133,6 +148,11 @@ class Program:
     signatures: dict[str, Signature]
     task: str
     provenance: Provenance
+
+    @property
+    def generates(self) -> bool:
+        """Whether the components go on with texts, token by token, behind a cache."""
+        return any(signature.cached for signature in self.signatures.values()) and self.provenance.kind == "checkpoint"
 
     def sole(self) -> tuple[ir.Model, Signature]:
         """The only component and its signature; a ValueError if there are several."""

@@ -8,14 +8,14 @@ by computing them in double precision as well; tolerances of exact rewrites foll
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from planish.optimizer.compare import Budget, Case, Clause, compare
 from planish.optimizer.errors import BadInput
-from planish.optimizer.program import Role, Signature, TensorSpec
+from planish.optimizer.program import PAST, SUM, Axis, Role, Signature, TensorSpec
 
 NOISE_FACTOR = 64.0
 """An exact rewrite may move an output by this many noise floors: another order of summation in every layer, in a
@@ -24,7 +24,17 @@ NOISE_MINIMUM = 2.0**-22
 """No floor is taken to be below this relative value (two units in the last place of float32)."""
 _LONGEST = 1024
 """Reference inputs are not made longer than this, whatever the model allows."""
+_PLANS = [(3, 20), (1, 2), (1, 64), (1, _LONGEST)]
+"""Examples and tokens of each case."""
+_CACHED_PLANS = [(1, 9, 4), (3, 9, 0), (2, 1, 7), (1, 1, 1), (3, 4, 12), (1, 1, 500), (1, _LONGEST, 0)]
+"""Examples, new tokens, and tokens before them of each case where there is a cache. The first has no padding: in double
+precision some models give NaN where padding comes first, and the noise floor is estimated on it."""
+CONTINUED = 17
+"""Tokens of a continuation: the prefill's, and sixteen behind the cache."""
+_PROMPTS = [(3, 9), (1, 1), (1, 96)]
+"""Texts and tokens of the prompts: a padded batch, the shortest, a long one."""
 _QUICK = 2
+_CONTINUATIONS = "continuations.safetensors"
 _SHARE = 0.75
 """The second row of the padded batch is this share of the first, the third this share of the second, …"""
 _ELEMENTS = 1 << 24
@@ -48,7 +58,8 @@ class Reference:
         return Budget((Clause("max_rel", "<=", float(f"{NOISE_FACTOR * floor:.2e}")),))
 
     def save(self, folder: Path) -> None:
-        """Write `inputs.safetensors` and `outputs.safetensors`."""
+        """Write `inputs.safetensors` and `outputs.safetensors` into a folder, which is made."""
+        folder.mkdir(parents=True)
         save_cases(self.inputs, folder / "inputs.safetensors")
         save_cases(self.outputs, folder / "outputs.safetensors")
 
@@ -57,6 +68,67 @@ class Reference:
         """Read what `save` wrote; BadInput if it is not there or broken."""
         inputs, outputs = (tuple(load_cases(folder / f"{kind}.safetensors")) for kind in ("inputs", "outputs"))
         return cls(inputs, outputs, noise, origin)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt, and how the original goes on. Rows of the batch are reversed before step ``swap`` (0: never)."""
+
+    prompt: Case
+    swap: int
+    start: np.ndarray
+    """First tokens of an encoder-decoder's answer, shape (batch, 1); of shape (batch, 0) for a decoder."""
+    tokens: np.ndarray
+    """The original's greedy choice, shape (steps, batch)."""
+    scores: np.ndarray
+    """The scores that it chose from, shape (steps, batch, vocabulary)."""
+
+
+@dataclass(frozen=True)
+class References:
+    """What the engine of a program is held against: a reference for each component, and continuations of prompts."""
+
+    components: Mapping[str, Reference]
+    continuations: tuple[Continuation, ...] = ()
+    """Empty for a program that does not generate."""
+
+    def save(self, folder: Path) -> None:
+        """Write a folder for each component, and `continuations.safetensors` if there are any."""
+        for name, reference in self.components.items():
+            reference.save(folder / name)
+        if self.continuations:
+            save_continuations(self.continuations, folder / _CONTINUATIONS)
+
+    @classmethod
+    def load(cls, folder: Path, noise: Mapping[str, Mapping[str, float]], origin: str) -> References:
+        """Read what `save` wrote; BadInput if it is not there or broken."""
+        path = folder / _CONTINUATIONS
+        found = {name: Reference.load(folder / name, own, origin) for name, own in noise.items()}
+        return cls(found, tuple(load_continuations(path)) if path.is_file() else ())
+
+
+def save_continuations(found: Sequence[Continuation], path: Path) -> None:
+    """Write them as one safetensors file."""
+    save_cases([_flat(one) for one in found], path)
+
+
+def load_continuations(path: Path) -> list[Continuation]:
+    """Read them back; BadInput if the file is missing or broken."""
+    return [
+        Continuation(
+            {name.partition(":")[2]: array for name, array in case.items() if name.startswith("prompt:")},
+            int(case["swap"].item()),
+            case["start"],
+            case["tokens"],
+            case["scores"],
+        )
+        for case in load_cases(path)
+    ]
+
+
+def _flat(one: Continuation) -> Mapping[str, np.ndarray]:
+    prompt = {f"prompt:{name}": array for name, array in one.prompt.items()}
+    return {**prompt, "swap": np.array(one.swap), "start": one.start, "tokens": one.tokens, "scores": one.scores}
 
 
 def save_cases(cases: Sequence[Case], path: Path) -> None:
@@ -89,17 +161,77 @@ def make_inputs(signature: Signature, seed: int = 0) -> list[dict[str, np.ndarra
     return [make_case(signature, sizes, generator) for sizes in case_sizes(signature)]
 
 
+Prompt = tuple[Case, int]
+"""Arrays of a prompt, and the step before which its rows are reversed (0: never)."""
+
+
+def make_prompts(signature: Signature, seed: int = 0) -> list[Prompt]:
+    """Prompts for the component that takes them."""
+    generator = np.random.default_rng(seed)
+    made: list[Prompt] = []
+    for count, length in _PROMPTS:
+        sizes = {name: axis.clamp(_prompted(axis, count, length)) for name, axis in signature.axes.items()}
+        case = make_case(signature, sizes, generator)
+        prompt = {name: case[name] for name in ("input_ids", "attention_mask")}
+        made.append((prompt, CONTINUED // 2 if count > 1 else 0))
+    return made
+
+
+def _prompted(axis: Axis, count: int, length: int) -> int:
+    """The size of an axis in a prompt: as many tokens as leave room for the answer."""
+    if axis.name in ("batch", PAST):
+        return count if axis.name == "batch" else 0
+    return length if axis.maximum is None else max(1, min(length, axis.maximum - CONTINUED))
+
+
+def takes_prompts(signature: Signature) -> bool:
+    """Whether a component reads prompts: it takes tokens and a mask over all of them, and nothing but a cache."""
+    names = {tensor.name for tensor in signature.inputs}
+    return {"input_ids", "attention_mask"} <= names and (PAST not in signature.axes or _masks_past(signature))
+
+
+def _masks_past(signature: Signature) -> bool:
+    return PAST in str(signature.input("attention_mask").shape[-1]).split(SUM)
+
+
+def rows_at(step: int, swap: int, count: int) -> np.ndarray:
+    """Order in which the rows of the step before are read."""
+    rows = np.arange(count)
+    return rows[::-1].copy() if step == swap else rows
+
+
 def case_sizes(signature: Signature) -> list[dict[str, int]]:
-    """Sizes of the axes in each case; the longest comes last."""
+    """Sizes of the axes in each case; a small batch with padding comes first, the longest last.
+
+    Where there is a cache: a prefill, a step behind a short past, several tokens behind a long one.
+    """
     axes = list(signature.axes.values())
     if not axes:
         return [{}]
-    running = [axis for axis in axes if axis.name != leading_axis(signature)]
-    plans = [(3, 20), (1, 2), (1, 64), (1, _LONGEST)]
+    leading = leading_axis(signature)
+    running = any(axis.name not in (leading, PAST) for axis in axes)
+    plans = _CACHED_PLANS if PAST in signature.axes else [(count, length, 0) for count, length in _PLANS]
     return [
-        {axis.name: axis.clamp(length if axis in running else count) for axis in axes}
-        for count, length in plans
-        if running or length < 64
+        {axis.name: axis.clamp(_planned(axis, leading, *plan)) for axis in _roomy(axes, plan[1])}
+        for plan in plans
+        if running or plan[1] < 64
+    ]
+
+
+def _planned(axis: Axis, leading: str | None, count: int, length: int, past: int) -> int:
+    """The size that a plan gives an axis; a sequence of its own (the encoder's) is as long as past and tokens."""
+    if axis.name in (leading, PAST):
+        return count if axis.name == leading else past
+    return length if axis.name == "sequence" or not past else length + past + 2
+
+
+def _roomy(axes: Sequence[Axis], length: int) -> list[Axis]:
+    """The axes, the past so short that ``length`` further tokens fit behind it."""
+    return [
+        replace(axis, maximum=max(axis.minimum, axis.maximum + 1 - length))
+        if axis.name == PAST and axis.maximum is not None
+        else axis
+        for axis in axes
     ]
 
 
@@ -114,11 +246,27 @@ def make_case(signature: Signature, sizes: Mapping[str, int], generator: np.rand
     made = {tensor.name: _values(tensor, signature.shape_of(tensor, sizes), generator) for tensor in signature.inputs}
     mask = signature.mask()
     if mask is not None:
-        padding = made[mask.name] == 0
+        if PAST in str(mask.shape[-1]).split(SUM):  # prompts of one batch end together: they are padded on the left
+            made[mask.name] = np.ascontiguousarray(made[mask.name][..., ::-1])
+        visible = made[mask.name] != 0
         for tensor in signature.inputs:
-            if tensor.role in (Role.TOKENS, Role.SEGMENTS) and made[tensor.name].shape == padding.shape:
-                made[tensor.name][padding] = tensor.pad
+            _respect(tensor, made[tensor.name], visible)
     return made
+
+
+def _respect(tensor: TensorSpec, values: np.ndarray, visible: np.ndarray) -> None:
+    """Write padding, and positions that do not count it, where a tensor runs along (the end of) the mask."""
+    if values.ndim != visible.ndim or values.shape[-1] > visible.shape[-1]:
+        return
+    if tensor.role in (Role.TOKENS, Role.SEGMENTS) and values.shape == visible.shape:
+        values[~visible] = tensor.pad
+    if tensor.role is Role.POSITIONS:
+        values[...] = positions_of(visible)[..., -values.shape[-1] :]
+
+
+def positions_of(mask: np.ndarray) -> np.ndarray:
+    """Position of each token of a padded batch: padding is not counted, and has position 0 itself."""
+    return np.asarray(np.maximum(np.cumsum(mask != 0, axis=-1) - 1, 0))
 
 
 def _values(tensor: TensorSpec, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
@@ -162,12 +310,12 @@ def quick(inputs: Sequence[Case]) -> list[Case]:
 def noise_floor(
     signature: Signature, inputs: Sequence[Case], outputs: Sequence[Case], precise: Sequence[Case] | None
 ) -> dict[str, float]:
-    """Relative difference of each output from its more precise self; the minimum where there is none to compare."""
-    names = [tensor.name for tensor in signature.outputs]
+    """Relative difference of each output from its more precise self; a multiple of the minimum where there is none."""
     if precise is None:
-        return dict.fromkeys(names, 8 * NOISE_MINIMUM)
+        return {tensor.name: 8 * NOISE_MINIMUM for tensor in signature.outputs if tensor.role is not Role.CACHE}
     found = compare(signature, inputs, precise, outputs).outputs
-    return {name: max(float(f"{found[name]['max_rel']:.2e}"), NOISE_MINIMUM) for name in names}
+    noise = {name: max(float(f"{metrics['max_rel']:.2e}"), NOISE_MINIMUM) for name, metrics in found.items()}
+    return {name: value if np.isfinite(value) else 8 * NOISE_MINIMUM for name, value in noise.items()}
 
 
 def thin(outputs: Case) -> dict[str, np.ndarray]:

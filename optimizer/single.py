@@ -54,10 +54,13 @@ def optimize_file(
 def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:
     signature = lowered.program.sole()[1]
     inputs = quick(make_inputs(signature))
-    answers = lowered.original.answer(inputs, 1)
-    precise = answers.precise or []
-    noise = noise_floor(signature, inputs[: len(precise)], answers.outputs[: len(precise)], answers.precise)
-    exact = Reference(tuple(inputs), tuple(answers.outputs), noise, lowered.original.description).exact_budget()
+    (component,) = lowered.program.components
+    answers = lowered.original.answer({component: inputs}, 1)
+    outputs = answers.outputs[component]
+    precise = None if answers.precise is None else answers.precise[component]
+    few = len(precise or [])
+    noise = noise_floor(signature, inputs[:few], outputs[:few], precise)
+    exact = Reference(tuple(inputs), tuple(outputs), noise, lowered.original.description).exact_budget()
 
     def budget_of(step: Pass) -> Budget:
         return exact if step.exact else asked

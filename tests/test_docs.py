@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Planish
+from tests.train import MODELS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,6 +39,7 @@ def commands(page: Path) -> Iterator[tuple[str, int]]:
 def place(tiny: Path, tmp_path: Path) -> Path:
     """A working folder with what the pages speak of."""
     shutil.copytree(tiny, tmp_path / "checkpoint")
+    shutil.copytree(MODELS / "writer", tmp_path / "writer")
     (tmp_path / "texts.txt").write_text("w1 w2\nw3 w4 w5\nw6\n")
     return tmp_path
 

@@ -89,6 +89,48 @@ ZOO = [
 ]
 
 
+_GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_TRANSLATOR = {
+    "d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 3,
+    "decoder_attention_heads": 3, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
+}  # fmt: skip
+_T5 = {
+    "d_model": 24, "d_ff": 40, "d_kv": 6, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 3,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def _writer(model_type: str, **config: Any) -> Species:
+    return Species(model_type, "text-generation", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **config})
+
+
+GENERATORS = [
+    _writer("gpt2", n_embd=24, n_layer=2, n_head=3, n_positions=48),
+    _writer("gpt_neo", num_layers=2, num_heads=3, attention_types=[[["global", "local"], 1]], window_size=8),
+    _writer("gpt_neox", rotary_pct=0.5),
+    _writer("gptj", n_embd=24, n_layer=2, n_head=3, n_positions=48, rotary_dim=4),
+    _writer("opt", ffn_dim=40, word_embed_proj_dim=24, pad_token_id=1, bos_token_id=3),
+    _writer("bloom", n_layer=2, n_head=3),
+    _writer("falcon", multi_query=True, parallel_attn=True, new_decoder_architecture=False, alibi=False, bias=False),
+    _writer("llama", **_GROUPED, head_dim=8),
+    _writer("mistral", **_GROUPED, sliding_window=8),
+    _writer("mixtral", **_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    _writer("qwen2", **_GROUPED, tie_word_embeddings=True),
+    _writer("qwen3", **_GROUPED, head_dim=10),
+    _writer("phi", partial_rotary_factor=0.5),
+    _writer("phi3", num_key_value_heads=3, sliding_window=None),
+    _writer("gemma", num_key_value_heads=1, head_dim=10),
+    _writer("gemma2", **_GROUPED, head_dim=10, sliding_window=8, query_pre_attn_scalar=10),
+    _writer("stablelm", num_key_value_heads=3, partial_rotary_factor=0.25),
+    _writer("olmo2", num_key_value_heads=3),
+    Species("t5", "text2text-generation", _T5),
+    Species("mt5", "text2text-generation", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    *(Species(kind, "text2text-generation", _TRANSLATOR) for kind in ("bart", "mbart", "marian", "pegasus")),
+]
+"""Decoders and encoder-decoders: grouped and shared heads, windows, experts, tied and untied, odd head sizes."""
+
+
 def sizes(species: Species) -> dict[str, Any]:
     """The settings of a species: a span has two labels, other heads have three."""
     wanted = {**COMMON, "num_labels": 2 if species.task == "question-answering" else 3, **species.config}
@@ -109,7 +151,7 @@ def build(species: Species, folder: Path, seed: int = 0, dtype: str = "float32")
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-            elif "embed" not in name:
+            elif not any(part in name for part in ("embed", "wte", "shared")):
                 parameter.mul_(3.0)
     model.save_pretrained(folder)
     return folder

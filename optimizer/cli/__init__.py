@@ -13,7 +13,7 @@ COMMANDS: Mapping[str, str] = {
     "optimize": "Turn a checkpoint or an ONNX file into checked, measured engines.",
     "verify": "Check the engines of an output again, on this machine.",
     "bench": "Time engines and models side by side.",
-    "run": "Ask an engine: labels, embeddings, answers.",
+    "run": "Ask an engine: labels, embeddings, answers, texts.",
     "opt": "Run a pipeline over one ONNX graph.",
     "passes": "List the passes and their options.",
     "backends": "List the targets and their options.",

@@ -75,8 +75,8 @@ def print_result(manifest: Manifest, choices: Mapping[str, Choice], latencies: M
                 record.target,
                 f"{record.shipped}: {record.why}",
                 f"{record.size_bytes / 1e6:.1f} MB",
-                fidelity_text(record.comparison),
-                record.budget or "none asked",
+                fidelity_text(record.comparison) or record.checked_with,
+                record.asked() or "none asked",
                 "\n".join(f"{s.speedup:.2f}x [{s.low:.2f}, {s.high:.2f}] at {s.shape}" for s in speeds)
                 or "not measured",
                 _latency(latencies.get(name, {})),

@@ -32,7 +32,7 @@ def command(source: Path, out: Path, as_json: bool, **options: Any) -> None:
     if (options["pipeline"] is None) == (options["preset"] is None):
         raise UsageError("give either --pipeline or --preset")
     reports = optimize_file(source, out, **options)
-    records = [PassRecord.of(report) for report in reports]
+    records = [PassRecord.of("model", report) for report in reports]
     if as_json:
         print_json([record.model_dump(mode="json") for record in records])
         return

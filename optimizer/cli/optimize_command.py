@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -25,6 +26,11 @@ from planish.optimizer.cli.options import existing, json_flag, parse_shapes, pri
 @click.option("--keep", multiple=True, metavar="METRIC>=X", help="Fidelity that passes must keep, e.g. cosine>=0.999.")
 @shapes_option
 @click.option("--lock", type=existing, help="Build from this lock, or write it if it does not exist.")
+@click.option("--adapter", type=existing, help="A PEFT adapter (LoRA, rsLoRA, DoRA, AdaLoRA) to merge into SOURCE.")
+@click.option(
+    "--reference", type=click.Choice(["full", "none"]), default="full", show_default=True,
+    help="'none': never run the original (one that does not fit); nothing is checked or timed.",
+)  # fmt: skip
 @click.option("--depfile", type=existing, help="Write the files that were read, in make's syntax.")
 @json_flag
 def command(
@@ -38,6 +44,8 @@ def command(
     keep: tuple[str, ...],
     shapes: tuple[str, ...],
     lock: Path | None,
+    adapter: Path | None,
+    reference: Literal["full", "none"],
     depfile: Path | None,
     as_json: bool,
 ) -> None:
@@ -58,12 +66,15 @@ def command(
             keep=keep,
             shapes=parse_shapes(shapes),
             lock=lock,
+            adapter=adapter,
+            reference=reference,
             progress=progress,
         )
     for note in result.notes:
         click.echo(f"planish: note: {note}", err=True)
     if depfile is not None:
-        _write_depfile(depfile, source, out, [*result.manifest.source.files], [p for p in (calibration, lock) if p])
+        folders = [folder for folder in (adapter, source) if folder is not None]
+        _write_depfile(depfile, folders, out, [*result.manifest.source.files], [p for p in (calibration, lock) if p])
     if as_json:
         print_json(
             {
@@ -78,11 +89,12 @@ def command(
     click.echo(f"report: {out / 'report.html'}")
 
 
-def _write_depfile(depfile: Path, source: Path, out: Path, names: list[str], others: list[Path]) -> None:
+def _write_depfile(depfile: Path, sources: list[Path], out: Path, names: list[str], others: list[Path]) -> None:
+    """Each name lies in the first of the sources (folders, or a file's folder) that has it."""
     from planish.optimizer.output import staged_file
 
-    folder = source if source.is_dir() else source.parent
-    inputs = [folder / name for name in names] + others
+    folders = [source if source.is_dir() else source.parent for source in sources]
+    inputs = [next(folder / name for folder in folders if (folder / name).exists()) for name in names] + others
     escaped = " ".join(str(path).replace(" ", "\\ ") for path in inputs)
     with staged_file(depfile) as path:
         path.write_text(f"{str(out / 'planish.json').replace(' ', chr(92) + ' ')}: {escaped}\n", encoding="utf-8")

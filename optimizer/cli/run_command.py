@@ -25,6 +25,11 @@ _SHOWN = 6
 @click.option("--output", type=existing, help="The .jsonl file to write; an interrupted run goes on where it stopped.")
 @click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Texts that run together.")
 @click.option("--target", metavar="NAME[{k=v …}]", help="Which engine of an output, with its options.")
+@click.option("--max-new-tokens", "most", type=click.IntRange(min=1), help="Most tokens that an engine writes (64).")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="Sample instead of taking the best.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, help="Sample among this many of the best.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample among the likeliest.")
+@click.option("--seed", type=int, default=0, show_default=True, help="What the drawing of samples starts from.")
 @json_flag
 def command(
     engine: Path,
@@ -35,14 +40,26 @@ def command(
     output: Path | None,
     batch: int,
     target: str | None,
+    most: int | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
     as_json: bool,
 ) -> None:
-    """Ask ENGINE (an output or an engine folder): labels, embeddings, answers, by its task."""
+    """Ask ENGINE (an output or an engine folder): labels, embeddings, answers, texts, by its task."""
     from planish.optimizer.answering import Question, answer_file, open_answerer
+    from planish.optimizer.generate import Sampling
+    from planish.optimizer.writing import Writer, with_options
 
     if (text is None) == (source is None) or (source is None) != (output is None):
         raise UsageError("give either --text, or --input and --output")
     answerer = open_answerer(engine, target)
+    if isinstance(answerer, Writer):
+        answerer = with_options(answerer, most, Sampling(temperature, top_k, top_p, seed))
+        if text is not None and not as_json:
+            _stream(answerer, text)
+            return
     if text is not None:
         answer = answerer.answer([Question(text, pair, choices)])[0]
         if as_json:
@@ -53,6 +70,17 @@ def command(
     if source is not None and output is not None:
         count = _run_file(answer_file, answerer, source, output, batch)
         click.echo(json.dumps({"answered": count, "output": str(output)}) if as_json else f"{count} answers: {output}")
+
+
+def _stream(writer: Any, text: str) -> None:
+    """Show the text as it is written."""
+    import torch
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(writer.tokenizer, skip_special_tokens=True)
+    for tokens in writer.tokens([text]):
+        streamer.put(torch.from_numpy(tokens))
+    streamer.end()
 
 
 def _run_file(answer_file: Any, answerer: Any, source: Path, output: Path, batch: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.program import Program
 
 if TYPE_CHECKING:
@@ -32,33 +32,37 @@ def lower(
     *,
     sample_inputs: Mapping[str, Any] | None = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    adapter: Path | None = None,
     background: bool = True,
 ) -> Lowered:
     """Lower a checkpoint folder, an `.onnx` file, or an `nn.Module` called with ``sample_inputs`` by keyword.
 
-    ``dynamic_axes`` names the axes of a module's inputs that vary. With ``background`` the original of a checkpoint is
+    ``dynamic_axes`` names the axes of a module's inputs that vary. ``adapter`` is the folder of a PEFT adapter to merge
+    into a checkpoint. With ``background`` the original of a checkpoint is
     loaded by another process meanwhile. Raises BadInput or UsageError.
     """
+    if adapter is not None and not (isinstance(source, str | Path) and Path(source).is_dir()):
+        raise UsageError("an adapter is merged into a checkpoint folder", where="--adapter", advice="give its base")
     if not isinstance(source, str | Path):
         return _lower_module(source, sample_inputs, dynamic_axes or {})
     path = Path(source)
     if path.suffix.lower() == ".onnx" or path.is_file():
         return _lower_file(path, task)
-    return _lower_folder(path, task, background)
+    return _lower_folder(path, task, adapter, background)
 
 
-def _lower_folder(path: Path, task: str | None, background: bool) -> Lowered:
+def _lower_folder(path: Path, task: str | None, adapter: Path | None, background: bool) -> Lowered:
     if not path.exists():
         raise BadInput(
             "there is no such file or folder",
             where=path,
             advice="give a checkpoint folder or an .onnx file (hub ids are not downloaded: fetch the folder first)",
         )
-    from planish.optimizer.lowering import encoder
+    from planish.optimizer.lowering import assemble
     from planish.optimizer.lowering.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(path, task)
-    program, original = encoder.lower(checkpoint, background=background)
+    checkpoint = open_checkpoint(path, task, adapter)
+    program, original = assemble.lower(checkpoint, background=background)
     return Lowered(program, original, path, tuple(checkpoint.companions()))
 
 

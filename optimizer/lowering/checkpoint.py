@@ -15,15 +15,19 @@ from typing import Any
 import onnx_ir as ir
 
 from planish.optimizer.errors import BadInput
+from planish.optimizer.lowering import adapter as adapter_files
 from planish.optimizer.lowering import tasks
 from planish.optimizer.lowering.weights import Stored, read_index, weight_files
 
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"})
 _ATTENTION_KEYS = frozenset({"attn_implementation", "_attn_implementation", "_attn_implementation_internal"})
+_EXPERTS = "batched_mm"
+"""How experts are computed while a model is traced: the one way without loops over what the data decides."""
 _TEXT_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model", "modules.json",
-    "sentence_bert_config.json", "1_Pooling/config.json",
+    "sentence_bert_config.json", "1_Pooling/config.json", "generation_config.json", "chat_template.jinja",
+    "source.spm", "target.spm", "preprocessor_config.json",
 )  # fmt: skip
 """What runs beside the model and travels with an engine."""
 
@@ -37,11 +41,14 @@ class Checkpoint:
     architecture: str | None
     task: str
     weights: Mapping[str, Stored]
+    adapter: Path | None = None
+    """The folder of a PEFT adapter that is merged into the weights."""
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the configuration and of each weight file."""
+        """SHA-256 of the configuration and of each weight file, those of an adapter as well."""
         files = [self.folder / "config.json", *weight_files(self.folder)]
-        return {file.name: sha256(file) for file in files}
+        adapted = [] if self.adapter is None else [self.adapter / name for name in adapter_files.FILES]
+        return {file.name: sha256(file) for file in (*files, *adapted)}
 
     def companions(self) -> list[Path]:
         """Files that engines of this checkpoint carry along, relative to the folder."""
@@ -53,8 +60,8 @@ def companions_in(folder: Path) -> list[Path]:
     return [Path(name) for name in ("config.json", *_TEXT_FILES) if (folder / name).is_file()]
 
 
-def open_checkpoint(folder: Path, task: str | None = None) -> Checkpoint:
-    """Check a folder and read its configuration; nothing in it is executed, nothing is fetched.
+def open_checkpoint(folder: Path, task: str | None = None, adapter: Path | None = None) -> Checkpoint:
+    """Check a folder (and that of an adapter) and read its configuration; nothing is executed, nothing is fetched.
 
     BadInput says what is missing, broken or refused; UsageError a task that is not known.
     """
@@ -73,7 +80,9 @@ def open_checkpoint(folder: Path, task: str | None = None) -> Checkpoint:
         )
     else:
         task = tasks.infer(str(architecture), folder)
-    return Checkpoint(folder, config, architecture, task, weights)
+    if adapter is not None:
+        adapter_files.read_adapter(adapter)
+    return Checkpoint(folder, config, architecture, task, weights, adapter)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -129,6 +138,8 @@ def skeleton(checkpoint: Checkpoint) -> Any:
     cls = tasks.head_class(checkpoint.task, checkpoint.config, checkpoint.architecture, checkpoint.folder)
     with init_empty_weights(include_buffers=False), quiet():
         model = _from_config(cls, checkpoint)
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        model.set_experts_implementation(_EXPERTS)
     return model.eval()
 
 
@@ -157,7 +168,7 @@ def loaded(checkpoint: Checkpoint) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
         )
-    return model.eval()
+        return model.eval() if checkpoint.adapter is None else adapter_files.merged_original(model, checkpoint.adapter)
 
 
 @dataclass(frozen=True)
@@ -204,6 +215,8 @@ def bind(model: Any, checkpoint: Checkpoint) -> Binding:
             bound[target] = tensor.widened()
     _follow_ties(model, bound)
     _check_shapes(state, bound, checkpoint)
+    if checkpoint.adapter is not None:
+        bound = adapter_files.merge_adapter(bound, checkpoint.adapter, model)
     return Binding(bound, frozenset() if converted else _absent(model, bound))
 
 

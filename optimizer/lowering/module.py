@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.errors import BadInput
+from planish.optimizer.graph import constant_of
+from planish.optimizer.lowering.calls import Call
 from planish.optimizer.lowering.checkpoint import quiet
 from planish.optimizer.lowering.weights import Stored
-from planish.optimizer.program import Axis
+from planish.optimizer.program import PAST, SUM, Axis
 from planish.optimizer.shapes import rows_for
 from planish.optimizer.tensors import origin_of
 
@@ -26,7 +29,7 @@ Axes = Mapping[str, Mapping[int, str]]
 """For each input, the name of each dynamic axis by its position."""
 
 
-def wrap(module: Any, names: Iterable[str], outputs: Sequence[str], constants: Mapping[str, Any] | None = None) -> Any:
+def wrap(module: Any, call: Call, names: Iterable[str], outputs: Sequence[str]) -> Any:
     """A module that takes the inputs called ``names`` in order and gives the wanted outputs as a tuple."""
     import torch
 
@@ -38,44 +41,26 @@ def wrap(module: Any, names: Iterable[str], outputs: Sequence[str], constants: M
             self.module = module
 
         def forward(self, *args: Any) -> tuple[Any, ...]:
-            result = self.module(**dict(zip(keywords, args, strict=True)), **(constants or {}))
-            return tuple(flatten(result, outputs).values())
+            result = call(self.module, dict(zip(keywords, args, strict=True)))
+            return tuple(result[name] for name in outputs)
 
     return Flat()
 
 
-def flatten(result: Any, names: Sequence[str] = ()) -> dict[str, Any]:
-    """The tensors of a module's result by name: those asked for, or all of them in order.
-
-    A mapping (as transformers returns) keeps its keys; a tensor or sequence is called `output` or `output_0`, ….
-    """
-    if isinstance(result, Mapping):
-        found = {key: value for key, value in result.items() if hasattr(value, "shape")}
-    elif isinstance(result, tuple | list):
-        found = {f"output_{i}": value for i, value in enumerate(result) if hasattr(value, "shape")}
-    else:
-        found = {"output": result}
-    return {name: found[name] for name in names} if names else found
-
-
 def export(
-    module: Any,
-    inputs: Mapping[str, Any],
-    axes: Axes,
-    outputs: Sequence[str],
-    constants: Mapping[str, Any] | None = None,
+    module: Any, call: Call, inputs: Mapping[str, Any], axes: Axes, outputs: Sequence[str]
 ) -> tuple[ir.Model, dict[str, Axis]]:
-    """Lower ``module`` called with ``inputs`` (torch tensors by keyword) to an ONNX graph at opset 23.
+    """Lower one ``call`` of ``module`` with ``inputs`` (torch tensors by keyword) to an ONNX graph at opset 23.
 
-    ``axes`` names the dynamic axes, ``outputs`` the results to keep; ``constants`` are passed along and baked in.
-    Returns the graph, its initializers still those of torch, and each axis with the sizes that the trace allows.
-    BadInput if torch cannot capture the module with these axes dynamic.
+    ``axes`` names the dynamic axes, ``outputs`` the results to keep. Returns the graph, its initializers still those
+    of torch, and each axis with the sizes that the trace allows. BadInput if torch cannot capture the module with
+    these axes dynamic.
     """
     import torch
 
-    flat = wrap(module, inputs, outputs, constants)
+    flat = wrap(module, call, inputs, outputs)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in inputs}
-    with torch.no_grad(), quiet(), warnings.catch_warnings():
+    with torch.no_grad(), quiet(), _shared_heads(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             captured = torch.export.export(
@@ -98,8 +83,31 @@ def export(
     if program is None:
         raise BadInput(f"torch gave no graph for {type(module).__name__}")
     model = program.model
+    _drop_scalar_expands(model)
     spread_masks(model)
     return model, _name_axes(model, axes, _limits(captured))
+
+
+@contextmanager
+def _shared_heads() -> Iterator[None]:
+    """Inside, attention whose keys have fewer heads than its queries says so, instead of counting on broadcasting.
+
+    The exporter refuses one head of keys for many of queries (multi-query attention) unless it is told.
+    """
+    import torch
+
+    functional = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+
+    def attention(query: Any, key: Any, *args: Any, **options: Any) -> Any:
+        shared = query.dim() == 4 and key.shape[1] != query.shape[1]
+        return original(query, key, *args, **(options | ({"enable_gqa": True} if shared else {})))
+
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
 
 
 def _limits(captured: Any) -> dict[str, int]:
@@ -112,9 +120,14 @@ def _limits(captured: Any) -> dict[str, int]:
 
 
 def _name_axes(model: ir.Model, axes: Axes, symbols: Mapping[str, int]) -> dict[str, Axis]:
-    """Replace torch's symbols by the names of the axes everywhere, and collect what the trace says of each axis."""
+    """Replace torch's symbols by the names of the axes everywhere, and collect what the trace says of each axis.
+
+    An axis that is the sum of others (`past + sequence`) has whatever expression torch found for it.
+    """
     names: dict[str, str] = {}
-    limits: dict[str, list[int]] = {name: [] for by_index in axes.values() for name in by_index.values()}
+    limits: dict[str, list[int]] = {
+        name: [] for by_index in axes.values() for name in by_index.values() if SUM not in name
+    }
     for value in model.graph.inputs:
         for index, axis in axes.get(value.name or "", {}).items():
             dim = None if value.shape is None else value.shape[index]
@@ -123,28 +136,41 @@ def _name_axes(model: ir.Model, axes: Axes, symbols: Mapping[str, int]) -> dict[
                     f"axis {axis!r} of input {value.name!r} is fixed at {dim}: the module does not treat it as dynamic"
                 )
             names[str(dim.value)] = axis
-            limits[axis] += [symbols[str(dim.value)]] if str(dim.value) in symbols else []
+            limits.get(axis, []).extend([symbols[str(dim.value)]] if str(dim.value) in symbols else [])
     _rename_symbols(model, names)
-    return {name: Axis(name, 1, min(upper, default=None)) for name, upper in limits.items()}
+    return {name: Axis(name, 0 if name == PAST else 1, min(upper, default=None)) for name, upper in limits.items()}
 
 
 def _rename_symbols(model: ir.Model, names: Mapping[str, str]) -> None:
     """Write axis names into every shape; expressions such as `2*s1` are renamed inside."""
     if not names:
         return
-    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    longest_first = sorted(names, key=len, reverse=True)
+    symbol = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, longest_first)) + r")(?!\w)")
     for graph in model.graphs():
         values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
         for value in values:
             if value.shape is not None:
-                value.shape = ir.Shape(
-                    [
-                        symbol.sub(lambda m: names[m.group(1)], dim.value)
-                        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
-                        else (dim.value if isinstance(dim, ir.SymbolicDim) else dim)
-                        for dim in value.shape
-                    ]
-                )
+                value.shape = ir.Shape([_renamed(dim, symbol, names) for dim in value.shape])
+
+
+def _renamed(dim: int | ir.SymbolicDim, symbol: re.Pattern[str], names: Mapping[str, str]) -> int | str | None:
+    if not isinstance(dim, ir.SymbolicDim):
+        return dim
+    text = None if dim.value is None else symbol.sub(lambda match: names[match.group(1)], dim.value)
+    return text if text is None or not re.fullmatch(r"\w+( \+ \w+)+", text) else SUM.join(sorted(text.split(SUM)))
+
+
+def _drop_scalar_expands(model: ir.Model) -> None:
+    """Read a scalar directly where it is expanded to the shape of a scalar: OpenVINO reads that shape as a number."""
+    for node in [node for node in model.graph if node.op_type == "Expand"]:
+        target = None if node.inputs[1] is None else node.inputs[1].producer()
+        while target is not None and target.op_type == "Cast" and target.inputs[0] is not None:
+            target = target.inputs[0].producer()
+        shape = None if target is None or target.op_type != "Constant" else constant_of(target.outputs[0])
+        if node.inputs[0] is not None and shape is not None and shape.size == 0:
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+            model.graph.remove(node, safe=True)
 
 
 def spread_masks(model: ir.Model) -> None:

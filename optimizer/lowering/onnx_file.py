@@ -12,16 +12,15 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from planish.optimizer import onnx_io, registry
-from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput
 from planish.optimizer.graph import opset_of, sizes_of
 from planish.optimizer.lowering.checkpoint import quiet, sha256
-from planish.optimizer.lowering.encoder import border_spec
+from planish.optimizer.lowering.component import border_spec
 from planish.optimizer.lowering.module import OPSET
-from planish.optimizer.lowering.original import Answers, Original
+from planish.optimizer.lowering.original import Answers, Cases, Original
 from planish.optimizer.lowering.tasks import TASKS
 from planish.optimizer.program import Axis, Program, Provenance, Role, Signature, TensorSpec, guess_role
-from planish.optimizer.reference import thin
+from planish.optimizer.reference import Prompt, thin
 from planish.optimizer.verifier import picture, structural_faults
 
 _THROUGH = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Slice", "Transpose", "Flatten"})
@@ -197,10 +196,11 @@ class OnnxOriginal(Original):
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def answer(self, cases: Sequence[Case], precise: int) -> Answers:
+    def answer(self, cases: Cases, precise: int, prompts: Sequence[Prompt] = ()) -> Answers:
         """Run every case as the graph is written; the first few again optimized: the same sums in another order."""
+        ((component, own),) = cases.items()
         backend = registry.backend("onnxruntime")
         plain = backend.load(onnx_io.load(self._path))
-        outputs = [thin(plain.run(case)) for case in cases]
+        outputs = [thin(plain.run(case)) for case in own]
         reordered = backend.open(self._path)
-        return Answers(outputs, [thin(reordered.run(case)) for case in cases[:precise]])
+        return Answers({component: outputs}, {component: [thin(reordered.run(case)) for case in own[:precise]]})

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +18,37 @@ import numpy as np
 from planish.optimizer import errors
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput, InternalError, OutOfResources, PlanishError
+from planish.optimizer.lowering.calls import CALLS
 from planish.optimizer.lowering.checkpoint import loaded, open_checkpoint, quiet
-from planish.optimizer.lowering.module import flatten, to_torch
-from planish.optimizer.reference import load_cases, save_cases, thin
+from planish.optimizer.lowering.continuing import continue_greedily
+from planish.optimizer.lowering.module import to_torch
+from planish.optimizer.reference import (
+    Continuation,
+    Prompt,
+    load_cases,
+    load_continuations,
+    save_cases,
+    save_continuations,
+    thin,
+)
 
 _WHOLE_LIMIT = 128 << 20
 """Models with at most this many bytes of parameters are turned to fp64 whole, larger ones layer by layer."""
 
 
+Cases = Mapping[str, Sequence[Case]]
+"""Cases by component."""
+
+
 @dataclass(frozen=True)
 class Answers:
-    """Outputs of the original for some cases, and again in higher precision for the first few of them."""
+    """Outputs of the original by component and case, and again in higher precision for the first few of each."""
 
-    outputs: list[dict[str, np.ndarray]]
-    precise: list[dict[str, np.ndarray]] | None
+    outputs: Mapping[str, list[dict[str, np.ndarray]]]
+    precise: Mapping[str, list[dict[str, np.ndarray]]] | None
     """None if the model does not allow another precision."""
+    continuations: Sequence[Continuation] = ()
+    """How it goes on after each prompt."""
 
 
 class Original(abc.ABC):
@@ -42,12 +58,15 @@ class Original(abc.ABC):
     """How the reference outputs are made, for the manifest."""
 
     @abc.abstractmethod
-    def answer(self, cases: Sequence[Case], precise: int) -> Answers:
-        """Outputs of every case by name, and of the first ``precise`` cases again in higher precision."""
+    def answer(self, cases: Cases, precise: int, prompts: Sequence[Prompt] = ()) -> Answers:
+        """Outputs of every case, those of the first ``precise`` of each component again in higher precision.
 
-    def start(self, cases: Sequence[Case], precise: int) -> Callable[[], Answers]:
+        Each prompt is continued as well.
+        """
+
+    def start(self, cases: Cases, precise: int, prompts: Sequence[Prompt] = ()) -> Callable[[], Answers]:
         """Begin to answer; the function that is returned gives the answers. Here both happen at once."""
-        answers = self.answer(cases, precise)
+        answers = self.answer(cases, precise, prompts)
         return lambda: answers
 
 
@@ -56,46 +75,49 @@ class TorchOriginal(Original):
 
     description = "PyTorch eager, float32"
 
-    def __init__(
-        self, load: Callable[[], Any], outputs: Sequence[str], constants: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, load: Callable[[], Any]) -> None:
         self._load = load
-        self.ask_for(outputs, constants or {})
+        self._calls: dict[str, tuple[str, list[str]]] = {}
 
-    def ask_for(self, outputs: Sequence[str], constants: Mapping[str, Any]) -> None:
-        """Which results of the module count, and which arguments every call gets."""
-        self._outputs = outputs
-        self._constants = constants
+    def ask_for(self, component: str, call: str, outputs: Iterable[str]) -> None:
+        """Say which call (of `calls.CALLS`) a component stands for, and which of its results count."""
+        self._calls[component] = (call, list(outputs))
 
-    def answer(self, cases: Sequence[Case], precise: int) -> Answers:
+    def answer(self, cases: Cases, precise: int, prompts: Sequence[Prompt] = ()) -> Answers:
         """Run every case in float32, and the first few in float64 unless the model's code insists on float32."""
         import torch
 
         module = self._load()
-        outputs = [thin(self._call(module, case)) for case in cases]
+        outputs = {name: [thin(self._call(module, name, case)) for case in own] for name, own in cases.items()}
+        with torch.no_grad(), quiet():
+            continued = [continue_greedily(module, prompt, swap) for prompt, swap in prompts]
         with _double_precision(module):
             try:
-                doubled = [thin(self._call(module, case, torch.float64)) for case in cases[:precise]]
+                doubled = {
+                    name: [thin(self._call(module, name, case, torch.float64)) for case in own[:precise]]
+                    for name, own in cases.items()
+                }
             except RuntimeError:  # operands of two types: some code names float32
-                return Answers(outputs, None)
-        return Answers(outputs, doubled)
+                return Answers(outputs, None, continued)
+        return Answers(outputs, doubled, continued)
 
-    def _call(self, module: Any, case: Case, dtype: Any = None) -> dict[str, np.ndarray]:
+    def _call(self, module: Any, component: str, case: Case, dtype: Any = None) -> dict[str, np.ndarray]:
         import torch
 
+        call, outputs = self._calls[component]
         feeds = to_torch(case)
         if dtype is not None:
             feeds = {k: v.to(dtype) if v.is_floating_point() else v for k, v in feeds.items()}
         with torch.no_grad(), quiet():
             try:
-                results = flatten(module(**feeds, **self._constants), self._outputs)
+                results = CALLS[call](module, feeds)
             except (IndexError, ValueError, KeyError) as error:
                 shapes = {name: list(array.shape) for name, array in case.items()}
                 raise BadInput(
                     f"the original model cannot run reference inputs of shapes {shapes}: {error}",
                     advice="give inputs that it takes with --calibration",
                 ) from error
-        return {name: value.numpy() for name, value in results.items()}
+        return {name: results[name].numpy() for name in outputs}
 
 
 class CheckpointOriginal(TorchOriginal):
@@ -105,22 +127,25 @@ class CheckpointOriginal(TorchOriginal):
     shall be called is said later, in `ask_for`.
     """
 
-    def __init__(self, folder: Path, task: str) -> None:
-        super().__init__(lambda: loaded(open_checkpoint(folder, task)), ())
+    def __init__(self, folder: Path, task: str, adapter: Path | None = None) -> None:
+        super().__init__(lambda: loaded(open_checkpoint(folder, task, adapter)))
+        where = [str(folder), task, *([] if adapter is None else [str(adapter)])]
         self._scratch = tempfile.TemporaryDirectory(prefix="planish-reference-")
         with (Path(self._scratch.name) / "log").open("wb") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "planish.optimizer.lowering.original", self._scratch.name, str(folder), task],
+                [sys.executable, "-m", "planish.optimizer.lowering.original", self._scratch.name, *where],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
             )
 
-    def start(self, cases: Sequence[Case], precise: int) -> Callable[[], Answers]:
+    def start(self, cases: Cases, precise: int, prompts: Sequence[Prompt] = ()) -> Callable[[], Answers]:
         """Hand the cases to the process."""
         folder = Path(self._scratch.name)
-        save_cases(cases, folder / "inputs.safetensors")
-        job = {"precise": precise, "outputs": list(self._outputs), "constants": dict(self._constants)}
+        for name, own in cases.items():
+            save_cases(own, folder / f"{name}.inputs.safetensors")
+        save_cases([prompt for prompt, _ in prompts], folder / "prompts.safetensors")
+        job = {"precise": precise, "calls": self._calls, "swaps": [swap for _, swap in prompts]}
         with suppress(BrokenPipeError):  # it died; `finish` says of what
             _stdin(self._child).write(f"{json.dumps(job)}\n".encode())
             _stdin(self._child).close()
@@ -133,7 +158,7 @@ class CheckpointOriginal(TorchOriginal):
                     self._child.kill()
                     self._child.wait()
                     raise
-                return _collect(folder, self._child.returncode)
+                return _collect(folder, self._child.returncode, list(cases))
 
         return finish
 
@@ -144,11 +169,15 @@ def _stdin(child: subprocess.Popen[bytes]) -> IO[bytes]:
     return child.stdin
 
 
-def _collect(folder: Path, code: int) -> Answers:
+def _collect(folder: Path, code: int, components: Sequence[str]) -> Answers:
     if code:
         raise _failure(folder, code)
-    precise = folder / "precise.safetensors"
-    return Answers(load_cases(folder / "outputs.safetensors"), load_cases(precise) if precise.is_file() else None)
+    found = {name: load_cases(folder / f"{name}.outputs.safetensors") for name in components}
+    continued = load_continuations(folder / "continuations.safetensors")
+    if not all((folder / f"{name}.precise.safetensors").is_file() for name in components):
+        return Answers(found, None, continued)
+    precise = {name: load_cases(folder / f"{name}.precise.safetensors") for name in components}
+    return Answers(found, precise, continued)
 
 
 def _failure(folder: Path, code: int) -> PlanishError:
@@ -202,22 +231,27 @@ def _widen_as_they_run(module: Any, kept: Mapping[int, Any]) -> list[Any]:
 
 def main() -> None:
     """What the process of a `CheckpointOriginal` does: load, wait for the word, answer, write."""
-    folder, checkpoint, task = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    folder, checkpoint, task, *adapters = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
     try:
-        module = loaded(open_checkpoint(checkpoint, task))
+        module = loaded(open_checkpoint(checkpoint, str(task), *map(Path, adapters)))
         line = sys.stdin.readline()
         if not line:
             return  # nobody waits for an answer any more
         job = json.loads(line)
-        original = TorchOriginal(lambda: module, job["outputs"], job["constants"])
-        answers = original.answer(load_cases(folder / "inputs.safetensors"), job["precise"])
+        original = TorchOriginal(lambda: module)
+        for name, (call, outputs) in job["calls"].items():
+            original.ask_for(name, call, outputs)
+        cases = {name: load_cases(folder / f"{name}.inputs.safetensors") for name in job["calls"]}
+        prompts = zip(load_cases(folder / "prompts.safetensors"), job["swaps"], strict=True)
+        answers = original.answer(cases, job["precise"], list(prompts))
     except PlanishError as error:
         said = {"kind": type(error).__name__, "what": error.what, "where": error.where, "advice": error.advice}
         (folder / "error.json").write_text(json.dumps(said), encoding="utf-8")
         sys.exit(error.exit_code)
-    save_cases(answers.outputs, folder / "outputs.safetensors")
-    if answers.precise is not None:
-        save_cases(answers.precise, folder / "precise.safetensors")
+    for kind, found in (("outputs", answers.outputs), ("precise", answers.precise or {})):
+        for name, own in found.items():
+            save_cases(own, folder / f"{name}.{kind}.safetensors")
+    save_continuations(answers.continuations, folder / "continuations.safetensors")
 
 
 if __name__ == "__main__":

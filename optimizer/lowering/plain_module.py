@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from planish.optimizer.errors import BadInput
+from planish.optimizer.lowering import calls
 from planish.optimizer.lowering import module as exporter
 from planish.optimizer.lowering.checkpoint import quiet
 from planish.optimizer.lowering.onnx_file import normalize, signature_of
@@ -32,10 +33,10 @@ def lower(
 
     module = module.eval()
     with torch.no_grad():
-        outputs = tuple(exporter.flatten(module(**inputs)))
+        outputs = tuple(calls.module(module, inputs))
     notes: tuple[str, ...] = ()
     try:
-        graph, ranges = exporter.export(module, inputs, axes, outputs)
+        graph, ranges = exporter.export(module, calls.module, inputs, axes, outputs)
         tensors = {name: _tensor(name, value) for name, value in module.state_dict().items()}
         exporter.adopt_weights(graph, tensors, tensors.keys())
     except BadInput as refused:
@@ -43,9 +44,9 @@ def lower(
         ranges = {}
     signature = _signature(graph, ranges)
     provenance = Provenance("module", type(module).__name__, {"state_dict": _hash(module)}, notes)
-    return Program({"model": graph}, {"model": signature}, "inference", provenance), TorchOriginal(
-        lambda: module, outputs
-    )
+    original = TorchOriginal(lambda: module)
+    original.ask_for("model", calls.module.__name__, outputs)
+    return Program({"model": graph}, {"model": signature}, "inference", provenance), original
 
 
 def _by_running(
@@ -62,7 +63,7 @@ def _by_running(
     """
     import torch
 
-    flat = exporter.wrap(module, inputs, outputs)
+    flat = exporter.wrap(module, calls.module, inputs, outputs)
     with torch.no_grad(), quiet(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         path = Path(folder) / "recorded.onnx"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from planish.optimizer.errors import BadInput, UsageError
@@ -11,13 +12,22 @@ from planish.optimizer.program import Role
 from planish.optimizer.spec import did_you_mean
 
 
+class Family(Enum):
+    """What a model that serves a task is made of."""
+
+    ENCODER = "encoder"
+    DECODER = "decoder with a cache"
+    ENCODER_DECODER = "encoder, and decoder with a cache"
+
+
 @dataclass(frozen=True)
 class TaskSpec:
-    """Outputs by name (as the ecosystem's loaders read them), their role, and the leading axes of the inputs."""
+    """Outputs by name (as the ecosystem's loaders read them), their role, leading axes of the inputs, the family."""
 
     outputs: tuple[str, ...]
     role: Role = Role.LOGITS
     leading: tuple[str, ...] = ("batch",)
+    family: Family = Family.ENCODER
 
 
 TASKS: Mapping[str, TaskSpec] = {
@@ -26,16 +36,18 @@ TASKS: Mapping[str, TaskSpec] = {
     "multiple-choice": TaskSpec(("logits",), leading=("batch", "choices")),
     "question-answering": TaskSpec(("start_logits", "end_logits")),
     "text-classification": TaskSpec(("logits",)),
+    "text-generation": TaskSpec(("logits",), family=Family.DECODER),
+    "text2text-generation": TaskSpec(("logits",), family=Family.ENCODER_DECODER),
     "token-classification": TaskSpec(("logits",)),
 }
-"""Encoder tasks, by the names of optimum's taxonomy."""
+"""Tasks that are lowered, by the names of optimum's taxonomy."""
 
 
 def resolve(name: str) -> str:
     """The name of a task, synonyms resolved; UsageError if this version does not lower it."""
     from optimum.exporters.tasks import TasksManager
 
-    task = str(TasksManager.map_from_synonym(name))
+    task = str(TasksManager.map_from_synonym(name)).removesuffix("-with-past")
     if task not in TASKS:
         raise UsageError(f"unknown task {name!r}{did_you_mean(name, TASKS)}", where="--task")
     return task

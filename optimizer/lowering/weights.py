@@ -35,6 +35,8 @@ _DTYPES: dict[str, ir.DataType] = {
 }
 _HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _HEADER_LIMIT = 100 << 20
+_STRIP = 1 << 22
+"""Elements that are converted and transposed at a time."""
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "tf_model.h5", "flax_model.msgpack")
 
 
@@ -56,13 +58,24 @@ class Stored:
         return tuple(self.stored_shape[axis] for axis in order)
 
     def read(self) -> np.ndarray:
-        """Its values: a view of the mapped file if nothing changes, else an array of its own."""
+        """Its values: a view of the mapped file if nothing changes, else an array of its own, made in strips.
+
+        At no time is there more than that array and one strip.
+        """
         count = int(np.prod(self.stored_shape, dtype=np.int64))
         if not count:
             return np.zeros(self.shape, _numpy(self.dtype))
         array = np.frombuffer(_map(self.path), _numpy(self.stored), count, self.offset).reshape(self.stored_shape)
-        array = array if self.dtype is self.stored else array.astype(_numpy(self.dtype))
-        return array if self.permutation is None else np.ascontiguousarray(array.transpose(self.permutation))
+        if self.permutation is None and self.dtype is self.stored:
+            return array
+        order = self.permutation or tuple(range(array.ndim))
+        found = np.empty(self.shape, _numpy(self.dtype))
+        rows = max(1, _STRIP * len(array) // count) if array.ndim else 1
+        for start in range(0, len(array) if array.ndim else 1, rows):
+            strip = array[start : start + rows] if array.ndim else array
+            place = tuple(slice(start, start + rows) if axis == 0 else slice(None) for axis in order)
+            found[place] = strip.astype(found.dtype).transpose(order)
+        return found
 
     def tensor(self, name: str) -> ir.LazyTensor:
         """An ONNX tensor that reads itself when asked."""

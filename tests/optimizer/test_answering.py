@@ -33,7 +33,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
                 optimize(checkpoint, folder / "out")
-            built[task] = open_answerer(folder / "out"), checkpoint
+            answerer = open_answerer(folder / "out")
+            assert isinstance(answerer, Answerer)
+            built[task] = answerer, checkpoint
         return built[task]
 
     return make

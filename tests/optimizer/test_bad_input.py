@@ -119,8 +119,12 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "does not tell its task",
     ),
     "architecture of another task": (
-        lambda f: configure(f, architectures=["GPT2LMHeadModel"]),
-        "serves text-generation",
+        lambda f: configure(f, architectures=["ViTForImageClassification"]),
+        "serves image-classification",
+    ),
+    "a decoder without a cache": (
+        lambda f: configure(f, architectures=["BertLMHeadModel"]),
+        "BertLMHeadModel makes no cache: it is not a decoder",
     ),
     "unknown architecture": (
         lambda f: configure(f, model_type="bertoid"),

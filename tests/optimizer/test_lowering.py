@@ -17,6 +17,7 @@ from planish.optimizer import Pipeline, presets, registry
 from planish.optimizer.compare import Comparison, compare
 from planish.optimizer.instruments import CompareEach, VerifyEach
 from planish.optimizer.lowering import Lowered, lower
+from planish.optimizer.lowering.calls import plain
 from planish.optimizer.lowering.module import wrap
 from planish.optimizer.reference import Reference, make_inputs, noise_floor, quick
 from tests.zoo import ZOO, Species, build
@@ -40,9 +41,12 @@ def params() -> list[Any]:
 def reference_of(lowered: Lowered) -> Reference:
     signature = lowered.program.sole()[1]
     inputs = make_inputs(signature)
-    answers = lowered.original.answer(inputs, 1)
-    noise = noise_floor(signature, inputs[:1], answers.outputs[:1], answers.precise)
-    return Reference(tuple(inputs), tuple(answers.outputs), noise, "")
+    answers = lowered.original.answer({"model": inputs}, 1)
+    outputs = answers.outputs["model"]
+    noise = noise_floor(
+        signature, inputs[:1], outputs[:1], None if answers.precise is None else answers.precise["model"]
+    )
+    return Reference(tuple(inputs), tuple(outputs), noise, "")
 
 
 def fidelity(lowered: Lowered, reference: Reference, target: str, folder: Path) -> Comparison:
@@ -200,7 +204,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("exported")
     checkpoint = build(Species("bert", "feature-extraction"), folder / "c")
-    model = wrap(AutoModel.from_pretrained(checkpoint, attn_implementation="eager"), NAMES, ["last_hidden_state"])
+    model = wrap(
+        AutoModel.from_pretrained(checkpoint, attn_implementation="eager"), plain, NAMES, ["last_hidden_state"]
+    )
     inputs = tuple(torch.ones(2, 8, dtype=torch.long) for _ in range(3))
     axes = {name: {0: "batch", 1: "sequence"} for name in [*NAMES, "last_hidden_state"]}
     for opset in (11, 14, 17, 18):

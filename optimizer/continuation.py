@@ -1,0 +1,58 @@
+"""Answers token by token: how the original goes on after a prompt, with its own cache, and whether an engine does too.
+
+The original's tokens are fed to both, so that one early difference does not hide what comes later. In the middle the
+rows of the batch change places, as they do in beam search.
+
+=======  =============================================================================================
+kl       mean Kullback-Leibler divergence of the engine's next token from the original's, in nats
+top1     share of steps at which the likeliest token is the same
+greedy   share of steps before the first at which it is not, mean over the texts: 1 if none ever diverges
+=======  =============================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from planish.optimizer.compare import Comparison
+from planish.optimizer.generate import Decoding
+from planish.optimizer.reference import Continuation, rows_at
+
+
+def follow(decoding: Decoding, wanted: Continuation) -> np.ndarray:
+    """Scores of an engine that is fed the original's tokens, shape as `Continuation.scores`."""
+    scores = [decoding.start(wanted.prompt, wanted.start if wanted.start.size else None)]
+    for step in range(1, len(wanted.tokens)):
+        rows = rows_at(step, wanted.swap, wanted.tokens.shape[1])
+        if step == wanted.swap:
+            decoding.select(rows)
+        scores.append(decoding.advance(wanted.tokens[step - 1][rows]))
+    return np.stack(scores)
+
+
+def compare_continuations(pairs: Iterable[tuple[Continuation, np.ndarray]]) -> Comparison:
+    """Metrics over all steps of all texts; the output is called `next token`."""
+    found = list(pairs)
+    wanted = [_log_likelihoods(continuation.scores) for continuation, _ in found]
+    given = [_log_likelihoods(scores) for _, scores in found]
+    agreeing = [one.argmax(-1) == other.argmax(-1) for one, other in zip(wanted, given, strict=True)]
+    divergences = [(np.exp(one) * (one - other)).sum(-1) for one, other in zip(wanted, given, strict=True)]
+    before = [np.cumprod(same, axis=0).mean(axis=0) for same in agreeing]
+    kl = float(np.concatenate([d.reshape(-1) for d in divergences]).mean())
+    return Comparison(
+        {
+            "next token": {
+                "kl": max(kl, 0.0) if np.isfinite(kl) else np.inf,
+                "top1": float(np.concatenate([same.reshape(-1) for same in agreeing]).mean()),
+                "greedy": float(np.concatenate(before).mean()),
+            }
+        }
+    )
+
+
+def _log_likelihoods(scores: np.ndarray) -> np.ndarray:
+    values = scores.astype(np.float64)
+    values = values - values.max(axis=-1, keepdims=True)
+    return np.asarray(values - np.log(np.exp(values).sum(axis=-1, keepdims=True)))

@@ -1,0 +1,173 @@
+"""One component of a checkpoint: how it is called, and its way from a module without weights to a graph with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.errors import BadInput
+from planish.optimizer.lowering import module as exporter
+from planish.optimizer.lowering.calls import CALLS
+from planish.optimizer.lowering.checkpoint import Binding, Checkpoint, loaded, quiet, tensors_of
+from planish.optimizer.lowering.depth import cut, find_stacks, grow
+from planish.optimizer.program import PAST, SUM, Axis, Role, Signature, TensorSpec, guess_role
+
+_SAMPLE = {"batch": 2, "choices": 3, "sequence": 16, "encoder_sequence": 11, PAST: 7}
+"""Sizes of the traced inputs: all above one and all different, so that none is taken for another."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A graph to make: its name, the call that it stands for (of `calls.CALLS`), its inputs and outputs."""
+
+    name: str
+    call: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    role: Role
+    """What the outputs mean that are not of the cache."""
+
+
+Describe = Callable[[Any, Checkpoint], Component]
+"""Makes the component of a module, whose stacks of layers may be cut."""
+
+
+def lower_component(
+    model: Any, describe: Describe, binding: Binding, checkpoint: Checkpoint
+) -> tuple[Component, ir.Model, Signature]:
+    """Trace one component, bind its weights by reference, and read its signature off the graph."""
+    component, graph, ranges = _trace(model, describe, checkpoint)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    used = exporter.parameters_of(graph)
+    binding.refuse_absent(used, model, checkpoint)
+    computed = _computed(used & (parameters - binding.stored.keys() - binding.absent), checkpoint)
+    exporter.adopt_weights(graph, tensors_of(binding.stored) | computed, parameters)
+    exporter.fold_stored_transposes(graph)
+    return component, graph, Signature(_used(component.inputs, graph), _outputs(graph, component.role), ranges)
+
+
+def _trace(model: Any, describe: Describe, checkpoint: Checkpoint) -> tuple[Component, ir.Model, dict[str, Axis]]:
+    """Export the model, by way of its first layers if the others are copies of them.
+
+    A model that mixes its parameters with tensors it makes on the CPU does not trace on the meta device: it gets memory
+    that nobody writes or reads, which costs addresses only. One that counts its layers is traced whole.
+    """
+    stacks = find_stacks(model, least=3 if model.can_generate() else 2)
+    for cuts in [stacks, []] if stacks else [[]]:
+        for addresses in (False, True):
+            with cut(model, cuts) if cuts else nullcontext():
+                if addresses:
+                    _give_addresses(model)
+                try:
+                    component = describe(model, checkpoint)
+                    sample = exporter.to_torch(sample_of(component.inputs))
+                    axes = {
+                        t.name: {i: d for i, d in enumerate(t.shape) if isinstance(d, str)} for t in component.inputs
+                    }
+                    graph, ranges = exporter.export(model, CALLS[component.call], sample, axes, component.outputs)
+                except BadInput as error:
+                    failure = error
+                    continue
+            if all(grow(graph, stack) for stack in cuts):
+                return component, graph, ranges
+    raise failure
+
+
+def _give_addresses(model: Any) -> None:
+    """Replace parameters on the meta device by uninitialized ones on the CPU, tied ones by one and the same."""
+    import torch
+
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                fresh = made.setdefault(
+                    id(parameter), torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), False)
+                )
+                module._parameters[name] = fresh
+
+
+def sample_of(inputs: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
+    """Harmless values of the traced shape: token 1 everywhere, everything visible, first segment."""
+    signature = Signature(inputs, ())
+    found = {}
+    for tensor in inputs:
+        shape = signature.shape_of(tensor, _SAMPLE)
+        fill = 1 if tensor.role in (Role.TOKENS, Role.MASK) else 0
+        found[tensor.name] = np.full(shape, fill, tensor.numpy_dtype())
+    return found
+
+
+@contextmanager
+def probing(model: Any, checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside, the module runs on tensors without data, to see what comes out; afterwards it is as it was.
+
+    BadInput if it does not run, or its cache holds something else than keys and values.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        with torch.no_grad(), quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    except (AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
+        raise BadInput(
+            f"the cache of {type(model).__name__} is not one of keys and values: {' '.join(str(error).split())[:300]}",
+            where=checkpoint.folder,
+        ) from error
+    finally:
+        for module, buffers in kept:
+            module._buffers.update(buffers)
+
+
+def _computed(absent: set[str], checkpoint: Checkpoint) -> dict[str, ir.TensorProtocol]:
+    """Parameters that no stored tensor is, alone: transformers computes them, so its loaded model is asked."""
+    if not absent:
+        return {}
+    state = loaded(checkpoint).state_dict()
+    return {name: ir.tensor(np.array(state[name].float().numpy()), name=name) for name in absent if name in state}
+
+
+def _used(inputs: tuple[TensorSpec, ...], graph: ir.Model) -> tuple[TensorSpec, ...]:
+    """The inputs that something reads, in the order of the graph; the others are dropped from it as well.
+
+    Those of a cache are read off the graph: layers that were not traced have brought their own.
+    """
+    for value in [value for value in graph.graph.inputs if not value.uses()]:
+        graph.graph.inputs.remove(value)
+    described = {tensor.name: tensor for tensor in inputs}
+    return tuple(described.get(value.name or "") or border_spec(value, Role.CACHE) for value in graph.graph.inputs)
+
+
+def _outputs(graph: ir.Model, role: Role) -> tuple[TensorSpec, ...]:
+    def role_of(value: ir.Value) -> Role:
+        guessed = guess_role(value.name or "", value.dtype or ir.DataType.FLOAT)
+        return Role.CACHE if guessed is Role.CACHE else role
+
+    return tuple(border_spec(value, role_of(value)) for value in graph.graph.outputs)
+
+
+def border_spec(value: ir.Value, role: Role) -> TensorSpec:
+    """Name, type and shape of a graph input or output; an axis without a name gets one from its place."""
+    shape = tuple(
+        dim if isinstance(dim, int) else (dim.value or f"{value.name}_{index}")
+        for index, dim in enumerate(value.shape or ())
+    )
+    return TensorSpec(value.name or "", value.dtype or ir.DataType.FLOAT, shape, role)
+
+
+def total(*axes: str) -> str:
+    """The name of a dimension that is as long as several axes together."""
+    return SUM.join(sorted(axes))
+
+
+def limited(axes: Mapping[str, Axis], name: str, *limits: int | None) -> dict[str, Axis]:
+    """The axes, one of them no longer than any of these limits."""
+    known = [limit for limit in (*limits, axes[name].maximum) if limit is not None]
+    return {**axes, name: replace(axes[name], maximum=min(known, default=None))}

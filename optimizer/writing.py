@@ -1,0 +1,150 @@
+"""Texts that an engine writes: continuations of a prompt, translations, summaries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from planish.optimizer.backend import Arrays
+from planish.optimizer.errors import BadInput
+from planish.optimizer.generate import Decoding, Sampling
+from planish.optimizer.manifest import Manifest
+
+MOST = 64
+"""New tokens when nothing else is asked for."""
+
+
+class Prompted(Protocol):
+    """Anything that asks with a text."""
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+
+
+@dataclass
+class Writer:
+    """Opened components with their tokenizer and the checkpoint's settings for generation."""
+
+    decoding: Decoding
+    tokenizer: Any
+    task: str
+    folder: Path
+    settings: Mapping[str, Any]
+    """`generation_config.json`, on top of `config.json`."""
+    longest: int | None
+    """Most tokens of prompt and answer together (of each of them, for an encoder-decoder)."""
+    most: int = MOST
+    sampling: Sampling = field(default_factory=Sampling)
+
+    @property
+    def answers(self) -> bool:
+        """Whether the answer is a text of its own (encoder-decoder) instead of the prompt's continuation."""
+        return bool(self.settings.get("is_encoder_decoder"))
+
+    def answer(self, questions: Sequence[Prompted]) -> list[dict[str, Any]]:
+        """The text written for each prompt; all of them run as one padded batch."""
+        tokens = np.stack(list(self.tokens([question.text for question in questions])), axis=1)
+        return [{"text": self._decode(row)} for row in tokens]
+
+    def tokens(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """Tokens step by step, shape (batch,). BadInput if a prompt is empty or leaves no room for an answer."""
+        prompt = self._encode(texts)
+        room = None if self.longest is None else self.longest - (0 if self.answers else prompt["input_ids"].shape[1])
+        return self.decoding.generate(
+            prompt,
+            start_tokens=self._start(len(texts)),
+            most=self.most if room is None else min(self.most, room),
+            ends=self._ends(),
+            sampling=self.sampling,
+            adjust=self._adjust(prompt["input_ids"].shape[1]),
+        )
+
+    def _encode(self, texts: Sequence[str]) -> Arrays:
+        self.tokenizer.padding_side = "right" if self.answers else "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        encoded = self.tokenizer(list(texts), padding=len(texts) > 1, return_tensors="np")
+        longest = encoded["input_ids"].shape[1]
+        if not min(np.asarray(encoded["attention_mask"]).sum(axis=1), default=0):
+            raise BadInput("the prompt is empty", advice="give a text of at least one token")
+        if self.longest is not None and longest > self.longest - (not self.answers):
+            raise BadInput(
+                f"the prompt has {longest} tokens, the model takes {self.longest}", advice="shorten the prompt"
+            )
+        return {name: np.asarray(encoded[name], np.int64) for name in ("input_ids", "attention_mask")}
+
+    def _start(self, count: int) -> np.ndarray | None:
+        first = self.settings.get("decoder_start_token_id", self.settings.get("bos_token_id"))
+        return np.full((count, 1), first, np.int64) if self.answers else None
+
+    def _ends(self) -> frozenset[int]:
+        end = self.settings.get("eos_token_id")
+        return frozenset(end if isinstance(end, list) else [] if end is None else [end])
+
+    def _decode(self, tokens: np.ndarray) -> str:
+        ends = np.flatnonzero(np.isin(tokens, list(self._ends())))
+        return str(self.tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True))
+
+    def _adjust(self, prompt: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        """What the checkpoint's settings do to scores before a token is chosen, by the processors of transformers."""
+        import torch
+
+        found = processors(self.settings, self.most, 1 if self.answers else prompt)
+        if not found:
+            return None
+
+        def adjust(tokens: np.ndarray, scores: np.ndarray) -> np.ndarray:
+            adjusted = torch.from_numpy(np.array(scores))
+            for processor in found:
+                adjusted = processor(torch.from_numpy(np.array(tokens)), adjusted)
+            return np.asarray(adjusted.numpy())
+
+        return adjust
+
+
+def processors(settings: Mapping[str, Any], most: int, begin: int) -> list[Any]:
+    """The processors of scores that a generation configuration asks for; ``begin`` tokens stand before the first."""
+    from transformers.generation import logits_process as library
+
+    makers: Mapping[str, Callable[[Any], Any]] = {
+        "repetition_penalty": library.RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram_size": library.NoRepeatNGramLogitsProcessor,
+        "bad_words_ids": lambda words: library.NoBadWordsLogitsProcessor(words, settings.get("eos_token_id")),
+        "min_length": lambda least: library.MinLengthLogitsProcessor(least, settings["eos_token_id"]),
+        "forced_bos_token_id": library.ForcedBOSTokenLogitsProcessor,
+        "forced_eos_token_id": lambda end: library.ForcedEOSTokenLogitsProcessor(begin + most, end),
+        "suppress_tokens": library.SuppressTokensLogitsProcessor,
+        "begin_suppress_tokens": lambda tokens: library.SuppressTokensAtBeginLogitsProcessor(tokens, begin),
+    }
+    idle: Mapping[str, object] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+    return [
+        make(settings[name]) for name, make in makers.items() if settings.get(name) not in (None, [], idle.get(name))
+    ]
+
+
+def open_writer(folder: Path, target: str, manifest: Manifest, tokenizer: Any) -> Writer:
+    """Open an engine folder of a program that generates."""
+    from planish.optimizer import registry
+
+    settings = _json(folder / "config.json") | _json(folder / "generation_config.json")
+    signatures = {name: record.signature() for name, record in manifest.signatures.items()}
+    axes = next(iter(signatures.values())).axes
+    limit = axes["sequence"].maximum if "sequence" in axes else None
+    decoding = Decoding.of(registry.backend(target), folder, signatures)
+    return Writer(decoding, tokenizer, manifest.task, folder, settings, limit)
+
+
+def with_options(writer: Writer, most: int | None, sampling: Sampling) -> Writer:
+    """The writer with what was asked for."""
+    return replace(writer, most=most or int(writer.settings.get("max_new_tokens") or MOST), sampling=sampling)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: value for name, value in found.items() if value is not None}
