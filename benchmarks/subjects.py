@@ -43,6 +43,18 @@ def bert_base() -> Path:
     return folder
 
 
+def gpt2() -> Path:
+    """A checkpoint of the shape of GPT-2 with random weights: 12 layers, 768 wide, 124 million parameters."""
+    folder = PLACE / "gpt2"
+    if not folder.exists():
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+    return folder
+
+
 CHECKPOINTS: dict[str, Callable[[], Path]] = {"minilm": minilm, "bert-base": bert_base}
 
 
@@ -85,18 +97,18 @@ def torch_export(checkpoint: Path, path: Path, *, dynamo: bool) -> None:
             torch.onnx.export(flat, tuple(sample.values()), path, dynamo=False, dynamic_axes=dynamic, **names)
 
 
-def optimum_export(checkpoint: Path, folder: Path) -> None:
+def optimum_export(checkpoint: Path, folder: Path, task: str = "feature-extraction") -> None:
     """`optimum-cli export onnx`, from the peers' own environment."""
     if not PEERS.exists():
         subprocess.run([sys.executable, "-m", "venv", str(PEERS)], check=True)
         subprocess.run([PEERS / "bin" / "pip", "install", "-q", *PEER_PACKAGES], check=True)
-    command = [*optimum_command(checkpoint), folder]
+    command = [*optimum_command(checkpoint, task), folder]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def optimum_command(checkpoint: Path) -> list[str]:
+def optimum_command(checkpoint: Path, task: str = "feature-extraction") -> list[str]:
     """The command line of the plain optimum export, but for its output folder."""
-    options = ["--library", "transformers", "--task", "feature-extraction"]
+    options = ["--library", "transformers", "--task", task]
     return [str(PEERS / "bin" / "optimum-cli"), "export", "onnx", "--model", str(checkpoint), *options]
 
 

@@ -122,13 +122,31 @@ def _transformers_config(folder: Path, raw: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str):
         raise BadInput("it names no model_type", where=folder / "config.json")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         if "does not recognize" in str(error) or isinstance(error, KeyError):
             raise BadInput(f"transformers has no architecture {kind!r}", where=folder / "config.json") from None
         raise BadInput(f"transformers refuses it: {str(error)[:300]}", where=folder / "config.json") from error
     except Exception as error:  # validation of configurations raises types of its own
         raise BadInput(f"transformers refuses it: {str(error)[:300]}", where=folder / "config.json") from error
+    _refuse_unknown_rope(config, folder / "config.json")
+    return config
+
+
+def _refuse_unknown_rope(config: Any, path: Path) -> None:
+    """Refuse a scaling of rotary positions that this version of transformers does not know."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    nested = [part for part in found.values() if isinstance(part, dict)] or [found]
+    kinds = {part.get("rope_type", "default") for part in nested} - {"default", *ROPE_INIT_FUNCTIONS}
+    if kinds:
+        raise BadInput(
+            f"transformers knows no rope_type {', '.join(map(repr, sorted(map(str, kinds))))}",
+            where=path,
+            advice=f"there are: {', '.join(sorted(ROPE_INIT_FUNCTIONS))}",
+        )
 
 
 def skeleton(checkpoint: Checkpoint) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from planish.optimizer import optimize, registry, verify
 from planish.optimizer.building import check_engines
@@ -201,6 +203,40 @@ def test_an_output_of_a_decoder_is_verified_again(tmp_path: Path, monkeypatch: p
     verdicts = verify(tmp_path / "out")
     assert {name: verdict.problems for name, verdict in verdicts.items()} == dict.fromkeys(TARGETS, ())
     assert all("generation.next token" in (v.comparison.outputs if v.comparison else {}) for v in verdicts.values())
+
+
+def configured(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def without(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("llama", configured(rope_parameters={"rope_type": "spiral"}), "knows no rope_type 'spiral'; there are: "),
+        ("qwen2", without("model.embed_tokens.weight"), "has no weights for lm_head.weight, model.embed_tokens.weight"),
+        ("llama", without("lm_head.weight"), "has no weights for lm_head.weight of LlamaForCausalLM"),
+        ("t5", without("shared.weight"), "has no weights for encoder.embed_tokens.weight"),
+    ],
+)
+def test_broken_checkpoints_are_refused(name: str, change: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+    checkpoint = build(by_name(name), tmp_path / "c")
+    change(checkpoint)
+    with pytest.raises(BadInput) as refused:
+        lower(checkpoint, background=False)
+    assert says in str(refused.value)
 
 
 def test_a_model_without_a_cache_is_no_decoder(tmp_path: Path) -> None:
