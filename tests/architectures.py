@@ -21,7 +21,8 @@ Tiny checkpoints with random weights and odd sizes, built with the preset `exact
 the largest relative error of a component's scores and caches over single calls (empty, short and long pasts, padded
 batches), `steps` the Kullback-Leibler divergence of the next token over 16 steps behind the engine's own cache, rows
 reordered in the middle. Greedy tokens are the same everywhere. Written by `python -m tests.architectures`; the tests
-check every row again.
+check every row again. `make interop` loads the same engines with optimum's `ORTModelFor…` and `OVModelFor…` and compares
+greedy and beam-search tokens with PyTorch's.
 
 | architecture | task | components | onnxruntime: prefill | steps | openvino: prefill | steps |
 |---|---|---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""Decoders and encoder-decoders: every architecture against PyTorch, caches that are broken on purpose, written texts."""
+"""Decoders and encoder-decoders: graphs, caches that are broken on purpose, the decode loop."""
 
 from __future__ import annotations
 
@@ -19,23 +19,12 @@ from planish.optimizer.driver import _inputs, _references
 from planish.optimizer.errors import BadInput
 from planish.optimizer.generate import Decoding, Sampling
 from planish.optimizer.lowering import Lowered, lower
+from planish.optimizer.measure import Timing
 from planish.optimizer.program import SUM
 from planish.optimizer.reference import References
-from tests.architectures import examine, listed
 from tests.zoo import GENERATORS, Species, build
 
-EVERY_DAY = {"gpt2-text-generation", "llama-text-generation", "t5-text2text-generation"}
 TARGETS = ("onnxruntime", "openvino")
-
-
-@pytest.mark.parametrize(
-    "species",
-    [pytest.param(s, marks=() if s.name in EVERY_DAY else pytest.mark.slow, id=s.name) for s in GENERATORS],
-)
-def test_architectures_generate_as_pytorch_does(species: Species, tmp_path: Path) -> None:
-    row = examine(species, tmp_path)
-    assert row.green, row
-    assert row.name in listed()
 
 
 def by_name(name: str) -> Species:
@@ -196,13 +185,25 @@ def test_sampling_is_reproducible_and_bounded() -> None:
 
 
 def test_an_output_of_a_decoder_is_verified_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from planish.optimizer.measure import Timing
-
     monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
     optimize(build(by_name("t5"), tmp_path / "c"), tmp_path / "out", targets=TARGETS)
     verdicts = verify(tmp_path / "out")
     assert {name: verdict.problems for name, verdict in verdicts.items()} == dict.fromkeys(TARGETS, ())
     assert all("generation.next token" in (v.comparison.outputs if v.comparison else {}) for v in verdicts.values())
+
+
+def test_locked_builds_are_equal_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
+    checkpoint = build(by_name("t5"), tmp_path / "c")
+    for name in ("one", "other"):
+        optimize(checkpoint, tmp_path / name, targets=TARGETS, lock=tmp_path / "lock")
+    files = {
+        name: {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("one", "other")
+    }
+    different = {str(path) for path in files["one"] if files["one"][path] != files["other"].get(path)}
+    assert files["one"].keys() == files["other"].keys()
+    assert different == {"measurements.json"}
 
 
 def configured(**changes: object) -> Callable[[Path], None]:
