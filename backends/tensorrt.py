@@ -19,7 +19,7 @@ from planish.optimizer import onnx_io
 from planish.optimizer.backend import Backend, Engine
 from planish.optimizer.errors import CheckFailed, MissingRuntime
 from planish.optimizer.graph import graphs_of, location_of, opset_of
-from planish.optimizer.program import Program, Signature
+from planish.optimizer.program import PAST, Program, Signature
 
 NEWEST_OPSET = 24
 """The newest opset that the parser of TensorRT 10.15 and 11.1 reads."""
@@ -47,6 +47,12 @@ class TensorRt(Backend):
 
     def emit(self, program: Program, folder: Path) -> None:
         """Write the graph, the build's settings and the script that builds the plan."""
+        if len(program.components) > 1:
+            raise CheckFailed(
+                f"this version writes TensorRT engines of one component, this program has {len(program.components)}",
+                where=f"target {self}",
+                advice="choose another target for encoder-decoders",
+            )
         model, signature = program.sole()
         refuse_foreign(model)
         onnx_io.save(model, folder / self.model_file)
@@ -91,7 +97,9 @@ class TensorRt(Backend):
         return {t.name: {kind: list(signature.shape_of(t, sizes[kind])) for kind in kinds} for t in signature.inputs}
 
     def _range(self, signature: Signature, axis: str) -> tuple[int, ...]:
-        """The range of an axis: `batch` if it leads the first input, else `sequence`."""
+        """The range of an axis: `batch` if it leads the first input, else `sequence`; a past may be empty."""
+        if axis == PAST:
+            return (0, *self.sequence[1:])
         leads = bool(signature.inputs) and signature.inputs[0].shape[:1] == (axis,)
         return self.batch if leads else self.sequence
 

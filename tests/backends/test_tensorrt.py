@@ -13,8 +13,10 @@ import pytest
 
 from planish.optimizer import Pipeline, registry
 from planish.optimizer.errors import CheckFailed, MissingRuntime
+from planish.optimizer.lowering import lower
 from planish.optimizer.program import Program
 from tests.backends.conftest import contents
+from tests.zoo import GENERATORS, build
 
 
 def test_the_graph_holds_standard_operators_of_one_float_type(program: Program, tmp_path: Path) -> None:
@@ -63,3 +65,21 @@ def test_opening_says_what_is_missing(program: Program, tmp_path: Path) -> None:
         registry.backend("tensorrt").open(tmp_path)
     assert "build.py" in str(caught.value)
     assert caught.value.exit_code == 4
+
+
+def generator(name: str, folder: Path) -> Program:
+    species = next(species for species in GENERATORS if species.model_type == name)
+    return lower(build(species, folder / "checkpoint"), background=False).program
+
+
+def test_a_past_may_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    registry.backend("tensorrt").emit(generator("gpt2", tmp_path), tmp_path / "out")
+    (profile,) = json.loads((tmp_path / "out" / "build.json").read_text())["profiles"]
+    assert profile["past_key_values.0.key"] == {"min": [1, 3, 0, 8], "opt": [1, 3, 47, 8], "max": [8, 3, 47, 8]}
+    assert profile["attention_mask"]["min"] == [1, 1]
+
+
+def test_several_components_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="engines of one component, this program has 3"):
+        registry.backend("tensorrt").emit(generator("t5", tmp_path), tmp_path)
