@@ -8,6 +8,8 @@ kl       mean Kullback-Leibler divergence of the engine's next token from the or
 top1     share of steps at which the likeliest token is the same
 greedy   share of steps before the first at which it is not, mean over the texts: 1 if none ever diverges
 =======  =============================================================================================
+
+Where the original itself holds two tokens to be equally likely, up to rounding, either of them is the same.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ import numpy as np
 from planish.optimizer.compare import Comparison
 from planish.optimizer.generate import Decoding
 from planish.optimizer.reference import Continuation, rows_at
+
+_ROUNDING = 2.0**-16
+"""Scores that differ by less than this, relative to the largest, are equal: what exact rewrites may move them by."""
 
 
 def follow(decoding: Decoding, wanted: Continuation) -> np.ndarray:
@@ -37,7 +42,7 @@ def compare_continuations(pairs: Iterable[tuple[Continuation, np.ndarray]]) -> C
     found = list(pairs)
     wanted = [_log_likelihoods(continuation.scores) for continuation, _ in found]
     given = [_log_likelihoods(scores) for _, scores in found]
-    agreeing = [one.argmax(-1) == other.argmax(-1) for one, other in zip(wanted, given, strict=True)]
+    agreeing = [_agree(continuation.scores, scores) for continuation, scores in found]
     divergences = [(np.exp(one) * (one - other)).sum(-1) for one, other in zip(wanted, given, strict=True)]
     before = [np.cumprod(same, axis=0).mean(axis=0) for same in agreeing]
     kl = float(np.concatenate([d.reshape(-1) for d in divergences]).mean())
@@ -50,6 +55,14 @@ def compare_continuations(pairs: Iterable[tuple[Continuation, np.ndarray]]) -> C
             }
         }
     )
+
+
+def _agree(wanted: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Whether the engine's best token is a best one of the original's, up to rounding of its scores; shape without
+    the vocabulary."""
+    chosen = np.take_along_axis(wanted, given.argmax(-1)[..., None], axis=-1)[..., 0]
+    rounding = _ROUNDING * np.abs(wanted).max(axis=-1)
+    return np.asarray(chosen >= wanted.max(axis=-1) - rounding)
 
 
 def _log_likelihoods(scores: np.ndarray) -> np.ndarray:
