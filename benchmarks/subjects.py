@@ -55,6 +55,33 @@ def gpt2() -> Path:
     return folder
 
 
+def qwen2() -> Path:
+    """A checkpoint of the shape of Qwen2-0.5B in bf16 with random weights: 24 layers, 494 million parameters, tied."""
+    folder = PLACE / "qwen2-0.5b"
+    if not folder.exists():
+        import torch
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+        config = Qwen2Config(**sizes, num_key_value_heads=2, tie_word_embeddings=True)
+        Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def t5_small() -> Path:
+    """A checkpoint of the shape of T5-small with random weights: 6 and 6 layers, 60 million parameters."""
+    folder = PLACE / "t5-small"
+    if not folder.exists():
+        import torch
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        torch.manual_seed(0)
+        sizes = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+        T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained(folder)
+    return folder
+
+
 CHECKPOINTS: dict[str, Callable[[], Path]] = {"minilm": minilm, "bert-base": bert_base}
 
 
