@@ -55,8 +55,8 @@ def _trace(model: Any, describe: Describe, checkpoint: Checkpoint) -> tuple[Comp
     """Export the model, by way of its first layers if the others are copies of them.
 
     A model that mixes its parameters with tensors it makes on the CPU does not trace on the meta device: it gets memory
-    that nobody writes or reads, which costs addresses only; one that generates gets it at once, for its cache is found by
-    running it. One that counts its layers is traced whole.
+    that nobody writes or reads, which costs addresses only; one that generates gets it at once, for its cache is found
+    by running it. One that counts its layers is traced whole.
     """
     stacks = find_stacks(model, least=3 if model.can_generate() else 2)
     for cuts in [stacks, []] if stacks else [[]]:
