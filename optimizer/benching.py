@@ -24,6 +24,8 @@ class Entrant:
     label: str
     engine: EngineRef
     signature: Signature
+    component: str = "model"
+    """Only engines of the same component race."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Row:
     label: str
     shape: str
     timing: Timing
+    component: str = "model"
 
 
 def bench(
@@ -43,18 +46,25 @@ def bench(
 ) -> list[Row]:
     """Time every engine of ``models`` in alternation, compared with the first of ``against`` (or of ``models``).
 
+    Components of an encoder-decoder race apart, each with the same component of other engines.
+
     ``targets`` give options to the runtimes (`onnxruntime{threads=2}`) and say which engines of an output take part;
     without them all do. Raises BadInput if nothing is there to time.
     """
     entrants = [entrant for path in (*against, *models) for entrant in _entrants(Path(path), targets)]
     if not entrants:
         raise BadInput("there is no engine to time here", where=", ".join(map(str, models)))
+    components = dict.fromkeys(entrant.component for entrant in entrants)
+    return [row for name in components for row in _race([e for e in entrants if e.component == name], shapes)]
+
+
+def _race(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]]) -> list[Row]:
     bounds = {t.name: t.bound for e in entrants for t in e.signature.inputs if t.bound is not None}
     rows = []
     for sizes in shapes or default_shapes(entrants[0].signature):
         cases = [sized_case(_bounded(entrant.signature, bounds), sizes) for entrant in entrants]
         timings = race([entrant.engine for entrant in entrants], [case for case, _ in cases])
-        rows += [Row(e.label, text, t) for e, (_, text), t in zip(entrants, cases, timings, strict=True)]
+        rows += [Row(e.label, text, t, e.component) for e, (_, text), t in zip(entrants, cases, timings, strict=True)]
     return rows
 
 
@@ -83,6 +93,7 @@ def _components(folder: Path, target: str, manifest: Manifest) -> list[Entrant]:
             str(folder) if len(manifest.signatures) == 1 else f"{folder} {component}",
             EngineRef(target, folder / registry.backend(target).file_of(component)),
             record.signature(),
+            component,
         )
         for component, record in manifest.signatures.items()
     ]

@@ -51,4 +51,6 @@ def command(
         )
         for r in rows
     ]
-    print_table(f"compared with {rows[0].label}", ("model", "shape", "median ms", "speed-up", "95 % interval"), table)
+    several = len({row.component for row in rows}) > 1
+    measure = "the first engine of each component" if several else rows[0].label
+    print_table(f"compared with {measure}", ("model", "shape", "median ms", "speed-up", "95 % interval"), table)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from planish.optimizer import optimize, registry, verify
+from planish.optimizer import bench, optimize, registry, verify
 from planish.optimizer.building import check_engines
 from planish.optimizer.compare import Budget
 from planish.optimizer.driver import _inputs, _references
@@ -190,6 +190,15 @@ def test_an_output_of_a_decoder_is_verified_again(tmp_path: Path, monkeypatch: p
     verdicts = verify(tmp_path / "out")
     assert {name: verdict.problems for name, verdict in verdicts.items()} == dict.fromkeys(TARGETS, ())
     assert all("generation.next token" in (v.comparison.outputs if v.comparison else {}) for v in verdicts.values())
+    monkeypatch.setattr("planish.optimizer.benching.race", lambda engines, _: [Timing(1, 1, 1, 1, 1) for _ in engines])
+    rows = [(row.component, Path(row.label.split()[0]).name, row.shape) for row in bench([tmp_path / "out"])]
+    assert [row[:2] for row in rows if row[0] == "encoder_model"] == [("encoder_model", target) for target in TARGETS]
+    (step,) = [
+        shape
+        for name, target, shape in rows
+        if (name, target) == ("decoder_with_past_model", "openvino") and "sequence=1," in shape
+    ]
+    assert {"batch=1", "past=47"} <= set(step.split(","))
 
 
 def test_locked_builds_are_equal_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
