@@ -134,6 +134,11 @@ class Backend(abc.ABC):
         """Name of the file of one component, as the ecosystem's loaders expect it."""
         return cls.model_file.replace("model", component, 1)
 
+    @classmethod
+    def path_of(cls, component: str, folder: Path) -> Path:
+        """What to `open` for one component: the folder itself where there is no other, else a file in it."""
+        return folder if component == "model" else folder / cls.file_of(component)
+
     @abc.abstractmethod
     def emit(self, program: Program, folder: Path) -> None:
         """Write the engine's files into ``folder``, which exists and is empty."""

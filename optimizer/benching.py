@@ -91,7 +91,7 @@ def _components(folder: Path, target: str, manifest: Manifest) -> list[Entrant]:
     return [
         Entrant(
             str(folder) if len(manifest.signatures) == 1 else f"{folder} {component}",
-            EngineRef(target, folder / registry.backend(target).file_of(component)),
+            EngineRef(target, registry.backend(target).path_of(component, folder)),
             record.signature(),
             component,
         )

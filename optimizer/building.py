@@ -249,7 +249,7 @@ class Builder:
         signatures = self.lowered.program.signatures
         found = {}
         for component, signature in signatures.items():
-            engines = [EngineRef(str(target), folder / target.file_of(component)) for folder in (plain, place)]
+            engines = [EngineRef(str(target), target.path_of(component, folder)) for folder in (plain, place)]
             for sizes in self.request.shapes or default_shapes(signature):
                 case, shape = sized_case(signature, sizes)
                 label = shape if len(signatures) == 1 else f"{component} {shape}"
@@ -312,7 +312,11 @@ def check_engines(
     own = target.missing() is None
     runner = target if own else registry.backend(CHECKER)
     found = {
-        name: check_engine(EngineRef(str(runner), place / target.file_of(name)), signature, references.components[name])
+        name: check_engine(
+            EngineRef(str(runner), target.path_of(name, place) if own else place / target.file_of(name)),
+            signature,
+            references.components[name],
+        )
         for name, signature in signatures.items()
     }
     comparisons = {component: comparison for component, (comparison, _) in found.items()}

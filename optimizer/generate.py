@@ -62,7 +62,7 @@ class Decoding:
     @classmethod
     def of(cls, target: Backend, folder: Path, components: Iterable[str]) -> Self:
         """Open the components that lie in an engine folder."""
-        return cls({name: target.open(folder / target.file_of(name)) for name in components})
+        return cls({name: target.open(target.path_of(name, folder)) for name in components})
 
     def start(self, prompt: Arrays, start_tokens: np.ndarray | None = None) -> np.ndarray:
         """Read the prompt and score the first token of the answer."""

@@ -59,7 +59,7 @@ class Reference:
 
     def save(self, folder: Path) -> None:
         """Write `inputs.safetensors` and `outputs.safetensors` into a folder, which is made."""
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         save_cases(self.inputs, folder / "inputs.safetensors")
         save_cases(self.outputs, folder / "outputs.safetensors")
 
@@ -93,9 +93,9 @@ class References:
     """Empty for a program that does not generate."""
 
     def save(self, folder: Path) -> None:
-        """Write a folder for each component, and `continuations.safetensors` if there are any."""
+        """Write the reference of each component, and `continuations.safetensors` if there are any."""
         for name, reference in self.components.items():
-            reference.save(folder / name)
+            reference.save(_place(folder, name))
         if self.continuations:
             save_continuations(self.continuations, folder / _CONTINUATIONS)
 
@@ -103,8 +103,13 @@ class References:
     def load(cls, folder: Path, noise: Mapping[str, Mapping[str, float]], origin: str) -> References:
         """Read what `save` wrote; BadInput if it is not there or broken."""
         path = folder / _CONTINUATIONS
-        found = {name: Reference.load(folder / name, own, origin) for name, own in noise.items()}
+        found = {name: Reference.load(_place(folder, name), own, origin) for name, own in noise.items()}
         return cls(found, tuple(load_continuations(path)) if path.is_file() else ())
+
+
+def _place(folder: Path, component: str) -> Path:
+    """Where the reference of a component lies: a folder of its own if it is not the only one."""
+    return folder if component == "model" else folder / component
 
 
 def save_continuations(found: Sequence[Continuation], path: Path) -> None:
