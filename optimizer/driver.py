@@ -30,7 +30,7 @@ from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.lowering.original import Answers
 from planish.optimizer.lowering.tokenizer import load_tokenizer
 from planish.optimizer.manifest import MEASUREMENTS, Manifest
-from planish.optimizer.output import staged_file, staged_folder
+from planish.optimizer.output import holding_interrupts, staged_file, staged_folder
 from planish.optimizer.reference import Reference, References, make_inputs, make_prompts, noise_floor
 from planish.optimizer.report import write_report
 
@@ -98,7 +98,7 @@ def optimize(
     known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
     stages = Stages(progress, 2 + (3 if known else 4) * len(request.targets))
     with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
-        with stages.stage("lowering"):
+        with stages.stage("lowering"), holding_interrupts():
             lowered = lower(
                 source,
                 task,

@@ -113,6 +113,25 @@ def _terminating() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def holding_interrupts() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block ends: torch aborts the process if they come while it traces."""
+    caught: list[int] = []
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = [signal.signal(kind, lambda number, _: caught.append(number)) for kind in kinds]
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
+    if caught:
+        raise KeyboardInterrupt
+
+
 def _sweep(destination: Path) -> None:
     """Remove what killed runs for the same destination left: those whose lock nobody holds."""
     for left in destination.parent.glob(f".{destination.name}.*.partial"):
