@@ -13,9 +13,10 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -96,38 +97,33 @@ def _clear_errors(destination: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _terminating() -> Iterator[None]:
+def _handling(handler: Callable[[int, object], None], *kinds: signal.Signals) -> Iterator[None]:
+    """Answer these signals with ``handler`` inside; in another thread than the main one, whoever runs us there does."""
+    before: dict[signal.Signals, Any] = {}
+    with suppress(ValueError):  # not in the main thread
+        before = {kind: signal.signal(kind, handler) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, old in before.items():
+            signal.signal(kind, old)
+
+
+def _terminating() -> AbstractContextManager[None]:
     """Let a polite request to end (SIGTERM) unwind like Ctrl-C, so that nothing half-written stays."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return _handling(interrupt, signal.SIGTERM)
 
 
 @contextmanager
 def holding_interrupts() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM wait until the block ends: torch aborts the process if they come while it traces."""
     caught: list[int] = []
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(kind, lambda number, _: caught.append(number)) for kind in kinds]
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+    with _handling(lambda number, _: caught.append(number), signal.SIGINT, signal.SIGTERM):
         yield
-        return
-    try:
-        yield
-    finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)
     if caught:
         raise KeyboardInterrupt
 

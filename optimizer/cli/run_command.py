@@ -57,6 +57,8 @@ def command(
     answerer = open_answerer(engine, target)
     if isinstance(answerer, Writer):
         answerer = with_options(answerer, most, Sampling(temperature, top_k, top_p, seed))
+        if answerer.settings.get("num_beams", 1) != 1:
+            click.echo("planish: note: generation_config.json asks for beam search, which is not done here", err=True)
         if text is not None and not as_json:
             _stream(answerer, text)
             return
