@@ -9,8 +9,8 @@ from planish.optimizer.compare import Budget
 from planish.optimizer.errors import UsageError
 
 _SHARED = (
-    "fold-constants,eliminate-identities,simplify-shapes,fuse-layer-norm,fuse-gelu,fuse-attention,"
-    "eliminate-common-subexpressions,deduplicate-initializers"
+    "fold-constants,eliminate-identities,simplify-shapes,fuse-layer-norm,fuse-rms-norm,fuse-gelu,"
+    "fuse-rotary-embedding,fuse-attention,share-key-heads,eliminate-common-subexpressions,deduplicate-initializers"
 )
 """Cleanup, and raising to canonical operators: the same for every target."""
 

@@ -23,8 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx.printer
 import onnx.reference
+import onnx.shape_inference
 import onnx_ir as ir
 
 from planish.optimizer import Pipeline, registry
@@ -53,10 +55,11 @@ class Case:
         return self.settings.get("pipeline", self.path.stem)
 
     def model(self) -> ir.Model:
-        """The graph before the pipeline."""
+        """The graph before the pipeline, its shapes inferred as those of lowered models are."""
         opset = self.settings.get("opset", "23")
         header = f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]>'
-        return ir.from_onnx_text(header + self.graph)
+        model: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(header + self.graph)))
+        return model
 
 
 def read_cases(folder: Path = FOLDER) -> Iterator[Case]:

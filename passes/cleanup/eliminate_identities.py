@@ -14,6 +14,9 @@ import onnx_ir as ir
 from planish.optimizer.base import Pass, PassResult
 from planish.optimizer.graph import constant_of, graphs_of, location_of
 
+_BEYOND = 2**31 - 1
+"""What exporters write for "to the end"; no axis is that long."""
+
 
 @dataclass(frozen=True)
 class EliminateIdentities(Pass):
@@ -23,6 +26,7 @@ class EliminateIdentities(Pass):
     2. ``Cast`` to the type that its input has.
     3. ``Dropout`` outside of training whose mask nobody reads.
     4. ``Transpose`` by the identity permutation.
+    5. ``Slice`` that takes everything.
 
     A node whose output leaves the graph stays if its input enters it: a graph cannot rename an input.
     """
@@ -55,7 +59,19 @@ def _does_nothing(node: ir.Node) -> bool:
         case "Transpose":  # Case 4
             perm = node.attributes.get("perm")
             return perm is not None and list(perm.as_ints()) == list(range(len(perm.as_ints())))
+        case "Slice":  # Case 5
+            return _takes_everything(node)
     return False
+
+
+def _takes_everything(node: ir.Node) -> bool:
+    """Whether a slice runs from the first to beyond the last entry of each of its axes, in steps of one."""
+    bounds = [None if value is None else constant_of(value) for value in node.inputs[1:5]]
+    if len(bounds) < 2 or bounds[0] is None or bounds[1] is None:
+        return False
+    whole = not bounds[0].any() and bool((bounds[1] >= _BEYOND).all())
+    absent = len(node.inputs) < 5 or node.inputs[4] is None
+    return whole and (absent or (bounds[3] is not None and bool((bounds[3] == 1).all())))
 
 
 def _removable(node: ir.Node) -> bool:

@@ -15,7 +15,16 @@ from typing import ClassVar, Generic, TypeVar
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal
-from planish.optimizer.graph import NAME_SCOPES, graphs_of, location_of, opset_of, scalar_of, sole_user
+from planish.optimizer.graph import (
+    NAME_SCOPES,
+    constant_of,
+    graphs_of,
+    location_of,
+    opset_of,
+    rank_of,
+    scalar_of,
+    sole_user,
+)
 
 Match = TypeVar("Match")
 
@@ -137,3 +146,91 @@ def with_constant(node: ir.Node | None) -> Iterator[tuple[ir.Value, float]]:
             number = scalar_of(constant)
             if value is not None and number is not None:
                 yield value, number
+
+
+def squared(square: ir.Value | None) -> Iterator[ir.Value]:
+    """d of d², however it is written."""
+    power = made_by(square, "Pow")
+    if power is not None and power.inputs[0] is not None and scalar_of(power.inputs[1]) == 2.0:
+        yield power.inputs[0]
+    product = made_by(square, "Mul")
+    if product is not None and product.inputs[0] is not None and product.inputs[0] is product.inputs[1]:
+        yield product.inputs[0]
+
+
+def quotient_by(root: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """Numerator and quotient of a division by ``root``, also as a product with its reciprocal."""
+    division = used_by(root, "Div")
+    if division is None:
+        return _product_with_reciprocal(root)
+    numerator, one = division.inputs[0], scalar_of(division.inputs[0])
+    if division.inputs[1] is not root or numerator is None:
+        return None
+    return _times(division.outputs[0]) if one == 1.0 else (numerator, division.outputs[0])
+
+
+def _product_with_reciprocal(root: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    reciprocal = used_by(root, "Reciprocal")
+    return None if reciprocal is None else _times(reciprocal.outputs[0])
+
+
+def _times(factor: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """The other factor and the product."""
+    product = used_by(factor, "Mul")
+    numerator = None if product is None else other_operand(product, factor)
+    return None if product is None or numerator is None else (numerator, product.outputs[0])
+
+
+def axes_of(reduction: ir.Node) -> list[int] | None:
+    """Axes of a reduction, from its attribute (before opset 18) or its input."""
+    attribute = reduction.attributes.get("axes")
+    if attribute is not None:
+        return [int(axis) for axis in attribute.as_ints()]
+    array = constant_of(reduction.inputs[1]) if len(reduction.inputs) > 1 else None
+    return None if array is None else [int(axis) for axis in array.reshape(-1)]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A slice along one axis by constants, or one of the parts of a Split."""
+
+    source: ir.Value
+    axis: int
+    start: int
+    end: int
+    step: int
+
+    def along_last(self, other: Cut) -> bool:
+        """Whether both cut the last axis."""
+        last = (rank_of(self.source) or 0) - 1
+        return all(cut.axis == -1 or cut.axis == last for cut in (self, other))
+
+    def reaches(self, size: int) -> bool:
+        """Whether the slice ends where an axis of this size does."""
+        return self.end >= size
+
+
+def slice_of(value: ir.Value | None) -> Cut | None:
+    """What ``value`` was cut from and where, if by constants that count from the front."""
+    node = made_by(value, "Slice", "Split")
+    if node is None or value is None or node.inputs[0] is None:
+        return None
+    if node.op_type == "Split":
+        return _part_of(node, value)
+    numbers = [constant_of(bound) for bound in node.inputs[1:]]
+    if len(numbers) < 3 or any(number is None or number.size != 1 for number in numbers):
+        return None
+    start, end, axis, *step = (int(number.reshape(())) for number in numbers if number is not None)
+    known = start >= 0 and end >= 0
+    return Cut(node.inputs[0], axis, start, end, step[0] if step else 1) if known else None
+
+
+def _part_of(split: ir.Node, value: ir.Value) -> Cut | None:
+    axis = split.attributes.get("axis")
+    position = 0 if axis is None else axis.as_int()
+    widths = [None if part.shape is None else part.shape[position] for part in split.outputs]
+    index = next(i for i, part in enumerate(split.outputs) if part is value)
+    if split.inputs[0] is None or not all(isinstance(width, int) for width in widths):
+        return None
+    numbers = [int(width) for width in widths if isinstance(width, int)]
+    return Cut(split.inputs[0], position, sum(numbers[:index]), sum(numbers[: index + 1]), 1)

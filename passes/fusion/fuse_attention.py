@@ -4,8 +4,9 @@ Before:  t = Transpose <perm=[0,1,3,2]> (k);  a = MatMul (q, t);  b = Div (a, 8)
          p = Softmax <axis=-1> (c);  r = MatMul (p, v)
 After:   r = Attention <scale=0.125> (q, k, v, mask)
 
-Vaswani et al. 2017, "Attention Is All You Need", equation 1. ONNX: Attention, opset 23. The mask is spread over the
-queries where it is not known to have a row for each: no CPU runtime repeats it along that axis.
+Vaswani et al. 2017, "Attention Is All You Need", equation 1; capped scores: Gemma 2, 2024, section 2. ONNX: Attention,
+opset 23. The mask is spread over the queries where it is not known to have a row for each: no CPU runtime repeats it
+along that axis.
 """
 
 from __future__ import annotations
@@ -52,19 +53,21 @@ class Attention:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a softmax is taken of: the product of queries and keys, scaled, and whatever is added to it."""
+    """What a softmax is taken of: the product of queries and keys, scaled, capped, and whatever is added to it."""
 
     query: ir.Value
     key: Turned | None
     """Where the transposed keys come from; None if nothing is known to transpose them."""
     transposed: ir.Value
     scale: float
+    softcap: float
+    """Bound that a tangent keeps the scaled product within; 0 for none."""
     masks: tuple[ir.Value, ...]
 
 
 @dataclass(frozen=True)
 class FuseAttention(Fusion[Attention]):
-    """Fuse softmax(q · kᵀ · scale + masks) · v, scale factors wherever they stand, guarded against NaN or not."""
+    """Fuse softmax(cap(q · kᵀ · scale) + masks) · v, scale factors wherever they stand, capped and guarded or not."""
 
     name: ClassVar[str] = "fuse-attention"
     root: ClassVar[str] = "Softmax"
@@ -107,7 +110,8 @@ class FuseAttention(Fusion[Attention]):
             mask, spreading = rows_for(match.scores.query, mask)
             inputs.append(mask)
             nodes += [*adding, *spreading]
-        return match.product.outputs[0], [*nodes, ir.node("Attention", inputs, {"scale": match.scores.scale})]
+        attributes = {"scale": match.scores.scale} | ({"softcap": match.scores.softcap} if match.scores.softcap else {})
+        return match.product.outputs[0], [*nodes, ir.node("Attention", inputs, attributes)]
 
 
 def _guarded(probabilities: ir.Value) -> ir.Value:
@@ -122,15 +126,15 @@ def _guarded(probabilities: ir.Value) -> ir.Value:
 def _scores(value: ir.Value) -> Scores | None:
     """Queries, keys, scale and masks of the argument of a softmax; None if it is not one product and other terms."""
     terms = _terms(value)
-    products = [term for term in terms if made_by(_unscaled(term).value, "MatMul") is not None]
-    scaled = _unscaled(products[0]) if len(products) == 1 else None
+    products = [term for term in terms if made_by(_uncapped(term)[0].value, "MatMul") is not None]
+    scaled, softcap = _uncapped(products[0]) if len(products) == 1 else (None, 0.0)
     matmul = None if scaled is None else made_by(scaled.value, "MatMul")
     if scaled is None or matmul is None or matmul.inputs[0] is None or matmul.inputs[1] is None:
         return None
     query, turned = _unscaled(matmul.inputs[0]), _unscaled(matmul.inputs[1])
     masks = tuple(term for term in terms if term is not products[0])
     scale = scaled.factor * query.factor * turned.factor
-    return Scores(query.value, _turned_key(turned.value), turned.value, scale, masks)
+    return Scores(query.value, _turned_key(turned.value), turned.value, scale, softcap, masks)
 
 
 def _sum(masks: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Node]]:
@@ -162,6 +166,16 @@ def _unscaled(value: ir.Value) -> Scaled:
         else:
             break
     return Scaled(value, factor)
+
+
+def _uncapped(value: ir.Value) -> tuple[Scaled, float]:
+    """x · scale of cap · tanh(x · scale / cap), and the cap; or what is scaled without one, and 0."""
+    outer = _unscaled(value)
+    tangent = made_by(outer.value, "Tanh")
+    if tangent is None or tangent.inputs[0] is None:
+        return outer, 0.0
+    inner = _unscaled(tangent.inputs[0])
+    return Scaled(inner.value, inner.factor * outer.factor), outer.factor
 
 
 def _turned_key(value: ir.Value) -> Turned | None:

@@ -9,15 +9,23 @@ Ba, Kiros and Hinton 2016, "Layer Normalization", equation 4. ONNX: LayerNormali
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import constant_of, rank_of, scalar_of
-from planish.passes.fusion._fusion import Declined, Fusion, made_by, other_operand, used_by, with_constant
+from planish.optimizer.graph import rank_of
+from planish.passes.fusion._fusion import (
+    Declined,
+    Fusion,
+    axes_of,
+    made_by,
+    other_operand,
+    quotient_by,
+    squared,
+    used_by,
+    with_constant,
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,9 @@ class FuseLayerNorm(Fusion[LayerNorm]):
         """From the square root look inside for the variance of x, and outside for scale and bias."""
         for variance, epsilon in with_constant(made_by(node.inputs[0], "Add")):
             outer = made_by(variance, "ReduceMean")
-            for deviation in _bases(None if outer is None else outer.inputs[0]):
+            for deviation in squared(None if outer is None else outer.inputs[0]):
                 inner = _mean_of(deviation)
-                quotient = _quotient(node.outputs[0])
+                quotient = quotient_by(node.outputs[0])
                 if outer is None or inner is None or quotient is None or not _same(quotient[0], deviation):
                     continue
                 found = _affine(quotient[1])
@@ -57,8 +65,8 @@ class FuseLayerNorm(Fusion[LayerNorm]):
     def check(self, match: LayerNorm) -> None:
         """Means over the last axis that keep it; a scale and a bias of one dimension."""
         for mean in match.means:
-            if _axes(mean) not in ([-1], [(rank_of(match.x) or 0) - 1]):
-                raise Declined(f"its mean is over axes {_axes(mean)}, not the last one", mean)
+            if axes_of(mean) not in ([-1], [(rank_of(match.x) or 0) - 1]):
+                raise Declined(f"its mean is over axes {axes_of(mean)}, not the last one", mean)
             keeps = mean.attributes.get("keepdims")
             if keeps is not None and not keeps.as_int():
                 raise Declined("its mean drops the axis", mean)
@@ -70,16 +78,6 @@ class FuseLayerNorm(Fusion[LayerNorm]):
         """One node."""
         inputs = [match.x, match.scale] + ([match.bias] if match.bias is not None else [])
         return match.result, [ir.node("LayerNormalization", inputs, {"axis": -1, "epsilon": match.epsilon})]
-
-
-def _bases(square: ir.Value | None) -> Iterator[ir.Value]:
-    """d of d², however it is written."""
-    power = made_by(square, "Pow")
-    if power is not None and power.inputs[0] is not None and scalar_of(power.inputs[1]) == 2.0:
-        yield power.inputs[0]
-    product = made_by(square, "Mul")
-    if product is not None and product.inputs[0] is not None and product.inputs[0] is product.inputs[1]:
-        yield product.inputs[0]
 
 
 def _mean_of(deviation: ir.Value) -> ir.Node | None:
@@ -95,19 +93,6 @@ def _same(one: ir.Value, other: ir.Value) -> bool:
     return one is other or (left is not None and right is not None and list(left.inputs) == list(right.inputs))
 
 
-def _quotient(root: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """Numerator and quotient of a division by ``root``, also as a product with its reciprocal."""
-    division = used_by(root, "Div")
-    if division is not None and division.inputs[1] is root and division.inputs[0] is not None:
-        return division.inputs[0], division.outputs[0]
-    reciprocal = used_by(root, "Reciprocal")
-    product = None if reciprocal is None else used_by(reciprocal.outputs[0], "Mul")
-    if product is None or reciprocal is None:
-        return None
-    numerator = other_operand(product, reciprocal.outputs[0])
-    return None if numerator is None else (numerator, product.outputs[0])
-
-
 def _affine(quotient: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value] | None:
     """Scale, bias and result of quotient · scale + bias; the bias may be missing."""
     product = used_by(quotient, "Mul")
@@ -119,12 +104,3 @@ def _affine(quotient: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value] | 
     if total is not None and bias is not None and bias.const_value is not None and rank_of(bias) == 1:
         return scale, bias, total.outputs[0]
     return scale, None, product.outputs[0]
-
-
-def _axes(mean: ir.Node) -> list[int] | None:
-    """Axes of a reduction, from its attribute (before opset 18) or its input."""
-    attribute = mean.attributes.get("axes")
-    if attribute is not None:
-        return [int(axis) for axis in attribute.as_ints()]
-    array: np.ndarray | None = constant_of(mean.inputs[1]) if len(mean.inputs) > 1 else None
-    return None if array is None else [int(axis) for axis in array.reshape(-1)]

@@ -100,6 +100,26 @@ def layer_norm(graph: Drawn, x: str, _: str) -> str:
     return graph.add("Add", scaled, graph.floats(FEATURES))
 
 
+def rms_norm(graph: Drawn, x: str, _: str) -> str:
+    mean = graph.add("ReduceMean", graph.add("Mul", x, x), graph.weight(np.array([-1], np.int64)))
+    root = graph.add("Sqrt", graph.add("Add", mean, graph.weight(np.array(1e-5, np.float32))))
+    return graph.add("Mul", graph.add("Mul", x, graph.add("Reciprocal", root)), graph.floats(FEATURES))
+
+
+def rotary(graph: Drawn, x: str, y: str) -> str:
+    """Rows are positions, one head; half of the features of ``y`` are the angles."""
+    axes, last, axis = (graph.weight(np.array(number, np.int64)) for number in ([0, 1], [-1], [1]))
+    start, half, end = (graph.weight(np.array([number], np.int64)) for number in (0, FEATURES // 2, 2**63 - 1))
+    angles = graph.add("Unsqueeze", graph.add("Slice", y, start, half, last), graph.weight(np.array([0], np.int64)))
+    both = graph.add("Concat", angles, angles, axis=-1)
+    cos, sin = (graph.add("Unsqueeze", graph.add(curve, both), axis) for curve in ("Cos", "Sin"))
+    heads = graph.add("Unsqueeze", x, axes)
+    negated = graph.add("Neg", graph.add("Slice", heads, half, end, last))
+    rotated = graph.add("Concat", negated, graph.add("Slice", heads, start, half, last), axis=-1)
+    total = graph.add("Add", graph.add("Mul", heads, cos), graph.add("Mul", rotated, sin))
+    return graph.add("Squeeze", total, axes)
+
+
 def attention(graph: Drawn, x: str, y: str) -> str:
     """Rows attend to rows; one head, the batch axis standing for the sequence."""
     axes = graph.weight(np.array([0, 1], np.int64))
@@ -113,7 +133,8 @@ def attention(graph: Drawn, x: str, y: str) -> str:
 
 
 STEPS: list[Callable[[Drawn, str, str], str]] = [
-    *(elementwise, unary, neutral, product, there_and_back, reshaped, constant_expression, gelu, layer_norm, attention)
+    *(elementwise, unary, neutral, product, there_and_back, reshaped, constant_expression, gelu, layer_norm),
+    *(rms_norm, rotary, attention),
 ]
 
 

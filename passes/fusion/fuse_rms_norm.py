@@ -1,0 +1,94 @@
+"""Raise root mean square normalization to the standard's operator.
+
+Before:  q = Pow (x, 2);  m = ReduceMean (q, {-1});  e = Add (m, 1e-06);  s = Sqrt (e);  i = Reciprocal (s)
+         n = Mul (x, i);  r = Mul (scale, n)
+After:   r = RMSNormalization <axis=-1, epsilon=1e-06> (x, scale)
+
+Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4. ONNX: RMSNormalization, opset 23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from planish.optimizer.graph import rank_of
+from planish.passes.fusion._fusion import (
+    Declined,
+    Fusion,
+    axes_of,
+    other_operand,
+    quotient_by,
+    squared,
+    used_by,
+    with_constant,
+)
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """A match: operands, the value that ends the computation, and the mean that must be over the last axis."""
+
+    x: ir.Value
+    scale: ir.Value | None
+    epsilon: float
+    mean: ir.Node
+    normalized: ir.Value
+    result: ir.Value
+
+
+@dataclass(frozen=True)
+class FuseRmsNorm(Fusion[RmsNorm]):
+    """Fuse x / √(mean(x²) + ε) · scale over the last axis, the quotient as exporters write it."""
+
+    name: ClassVar[str] = "fuse-rms-norm"
+    root: ClassVar[str] = "ReduceMean"
+    since: ClassVar[int] = 23
+
+    def pattern(self, node: ir.Node) -> RmsNorm | None:
+        """From the mean of squares look back for x, and ahead for the quotient and its scale."""
+        for x in squared(node.inputs[0]):
+            for root, epsilon in _roots(node.outputs[0]):
+                found = quotient_by(root)
+                if found is not None and found[0] is x:
+                    scale, result = _scaled(found[1])
+                    return RmsNorm(x, scale, epsilon, node, found[1], result)
+        return None
+
+    def check(self, match: RmsNorm) -> None:
+        """A mean over the last axis that keeps it, and a constant scale of one dimension."""
+        if axes_of(match.mean) not in ([-1], [(rank_of(match.x) or 0) - 1]):
+            raise Declined(f"its mean is over axes {axes_of(match.mean)}, not the last one", match.mean)
+        keeps = match.mean.attributes.get("keepdims")
+        if keeps is not None and not keeps.as_int():
+            raise Declined("its mean drops the axis", match.mean)
+        if match.scale is None:
+            raise Declined("it has no constant scale of one dimension", match.normalized)
+        if match.scale.dtype is not None and match.x.dtype is not None and match.scale.dtype != match.x.dtype:
+            raise Declined(f"its scale is {match.scale.dtype}, what it scales is {match.x.dtype}", match.scale)
+
+    def rewrite(self, match: RmsNorm) -> tuple[ir.Value, list[ir.Node]]:
+        """One node."""
+        attributes = {"axis": -1, "epsilon": match.epsilon}
+        return match.result, [ir.node("RMSNormalization", [match.x, match.scale], attributes)]
+
+
+def _roots(mean: ir.Value) -> Iterator[tuple[ir.Value, float]]:
+    """√(mean + ε) and ε."""
+    total = used_by(mean, "Add")
+    for value, epsilon in with_constant(total):
+        root = None if total is None else used_by(total.outputs[0], "Sqrt")
+        if value is mean and root is not None:
+            yield root.outputs[0], epsilon
+
+
+def _scaled(normalized: ir.Value) -> tuple[ir.Value | None, ir.Value]:
+    """The scale of one dimension and what it gives; no scale, and the quotient itself, if there is none."""
+    product = used_by(normalized, "Mul")
+    scale = None if product is None else other_operand(product, normalized)
+    if product is None or scale is None or scale.const_value is None or rank_of(scale) != 1:
+        return None, normalized
+    return scale, product.outputs[0]

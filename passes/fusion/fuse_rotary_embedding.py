@@ -1,0 +1,250 @@
+"""Raise rotary position embeddings to the standard's operator.
+
+Before:  f = Concat <axis=-1> (a, a);  c = Unsqueeze (Cos (f), 1);  s = Unsqueeze (Sin (f), 1)
+         l = Slice (x, 0, 4, 3);  h = Slice (x, 4, MAX, 3);  t = Concat <axis=-1> (Neg (h), l)
+         r = Add (Mul (x, c), Mul (t, s))
+After:   r = RotaryEmbedding (x, Slice (Cos (f), 0, 4, -1), Slice (Sin (f), 0, 4, -1))
+
+Su et al. 2021, "RoFormer", equation 34. Halves are rotated (GPT-NeoX, Llama) or pairs (GPT-J, interleaved), of all
+features or of the first ones only. ONNX: RotaryEmbedding, opset 23; it takes each angle once, so the two halves of
+cos and sin must be seen to be equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.graph import constant_of, rank_of, scalar_of
+from planish.passes.fusion._fusion import Declined, Fusion, made_by, other_operand, slice_of, used_by, with_constant
+
+_HEADS = {1: False, 2: True}
+"""Axis along which angles are repeated over the heads -> whether heads stand behind the sequence."""
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Cosines or sines: (batch, sequence, angles), the axis that was added for the heads, and how they were doubled."""
+
+    value: ir.Value
+    axis: int | None
+    doubled: bool
+    """Whether each angle stands in both halves of the last axis (True), or once (False: pairs were made of them)."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A match: what is rotated, its angles, and the value that ends the computation."""
+
+    x: ir.Value
+    cos: Angles | None
+    sin: Angles | None
+    half: int
+    """Number of angles of one head."""
+    interleaved: bool
+    rest: ir.Value | None
+    """The features that are not rotated, put behind the others again; None if all are."""
+    source: ir.Value
+    """What `x` and `rest` were cut from, or `x`."""
+    result: ir.Value
+
+
+@dataclass(frozen=True)
+class FuseRotaryEmbedding(Fusion[Rotary]):
+    """Fuse x · cos + rotated(x) · sin, whole or partial, halves or pairs."""
+
+    name: ClassVar[str] = "fuse-rotary-embedding"
+    root: ClassVar[str] = "Add"
+    since: ClassVar[int] = 23
+
+    def pattern(self, node: ir.Node) -> Rotary | None:
+        """A sum of two products, one of them with what the other's factor is when it is rotated."""
+        left, right = (made_by(value, "Mul") for value in node.inputs)
+        for plain, turned in ((left, right), (right, left)):
+            for rotated in () if plain is None or turned is None else turned.inputs:
+                found = _rotated(rotated)
+                if found is None or plain is None or turned is None or rotated is None:
+                    continue
+                x, half, interleaved = found
+                cos, sin = other_operand(plain, x), other_operand(turned, rotated)
+                if cos is not None and sin is not None:
+                    rest, source, result = _partial(x, node.outputs[0], 2 * half)
+                    angles = [_angles(value, interleaved) for value in (cos, sin)]
+                    return Rotary(x, angles[0], angles[1], half, interleaved, rest, source, result)
+        return None
+
+    def check(self, match: Rotary) -> None:
+        """Angles of equal halves, one axis for the heads, and one row of them for each text."""
+        if match.x.shape is None or len(match.x.shape) != 4 or match.x.shape[-1] != 2 * match.half:
+            raise Declined(f"what is rotated is not of four dimensions, the last {2 * match.half}", match.x)
+        if match.cos is None or match.sin is None:
+            raise Declined("its angles are not seen to be made of equal halves", match.result)
+        if match.cos.axis != match.sin.axis or match.cos.axis not in _HEADS:
+            raise Declined(f"its angles are not repeated over the heads, but along axis {match.cos.axis}", match.x)
+        if rank_of(match.cos.value) != 3 or rank_of(match.sin.value) != 3:
+            raise Declined("its angles are not of three dimensions", match.cos.value)
+
+    def rewrite(self, match: Rotary) -> tuple[ir.Value, list[ir.Node]]:
+        """Each angle once, one row of them for each text, heads before the sequence, and one node."""
+        if match.cos is None or match.sin is None:
+            raise ValueError("rewrite needs a match that was checked")
+        nodes: list[ir.Node] = []
+        cos, sin = (_rows(match.source, _once(angles, match.half, nodes), nodes) for angles in (match.cos, match.sin))
+        dim = 0 if match.rest is None else 2 * match.half
+        attributes = {"interleaved": int(match.interleaved), "rotary_embedding_dim": dim}
+        behind = _HEADS[match.cos.axis or 0]
+        source = _swapped(match.source, nodes) if behind else match.source
+        nodes.append(ir.node("RotaryEmbedding", [source, cos, sin], attributes))
+        if behind:
+            _swapped(nodes[-1].outputs[0], nodes)
+        return match.result, nodes
+
+
+def _rotated(value: ir.Value | None) -> tuple[ir.Value, int, bool] | None:
+    """x of (-second, first), the number of angles, and whether these are pairs instead of halves."""
+    halves = made_by(value, "Concat")
+    if halves is not None:
+        return _rotated_halves(halves)
+    joined = made_by(value, "Reshape")
+    pairs = made_by(None if joined is None else joined.inputs[0], "Concat")
+    return None if pairs is None else _rotated_pairs(pairs)
+
+
+def _rotated_halves(concat: ir.Node) -> tuple[ir.Value, int, bool] | None:
+    negated = made_by(concat.inputs[0], "Neg")
+    if negated is None or len(concat.inputs) != 2 or not _is_last(concat.attributes["axis"].as_int(), concat):
+        return None
+    second, first = slice_of(negated.inputs[0]), slice_of(concat.inputs[1])
+    if second is None or first is None or first.source is not second.source or not first.along_last(second):
+        return None
+    fits = first.start == 0 and first.end == second.start and second.reaches(2 * first.end) and first.step == 1
+    return (first.source, first.end, False) if fits and second.step == 1 else None
+
+
+def _rotated_pairs(concat: ir.Node) -> tuple[ir.Value, int, bool] | None:
+    """Of (-odd, even), each with an axis more at the end."""
+    if len(concat.inputs) != 2 or not _is_last(concat.attributes["axis"].as_int(), concat):
+        return None
+    raised = [made_by(value, "Unsqueeze") for value in concat.inputs]
+    negated = made_by(None if raised[0] is None else raised[0].inputs[0], "Neg")
+    odd = slice_of(None if negated is None else negated.inputs[0])
+    even = slice_of(None if raised[1] is None else raised[1].inputs[0])
+    if odd is None or even is None or odd.source is not even.source or not even.along_last(odd):
+        return None
+    size = None if even.source.shape is None else even.source.shape[-1]
+    fits = (even.start, odd.start, even.step, odd.step) == (0, 1, 2, 2) and isinstance(size, int)
+    whole = isinstance(size, int) and even.reaches(size) and odd.reaches(size) and size % 2 == 0
+    return (even.source, size // 2, True) if fits and whole and isinstance(size, int) else None
+
+
+def _is_last(axis: int, node: ir.Node) -> bool:
+    return axis == -1 or axis == (rank_of(node.outputs[0]) or 0) - 1
+
+
+def _partial(x: ir.Value, rotated: ir.Value, size: int) -> tuple[ir.Value | None, ir.Value, ir.Value]:
+    """The features behind the rotated ones, what both were cut from, and the value that holds both again."""
+    concat = used_by(rotated, "Concat")
+    if concat is None or len(concat.inputs) != 2 or concat.inputs[0] is not rotated:
+        return None, x, rotated
+    first, rest = slice_of(x), slice_of(concat.inputs[1])
+    if first is None or rest is None or first.source is not rest.source or not first.along_last(rest):
+        return None, x, rotated
+    width = None if first.source.shape is None else first.source.shape[-1]
+    cut = (first.start, first.end, first.step, rest.start, rest.step) == (0, size, 1, size, 1)
+    joins = _is_last(concat.attributes["axis"].as_int(), concat)
+    if not cut or not joins or not isinstance(width, int) or not rest.reaches(width):
+        return None, x, rotated
+    return concat.inputs[1], first.source, concat.outputs[0]
+
+
+def _angles(value: ir.Value, interleaved: bool) -> Angles | None:
+    """Cosines or sines without the axis for the heads; None if they are not seen to be doubled."""
+    if interleaved:
+        return _repeated(value)
+    raised = made_by(value, "Unsqueeze")
+    axes = None if raised is None else constant_of(raised.inputs[1])
+    source = value if raised is None else raised.inputs[0]
+    if source is None or not _mirrored(source):
+        return None
+    return Angles(source, None if axes is None or axes.size != 1 else int(axes.reshape(())), True)
+
+
+def _mirrored(value: ir.Value | None) -> bool:
+    """Whether both halves of the last axis hold the same numbers: followed back to where they were put together."""
+    node = made_by(value, "Cos", "Sin", "Cast", "Identity", "Mul", "Concat", "Gather")
+    if node is None:
+        array = constant_of(value, limit=1 << 24)
+        return array is not None and array.ndim > 0 and array.shape[-1] % 2 == 0 and _equal_halves(array)
+    match node.op_type:
+        case "Concat":
+            last = _is_last(node.attributes["axis"].as_int(), node)
+            return last and len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
+        case "Mul":
+            return any(_mirrored(other) for other, _ in with_constant(node))
+        case "Gather":
+            axis = node.attributes.get("axis")
+            return (
+                (axis is None or axis.as_int() == 0)
+                and (rank_of(node.inputs[0]) or 0) > 1
+                and _mirrored(node.inputs[0])
+            )
+    return _mirrored(node.inputs[0])
+
+
+def _equal_halves(array: np.ndarray) -> bool:
+    left, right = np.split(array, 2, axis=-1)
+    return bool(np.array_equal(left, right))
+
+
+def _repeated(value: ir.Value) -> Angles | None:
+    """Angles of which each was written twice in a row: Reshape (Expand (Unsqueeze (angles, last axis)))."""
+    joined = made_by(value, "Reshape")
+    expanded = made_by(None if joined is None else joined.inputs[0], "Expand")
+    paired = made_by(None if expanded is None else expanded.inputs[0], "Unsqueeze")
+    raised = made_by(None if paired is None else paired.inputs[0], "Unsqueeze")
+    if joined is None or expanded is None or paired is None or raised is None or raised.inputs[0] is None:
+        return None
+    last, axis = scalar_of(paired.inputs[1]), scalar_of(raised.inputs[1])
+    before, after = paired.inputs[0], joined.outputs[0]
+    if before is None or before.shape is None or after.shape is None or expanded.outputs[0].shape is None:
+        return None
+    once, twice = before.shape[-1], after.shape[-1]
+    doubles = isinstance(once, int) and twice == 2 * once and expanded.outputs[0].shape[-1] == 2
+    same_rank = len(before.shape) == len(after.shape) and last in (-1, len(before.shape))
+    return Angles(raised.inputs[0], None if axis is None else int(axis), False) if doubles and same_rank else None
+
+
+def _once(angles: Angles, half: int, nodes: list[ir.Node]) -> ir.Value:
+    """Each angle once."""
+    if not angles.doubled:
+        return angles.value
+    bounds = [_integers(nodes, [number]) for number in (0, half, -1)]
+    nodes.append(ir.node("Slice", [angles.value, *bounds]))
+    output, dims = nodes[-1].outputs[0], angles.value.shape or ir.Shape(())
+    output.type, output.shape = angles.value.type, ir.Shape([*dims[:2], half])
+    return output
+
+
+def _rows(x: ir.Value, angles: ir.Value, nodes: list[ir.Node]) -> ir.Value:
+    """Angles with a row for each text: positions that all texts share are written out."""
+    if x.shape is not None and angles.shape is not None and x.shape[0] == angles.shape[0]:
+        return angles
+    batch = ir.node("Shape", [x], {"start": 0, "end": 1})
+    target = ir.node("Concat", [batch.outputs[0], _integers(nodes, [1, 1])], {"axis": 0})
+    nodes += [batch, target, ir.node("Expand", [angles, target.outputs[0]])]
+    return nodes[-1].outputs[0]
+
+
+def _swapped(x: ir.Value, nodes: list[ir.Node]) -> ir.Value:
+    """Heads and sequence in the other order."""
+    nodes.append(ir.node("Transpose", [x], {"perm": [0, 2, 1, 3]}))
+    return nodes[-1].outputs[0]
+
+
+def _integers(nodes: list[ir.Node], numbers: Sequence[int]) -> ir.Value:
+    nodes.append(ir.node("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))}))
+    return nodes[-1].outputs[0]
