@@ -6,7 +6,9 @@ and documentation are read off the class, and its text form is derived from it b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -32,11 +34,40 @@ class Refusal:
     reason: str
     culprit: str = ""
     """The value or node that differed from what the rewrite needs."""
+    near: bool = False
+    """Whether only part of the pattern stands there: a near miss, which an exporter's change may have caused."""
 
     @classmethod
-    def at(cls, node: ir.Node, reason: str, culprit: ir.Value | ir.Node | None = None) -> Self:
+    def at(cls, node: ir.Node, reason: str, culprit: ir.Value | ir.Node | None = None, *, near: bool = False) -> Self:
         """A refusal located at ``node``."""
-        return cls(location_of(node), reason, "" if culprit is None else culprit.name or "")
+        return cls(location_of(node), reason, "" if culprit is None else culprit.name or "", near)
+
+
+_left: ContextVar[list[int] | None] = ContextVar("sites that may still be rewritten", default=None)
+
+
+def admitted() -> bool:
+    """Whether a pass may rewrite one more site: always, except while `bisect` looks for the site that does harm.
+
+    A pass that goes from site to site asks right before each rewrite, and leaves the site as it is if the answer is no.
+    """
+    left = _left.get()
+    if left is None:
+        return True
+    left[0] -= 1
+    return left[0] >= 0
+
+
+@contextmanager
+def at_most(sites: int) -> Iterator[list[int]]:
+    """Inside, passes rewrite only their first ``sites`` sites; the list holds how many more they could have had, as a
+    negative number."""
+    left = [sites]
+    token = _left.set(left)
+    try:
+        yield left
+    finally:
+        _left.reset(token)
 
 
 @dataclass

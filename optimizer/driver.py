@@ -33,6 +33,7 @@ from planish.optimizer.manifest import MEASUREMENTS, Manifest
 from planish.optimizer.output import holding_interrupts, staged_file, staged_folder
 from planish.optimizer.reference import Reference, References, make_inputs, make_prompts, noise_floor
 from planish.optimizer.report import write_report
+from planish.optimizer.sites import Expectation, PassSites, check_expectations, write_sites
 
 _PRECISE_CASES = 1
 """The noise floor is estimated on this many of the first reference cases: made ones begin with a small padded batch."""
@@ -76,6 +77,7 @@ def optimize(
     calibration: str | Path | None = None,
     keep: Sequence[str] = (),
     shapes: Sequence[Mapping[str, int]] = (),
+    expect: Sequence[str] = (),
     lock: str | Path | None = None,
     adapter: str | Path | None = None,
     reference: Literal["full", "none"] = "full",
@@ -86,7 +88,8 @@ def optimize(
     """Turn a checkpoint folder, an `.onnx` file or an `nn.Module` into engines in the folder ``out``.
 
     ``preset`` (`exact` by default) and ``pipeline`` exclude each other. ``keep`` are budgets (`cosine>=0.999`),
-    ``shapes`` sizes of axes at which engines are timed. ``lock`` is used if the file exists and written if it does
+    ``shapes`` sizes of axes at which engines are timed, ``expect`` how often a pass must fire on every target
+    (`fuse-attention=12`). ``lock`` is used if the file exists and written if it does
     not. ``adapter`` is the folder of a PEFT adapter that is merged into a checkpoint. With ``reference`` "none" the
     original is never run, for one that does not fit: nothing is compared and nothing timed, a preset ships the plain
     lowering, and the manifest says so. A module needs ``sample_inputs`` (tensors by keyword) and ``dynamic_axes``
@@ -95,6 +98,7 @@ def optimize(
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
     request = _request(targets, preset, pipeline, keep, shapes)
+    wanted = [Expectation.parse(text) for text in expect]
     known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
     stages = Stages(progress, 2 + (3 if known else 4) * len(request.targets))
     with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
@@ -118,6 +122,7 @@ def optimize(
         reproducers = Path(f"{out}.failed")
         builder = Builder(request, lowered, references, inputs, folder, Path(scratch), reproducers, stages)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
+        check_expectations(wanted, _sites(built))
         with stages.stage("report"):
             made = None if references is None else references()
             result = _write(folder, request, lowered, made, built, stages, calibration)
@@ -220,6 +225,7 @@ def _write(
         targets={engine.target.name: _target_record(engine, folder) for engine in built},
         files={},
     )
+    write_sites(folder, _sites(built))
     write_report(folder, manifest, locked)
     manifest = manifest.model_copy(update={"files": records.hash_files(folder)})
     manifest.write(folder)
@@ -230,6 +236,15 @@ def _origin_of_inputs(references: References | None, calibration: str | Path | N
     if references is None:
         return "none"
     return "made from the signature" if calibration is None else "given"
+
+
+def _sites(built: Sequence[Built]) -> list[PassSites]:
+    return [
+        PassSites.of(engine.target.name, component, report)
+        for engine in built
+        for component, outcome in engine.outcomes.items()
+        for report in outcome.reports
+    ]
 
 
 def _target_record(built: Built, folder: Path) -> records.TargetRecord:

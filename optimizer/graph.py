@@ -57,9 +57,14 @@ def is_weight_matrix(value: ir.Value | None) -> bool:
 
 def location_of(node: ir.Node) -> str:
     """Name, operator and, where the exporter recorded it, the PyTorch module of a node."""
+    module = module_of(node)
+    return f"{node.op_type} {node.name or node.outputs[0].name!r}" + (f" in {module}" if module else "")
+
+
+def module_of(node: ir.Node) -> str:
+    """Path of the PyTorch module that a node comes from; nothing if the exporter did not record it."""
     scopes = node.metadata_props.get(NAME_SCOPES)
-    module = "" if scopes is None else f" in {innermost_module(scopes)}"
-    return f"{node.op_type} {node.name or node.outputs[0].name!r}{module}"
+    return "" if scopes is None else innermost_module(scopes)
 
 
 def innermost_module(scopes: str) -> str:

@@ -1,4 +1,4 @@
-"""One graph through one pipeline, without engines: what `planish opt` does."""
+"""One graph through one pipeline, without engines: what `planish opt` and `planish explain` do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from planish.optimizer import instruments, onnx_io, presets, registry
 from planish.optimizer.base import Pass
 from planish.optimizer.building import CHECKER
 from planish.optimizer.compare import Budget
+from planish.optimizer.errors import UsageError
 from planish.optimizer.instruments import Instrument
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.output import staged_file
 from planish.optimizer.pipeline import PassReport, Pipeline
 from planish.optimizer.reference import Reference, make_inputs, noise_floor, quick
+from planish.optimizer.sites import Expectation, PassSites, check_expectations, read_sites
+from planish.optimizer.spec import did_you_mean
 
 
 def optimize_file(
@@ -28,13 +31,16 @@ def optimize_file(
     print_after: bool = False,
     print_after_change: bool = False,
     check: bool = True,
+    expect: Sequence[str] = (),
 ) -> list[PassReport]:
     """Run a pipeline over the ONNX file ``source`` and write the result to ``out``.
 
-    A failed check raises CheckFailed after a reproducer was written beside ``out``; ``out`` is then not written.
+    A failed check raises CheckFailed after a reproducer was written beside ``out``; ``out`` is then not written. So
+    does an expectation (`fuse-attention=12`) that does not hold.
     """
+    wanted = [Expectation.parse(text) for text in expect]
     name = registry.backend(target).name
-    steps = Pipeline.parse(pipeline if pipeline is not None else presets.pipeline_text(preset or "exact", name))
+    steps = _steps(pipeline, preset, name)
     asked = Budget.parse(keep) if keep else presets.budget(preset)
     lowered = lower(source)
     watchers: list[Instrument] = [
@@ -46,9 +52,45 @@ def optimize_file(
         watchers.append(instruments.PrintIR("after" if print_after else "after-change"))
     watchers += _checks(lowered, asked) if check else []
     outcome = steps.run(lowered.program.sole()[0], [*watchers, instruments.Timing()])
+    check_expectations(wanted, [PassSites.of(name, "model", report) for report in outcome.reports])
     with staged_file(out) as path:
         onnx_io.save(outcome.model, path)
     return outcome.reports
+
+
+def explain(
+    source: Path,
+    *,
+    pipeline: str | None = None,
+    preset: str | None = None,
+    target: str = "onnxruntime",
+    only: str | None = None,
+) -> list[PassSites]:
+    """The sites of every pass (or of the one called ``only``): of an output as it was built, or of a pipeline that is
+    tried on an ONNX file, whose result is thrown away.
+
+    UsageError if ``only`` is in no pipeline, or a pipeline is given for an output.
+    """
+    if source.is_dir():
+        if pipeline is not None or preset is not None:
+            raise UsageError("an output keeps what its own pipeline did", advice="give an .onnx file to try another")
+        found = read_sites(source)
+    else:
+        name = registry.backend(target).name
+        reports = _steps(pipeline, preset, name).run(lower(source).program.sole()[0]).reports
+        found = [PassSites.of(name, "model", report) for report in reports]
+    if only is None:
+        return found
+    names = list(dict.fromkeys(sites.name for sites in found))
+    if only not in names:
+        raise UsageError(f"{only!r} is in no pipeline here{did_you_mean(only, names)}", where="--pass")
+    return [sites for sites in found if sites.name == only]
+
+
+def _steps(pipeline: str | None, preset: str | None, target: str) -> Pipeline:
+    if pipeline is not None and preset is not None:
+        raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
+    return Pipeline.parse(pipeline if pipeline is not None else presets.pipeline_text(preset or "exact", target))
 
 
 def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:

@@ -15,6 +15,7 @@ COMMANDS: Mapping[str, str] = {
     "bench": "Time engines and models side by side.",
     "run": "Ask an engine: labels, embeddings, answers, texts.",
     "opt": "Run a pipeline over one ONNX graph.",
+    "explain": "Say where each pass fired, where it refused, and why.",
     "passes": "List the passes and their options.",
     "backends": "List the targets and their options.",
     "doctor": "Say what is installed, what this machine can do, and what is missing.",

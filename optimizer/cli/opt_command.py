@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from planish.optimizer.cli.options import existing, json_flag, print_json
+from planish.optimizer.cli.options import existing, expect_option, json_flag, print_json
 from planish.optimizer.errors import UsageError
 
 
@@ -22,6 +22,7 @@ from planish.optimizer.errors import UsageError
 @click.option("--print-after", is_flag=True, help="Print the graph after each pass.")
 @click.option("--print-after-change", is_flag=True, help="Print the graph after each pass that changed it.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Verify and compare after each pass.")
+@expect_option
 @json_flag
 def command(source: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Run a pipeline over the ONNX file SOURCE; every pass is verified and compared."""

@@ -17,6 +17,10 @@ shapes_option = click.option(
     "--shape", "shapes", multiple=True, metavar="AXIS=N,…", help="Sizes at which to time; may be given several times."
 )
 
+expect_option = click.option(
+    "--expect", multiple=True, metavar="PASS=N", help="Fail unless this pass fires at N sites, e.g. fuse-attention=12."
+)
+
 
 def parse_shapes(texts: Sequence[str]) -> list[dict[str, int]]:
     """Read `batch=1,sequence=128` texts."""

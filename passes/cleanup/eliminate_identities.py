@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult
+from planish.optimizer.base import Pass, PassResult, admitted
 from planish.optimizer.graph import constant_of, graphs_of, location_of
 
 _BEYOND = 2**31 - 1
@@ -38,7 +38,7 @@ class EliminateIdentities(Pass):
         sites: list[str] = []
         for graph in graphs_of(model):
             for node in list(graph):
-                if _does_nothing(node) and _removable(node):
+                if _does_nothing(node) and _removable(node) and admitted():
                     sites.append(location_of(node))
                     _bypass(node)
         return PassResult(model, bool(sites), sites=sites)

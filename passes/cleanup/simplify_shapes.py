@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal
+from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import add_initializer, constant_of, location_of, rank_of, sole_user
 from planish.optimizer.shapes import Entry, Followed, dims_of
 
@@ -43,7 +43,7 @@ class SimplifyShapes(Pass):
                 sites.append(location_of(node))
             elif node.op_type == "Reshape" and node.domain == "" and node.graph is not None:
                 self._reshape(model.graph, node, known, sites, refusals)
-            elif (numbers := _numbers(known, node)) is not None:
+            elif (numbers := _numbers(known, node)) is not None and admitted():
                 _replace(model.graph, node, numbers)
                 sites.append(location_of(node))
         return PassResult(model, bool(sites), sites=sites, refusals=refusals)
@@ -56,7 +56,7 @@ class SimplifyShapes(Pass):
         if data is None or entries is None or (0 in entries and _allows_zero(node)):
             return
         dims = dims_of(data.shape)
-        if _is_same(dims, entries) and not node.outputs[0].is_graph_output():  # Case 2
+        if _is_same(dims, entries) and not node.outputs[0].is_graph_output() and admitted():  # Case 2
             sites.append(location_of(node))
             ir.convenience.replace_all_uses_with(node.outputs[0], data)
             graph.remove(node, safe=True)
@@ -66,6 +66,8 @@ class SimplifyShapes(Pass):
             return
         if wanted is None:
             refusals.append(Refusal.at(node, "more than one dimension of its shape is not known", shape))
+            return
+        if not admitted():
             return
         value = add_initializer(graph, f"{node.outputs[0].name}_shape", np.array(wanted, np.int64))
         node.replace_input_with(1, value)
@@ -84,6 +86,8 @@ def _unflatten(graph: ir.Graph, softmax: ir.Node) -> bool:
     keeps_last = axis is not None and axis.as_int() == (rank_of(source) or 0) - 1
     undoes = shape is not None and shape.op_type == "Shape" and shape.inputs[0] is source and not shape.attributes
     if source is None or not keeps_last or not undoes or (over is not None and over.as_int() not in (-1, 1)):
+        return False
+    if not admitted():
         return False
     softmax.replace_input_with(0, source)
     softmax.attributes.add(ir.AttrInt64("axis", -1))

@@ -2,7 +2,8 @@
 
 *Pattern* looks at the structure around one node and binds what it finds. *Check* looks at types, constants and other
 readers, and says what is in the way. *Rewrite* builds the replacement. A place whose pattern matches is a site: it
-either fires or is refused with a reason.
+either fires or is refused with a reason. Where only the heart of the computation is found the pattern says so as well:
+a near miss, the sign that an exporter spells it in a way that is not known yet.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import ClassVar, Generic, TypeVar
 
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal
+from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import (
     NAME_SCOPES,
     constant_of,
@@ -37,6 +38,10 @@ class Declined(Exception):
         self.culprit = culprit
 
 
+class NearMiss(Declined):
+    """What a pattern raises when it finds the heart of the computation, but not what belongs around it."""
+
+
 @dataclass(frozen=True)
 class Fusion(Pass, Generic[Match]):
     """Replaces each match by what `rewrite` builds; nodes that nothing reads any more are removed."""
@@ -48,7 +53,7 @@ class Fusion(Pass, Generic[Match]):
 
     @abc.abstractmethod
     def pattern(self, node: ir.Node) -> Match | None:
-        """What stands around ``node``, or None if it is not this computation."""
+        """What stands around ``node``, or None if it is not this computation; NearMiss if it almost is."""
 
     @abc.abstractmethod
     def check(self, match: Match) -> None:
@@ -64,18 +69,26 @@ class Fusion(Pass, Generic[Match]):
         refusals: list[Refusal] = []
         for graph in graphs_of(model):
             for node in [node for node in graph if node.op_type == self.root and node.domain == ""]:
-                match = self.pattern(node) if node.graph is graph else None
-                if match is None:
-                    continue
                 location = location_of(node)
                 try:
-                    self._check_opset(model)
-                    self.check(match)
-                    replace(graph, *self.rewrite(match))
-                    sites.append(location)
+                    if node.graph is graph and self._fire(model, graph, node):
+                        sites.append(location)
                 except Declined as declined:
-                    refusals.append(Refusal.at(node, str(declined), declined.culprit))
+                    near = isinstance(declined, NearMiss)
+                    refusals.append(Refusal.at(node, str(declined), declined.culprit, near=near))
         return PassResult(model, bool(sites), sites=sites, refusals=refusals)
+
+    def _fire(self, model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node) -> bool:
+        """Whether the computation stood at this node and was replaced."""
+        match = self.pattern(node)
+        if match is None:
+            return False
+        self._check_opset(model)
+        self.check(match)
+        if not admitted():
+            return False
+        replace(graph, *self.rewrite(match))
+        return True
 
     def _check_opset(self, model: ir.Model) -> None:
         if opset_of(model) < self.since:

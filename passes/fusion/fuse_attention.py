@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from planish.optimizer.graph import rank_of, scalar_of
 from planish.optimizer.shapes import Followed, dims_of, rows_for
-from planish.passes.fusion._fusion import Declined, Fusion, made_by, used_by
+from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, made_by, used_by
 
 _RANK = 4
 
@@ -77,9 +77,10 @@ class FuseAttention(Fusion[Attention]):
         """A softmax whose result is multiplied, from the left, with a matrix."""
         probabilities = _guarded(node.outputs[0])
         readers = [use.node for use in probabilities.uses() if use.node.op_type == "MatMul" and use.idx == 0]
-        if not readers or node.inputs[0] is None:
-            return None
-        return Attention(node, probabilities, readers[0], _scores(node.inputs[0]))
+        scores = None if node.inputs[0] is None else _scores(node.inputs[0])
+        if not readers and scores is not None and scores.transposed.const_value is None:
+            raise NearMiss("its probabilities are not multiplied, from the left, with a matrix", probabilities)
+        return Attention(node, probabilities, readers[0], scores) if readers else None
 
     def check(self, match: Attention) -> None:
         """Four dimensions, softmax and transposition over the last ones, and nobody else who reads inside."""

@@ -16,7 +16,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from planish.optimizer.graph import scalar_of
-from planish.passes.fusion._fusion import Declined, Fusion, made_by, other_operand, used_by, with_constant
+from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, made_by, other_operand, used_by, with_constant
 
 _TOLERANCE = 1e-4
 _CUBE = 0.044715
@@ -45,10 +45,15 @@ class FuseGelu(Fusion[Gelu]):
         curve = made_by(inner, "Erf", "Tanh")
         if curve is None:
             return None
-        arguments = _erf_arguments(curve) if curve.op_type == "Erf" else _tanh_arguments(curve)
-        matches = ((x, _product(node.outputs[0], x)) for x in arguments)
+        arguments = list(_erf_arguments(curve) if curve.op_type == "Erf" else _tanh_arguments(curve))
         kind = "none" if curve.op_type == "Erf" else "tanh"
-        return next((Gelu(x, result, kind) for x, result in matches if result is not None), None)
+        for x in arguments:
+            result = _product(node.outputs[0], x)
+            if result is not None:
+                return Gelu(x, result, kind)
+        if arguments:
+            raise NearMiss("its curve is not multiplied with its input and one half", node.outputs[0])
+        raise NearMiss("the argument of its curve is none of a Gelu", curve.inputs[0])
 
     def check(self, match: Gelu) -> None:
         """The operator takes floating-point numbers only; nothing else can be wrong with a match."""

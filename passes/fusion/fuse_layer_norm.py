@@ -18,6 +18,7 @@ from planish.optimizer.graph import rank_of
 from planish.passes.fusion._fusion import (
     Declined,
     Fusion,
+    NearMiss,
     axes_of,
     made_by,
     other_operand,
@@ -54,12 +55,15 @@ class FuseLayerNorm(Fusion[LayerNorm]):
             outer = made_by(variance, "ReduceMean")
             for deviation in squared(None if outer is None else outer.inputs[0]):
                 inner = _mean_of(deviation)
-                quotient = quotient_by(node.outputs[0])
-                if outer is None or inner is None or quotient is None or not _same(quotient[0], deviation):
+                if outer is None or inner is None or inner.inputs[0] is None:
                     continue
+                quotient = quotient_by(node.outputs[0])
+                if quotient is None or not _same(quotient[0], deviation):
+                    raise NearMiss("its deviation is not what is divided by the root", node.outputs[0])
                 found = _affine(quotient[1])
-                if found is not None and inner.inputs[0] is not None:
-                    return LayerNorm(inner.inputs[0], found[0], found[1], epsilon, (inner, outer), found[2])
+                if found is None:
+                    raise NearMiss("its quotient has no constant scale", quotient[1])
+                return LayerNorm(inner.inputs[0], found[0], found[1], epsilon, (inner, outer), found[2])
         return None
 
     def check(self, match: LayerNorm) -> None:

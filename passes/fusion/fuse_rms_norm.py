@@ -19,6 +19,7 @@ from planish.optimizer.graph import rank_of
 from planish.passes.fusion._fusion import (
     Declined,
     Fusion,
+    NearMiss,
     axes_of,
     other_operand,
     quotient_by,
@@ -53,9 +54,10 @@ class FuseRmsNorm(Fusion[RmsNorm]):
         for x in squared(node.inputs[0]):
             for root, epsilon in _roots(node.outputs[0]):
                 found = quotient_by(root)
-                if found is not None and found[0] is x:
-                    scale, result = _scaled(found[1])
-                    return RmsNorm(x, scale, epsilon, node, found[1], result)
+                if found is None or found[0] is not x:
+                    raise NearMiss("what is divided by the root is not what was squared", root)
+                scale, result = _scaled(found[1])
+                return RmsNorm(x, scale, epsilon, node, found[1], result)
         return None
 
     def check(self, match: RmsNorm) -> None:

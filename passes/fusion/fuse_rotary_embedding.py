@@ -20,7 +20,16 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.graph import constant_of, rank_of, scalar_of
-from planish.passes.fusion._fusion import Declined, Fusion, made_by, other_operand, slice_of, used_by, with_constant
+from planish.passes.fusion._fusion import (
+    Declined,
+    Fusion,
+    NearMiss,
+    made_by,
+    other_operand,
+    slice_of,
+    used_by,
+    with_constant,
+)
 
 _HEADS = {1: False, 2: True}
 """Axis along which angles are repeated over the heads -> whether heads stand behind the sequence."""
@@ -71,10 +80,11 @@ class FuseRotaryEmbedding(Fusion[Rotary]):
                     continue
                 x, half, interleaved = found
                 cos, sin = other_operand(plain, x), other_operand(turned, rotated)
-                if cos is not None and sin is not None:
-                    rest, source, result = _partial(x, node.outputs[0], 2 * half)
-                    angles = [_angles(value, interleaved) for value in (cos, sin)]
-                    return Rotary(x, angles[0], angles[1], half, interleaved, rest, source, result)
+                if cos is None or sin is None:
+                    raise NearMiss("what is rotated is not what is multiplied beside it", x)
+                rest, source, result = _partial(x, node.outputs[0], 2 * half)
+                angles = [_angles(value, interleaved) for value in (cos, sin)]
+                return Rotary(x, angles[0], angles[1], half, interleaved, rest, source, result)
         return None
 
     def check(self, match: Rotary) -> None:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal
+from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of, sizes_of, sole_user
 from planish.optimizer.tensors import lazy
 
@@ -55,9 +55,9 @@ class PackProjections(Pass):
             reason = _obstacle(nodes, group)
             if reason is not None:
                 result.refusals.append(Refusal.at(nodes[0], *reason))
-                continue
-            result.sites.append(location_of(nodes[0]))
-            _pack(model.graph, group)
+            elif admitted():
+                result.sites.append(location_of(nodes[0]))
+                _pack(model.graph, group)
         result.modified = bool(result.sites)
         return result
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from planish.optimizer.graph import constant_of
-from planish.passes.fusion._fusion import Declined, Fusion, made_by
+from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, made_by
 
 _KEY, _VALUE = 1, 2
 
@@ -49,7 +49,12 @@ class ShareKeyHeads(Fusion[Grouped]):
     def pattern(self, node: ir.Node) -> Grouped | None:
         """An attention whose keys or values are repeated."""
         key, value = _repeated(node.inputs[_KEY]), _repeated(node.inputs[_VALUE])
-        return None if key is None and value is None else Grouped(node, key, value)
+        if key is None and value is None:
+            expanded = _expanded(node.inputs[_KEY])
+            if expanded is not None:
+                raise NearMiss("its keys are expanded, but not seen to repeat each head in place", expanded)
+            return None
+        return Grouped(node, key, value)
 
     def check(self, match: Grouped) -> None:
         """Keys and values repeated alike, and no cache inside that would be of the repeated ones."""
@@ -68,6 +73,12 @@ class ShareKeyHeads(Fusion[Grouped]):
         query, _, _, *mask = match.attention.inputs
         inputs = [query, match.key.source, match.value.source, *mask]
         return match.attention.outputs[0], [ir.node("Attention", inputs, dict(match.attention.attributes))]
+
+
+def _expanded(value: ir.Value | None) -> ir.Node | None:
+    """The Expand or Tile in front of a Reshape."""
+    joined = made_by(value, "Reshape")
+    return None if joined is None else made_by(joined.inputs[0], "Expand", "Tile")
 
 
 def _repeated(value: ir.Value | None) -> Repeated | None:

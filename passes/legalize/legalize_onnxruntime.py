@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult
+from planish.optimizer.base import Pass, PassResult, admitted
 from planish.optimizer.graph import add_initializer, constant_of, location_of, rank_of, sole_user
 
 _CONTRIB = "com.microsoft"
@@ -56,7 +56,7 @@ class LegalizeOnnxRuntime(Pass):
         if cast is None or scaling is None or scaling.op_type != "Mul" or len(node.inputs) < 3:
             return None
         scale = scaling.inputs[1] if scaling.inputs[0] is cast.outputs[0] else scaling.inputs[0]
-        if scale is None or rank_of(scale) != 1 or scale.const_value is None:
+        if scale is None or rank_of(scale) != 1 or scale.const_value is None or not admitted():
             return None
         location = location_of(node)
         fused = ir.node(
@@ -97,7 +97,7 @@ def _keep_sum(node: ir.Node) -> bool:
     if node.op_type != "LayerNormalization" or node.domain != "" or node.inputs[0] is None:
         return False
     add = node.inputs[0].producer()
-    if add is None or add.op_type != "Add" or add.domain != "" or not _tensors(add):
+    if add is None or add.op_type != "Add" or add.domain != "" or not _tensors(add) or not admitted():
         return False
     add.op_type = "Sum"
     return True
@@ -114,7 +114,7 @@ def _flat_attention(graph: ir.Graph, node: ir.Node) -> str | None:
         return None
     operands = [_unsplit(value) for value in node.inputs[:3]]
     joined = _joined(node.outputs[0])
-    if joined is None or len(node.inputs) > 4 or not all(operands):
+    if joined is None or len(node.inputs) > 4 or not all(operands) or not admitted():
         return None
     heads = [operand[1] for operand in operands if operand is not None]
     transposes = [value.producer() for value in node.inputs[:3] if value is not None]

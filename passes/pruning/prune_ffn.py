@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge, Gt, Le
 
-from planish.optimizer.base import Pass, PassResult, Refusal
+from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import is_weight_matrix, location_of, shape_of, sizes_of
 from planish.optimizer.tensors import taken
 
@@ -56,9 +56,9 @@ class PruneFfn(Pass):
             reason = block.obstacle()
             if reason is not None:
                 result.refusals.append(Refusal.at(node, reason[0], reason[1]))
-                continue
-            dropped += self._prune(block)
-            result.sites.append(location_of(node))
+            elif admitted():
+                dropped += self._prune(block)
+                result.sites.append(location_of(node))
         result.modified = dropped > 0
         result.facts = {"neurons_dropped": dropped}
         return result

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge
 
-from planish.optimizer.base import Pass, PassResult, Refusal
+from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of, sizes_of
 from planish.optimizer.tensors import lazy
 
@@ -58,9 +58,9 @@ class QuantizeInt8(Pass):
             refusal = self._refusal(node)
             if refusal is not None:
                 result.refusals.append(refusal)
-                continue
-            result.sites.append(location_of(node))
-            writer.rewrite(node)
+            elif admitted():
+                result.sites.append(location_of(node))
+                writer.rewrite(node)
         for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
             del model.graph.initializers[value.name or ""]
         result.modified = bool(result.sites)

@@ -1,0 +1,82 @@
+"""`planish explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from planish.optimizer.cli.options import existing, expect_option, json_flag, print_json
+
+if TYPE_CHECKING:
+    from planish.optimizer.base import Refusal
+    from planish.optimizer.sites import PassSites
+
+
+@click.command("explain")
+@click.argument("source", type=existing)
+@click.option("--pass", "only", metavar="NAME", help="Only this pass, and every site where it fired.")
+@click.option("--pipeline", metavar="TEXT", help="For an .onnx file: the passes to try on it.")
+@click.option("--preset", help="For an .onnx file: a named pipeline to try on it; exact if neither is given.")
+@click.option("--target", default="onnxruntime", show_default=True, help="For an .onnx file: whose preset.")
+@expect_option
+@json_flag
+def command(
+    source: Path,
+    only: str | None,
+    pipeline: str | None,
+    preset: str | None,
+    target: str,
+    expect: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Say where each pass fired on SOURCE (an output, or an .onnx file), where it refused, and why."""
+    from planish.optimizer.single import explain
+    from planish.optimizer.sites import Expectation, check_expectations
+
+    wanted = [Expectation.parse(text) for text in expect]
+    found = explain(source, pipeline=pipeline, preset=preset, target=target, only=only)
+    if as_json:
+        print_json([asdict(sites) for sites in found])
+    else:
+        _print(source, found, fired=only is not None)
+    check_expectations(wanted, found)
+
+
+def _print(source: Path, found: Sequence[PassSites], *, fired: bool) -> None:
+    from planish.optimizer.cli.display import print_table
+
+    several = len({(sites.target, sites.component) for sites in found}) > 1
+    rows = [
+        (
+            *((sites.target, sites.component) if several else ()),
+            sites.text,
+            str(len(sites.fired)),
+            str(len(sites.refused)),
+            str(len(sites.near_misses)),
+            "" if sites.rolled_back is None else f"undone: {sites.rolled_back}",
+        )
+        for sites in found
+    ]
+    columns = (*(("target", "component") if several else ()), "pass", "fired", "refused", "near misses", "note")
+    print_table(str(source), columns, rows)
+    for sites in found:
+        for site in sites.fired if fired else ():
+            click.echo(f"{sites.name} fired at {site}")
+        _print_refusals(sites)
+
+
+def _print_refusals(sites: PassSites) -> None:
+    """Three lines for each reason: which pass and node, in which module, what differed; then how many are alike."""
+    alike: dict[tuple[str, bool], list[Refusal]] = {}
+    for refusal in sites.refusals:
+        alike.setdefault((refusal.reason, refusal.near), []).append(refusal)
+    for (reason, near), refusals in alike.items():
+        node, _, module = refusals[0].site.partition(" in ")
+        more = f" (and {len(refusals) - 1} more like it)" if len(refusals) > 1 else ""
+        click.echo(f"\n{sites.name} {'nearly fired' if near else 'refused'} at {node}{more}")
+        click.echo(f"  in module  {module or 'unknown: the file does not say'}")
+        click.echo(f"  because    {reason}" + (f": {refusals[0].culprit}" if refusals[0].culprit else ""))
