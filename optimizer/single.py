@@ -93,7 +93,8 @@ def _steps(pipeline: str | None, preset: str | None, target: str) -> Pipeline:
     return Pipeline.parse(pipeline if pipeline is not None else presets.pipeline_text(preset or "exact", target))
 
 
-def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:
+def file_reference(lowered: Lowered) -> Reference:
+    """Small made inputs of a lowered ONNX file, and what the file itself, unoptimized, makes of them."""
     signature = lowered.program.sole()[1]
     inputs = quick(make_inputs(signature))
     (component,) = lowered.program.components
@@ -102,10 +103,16 @@ def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:
     precise = None if answers.precise is None else answers.precise[component]
     few = len(precise or [])
     noise = noise_floor(signature, inputs[:few], outputs[:few], precise)
-    exact = Reference(tuple(inputs), tuple(outputs), noise, lowered.original.description).exact_budget()
+    return Reference(tuple(inputs), tuple(outputs), noise, lowered.original.description)
+
+
+def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:
+    reference = file_reference(lowered)
+    exact = reference.exact_budget()
 
     def budget_of(step: Pass) -> Budget:
         return exact if step.exact else asked
 
-    compare = instruments.CompareEach(signature, inputs, budget_of, registry.backend(CHECKER).load)
+    signature = lowered.program.sole()[1]
+    compare = instruments.CompareEach(signature, reference.inputs, budget_of, registry.backend(CHECKER).load)
     return [compare, instruments.VerifyEach()]

@@ -16,6 +16,7 @@ COMMANDS: Mapping[str, str] = {
     "run": "Ask an engine: labels, embeddings, answers, texts.",
     "opt": "Run a pipeline over one ONNX graph.",
     "explain": "Say where each pass fired, where it refused, and why.",
+    "bisect": "Find the pass, and the site, that leaves the budget.",
     "diff": "Say what changed between two models.",
     "passes": "List the passes and their options.",
     "backends": "List the targets and their options.",
