@@ -1,0 +1,261 @@
+"""What every exporter makes of every kind of block, and how much of it is raised: `python -m tests.exporters`.
+
+`export` writes the graphs of tiny models, by several exporters and opsets, into `tests/data/exports.zip`; they are
+kept, so that the tests need not export, and a new version of an exporter shows what it changed. `table` writes
+`docs/fusion.md` from them.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from planish.optimizer import Pipeline, presets
+from planish.optimizer.lowering import lower
+
+ARCHIVE = Path(__file__).parent / "data" / "exports.zip"
+PAGE = Path(__file__).parents[1] / "docs" / "fusion.md"
+LAYERS = 2
+RAISED = ("Attention", "LayerNormalization", "RMSNormalization", "Gelu", "RotaryEmbedding")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A kind of block: its configuration, and how many of each operator a model of it should become."""
+
+    model_type: str
+    expected: Mapping[str, int]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    why: str = ""
+    """Why something is left as it is."""
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A way to write ONNX: PyTorch's exporter of old (TorchScript) or of today, an opset, how attention is computed."""
+
+    way: str
+    opset: int
+    attention: str
+
+    def __str__(self) -> str:
+        return f"{self.way} {self.opset} {self.attention}"
+
+
+EXPORTERS = [
+    Exporter("torchscript", 14, "sdpa"),
+    Exporter("torchscript", 14, "eager"),
+    Exporter("torchscript", 17, "eager"),
+    Exporter("torchscript", 18, "sdpa"),
+    Exporter("torchscript", 20, "eager"),
+    Exporter("dynamo", 18, "sdpa"),
+    Exporter("dynamo", 18, "eager"),
+    Exporter("dynamo", 20, "sdpa"),
+    Exporter("dynamo", 21, "eager"),
+    Exporter("dynamo", 23, "sdpa"),
+    Exporter("dynamo", 23, "eager"),
+]
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 16, "hidden_size": 8, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 12,
+    "max_position_embeddings": 16, "type_vocab_size": 2, "pad_token_id": 0, "use_cache": False,
+}  # fmt: skip
+_GPT = {"n_embd": 8, "n_layer": LAYERS, "n_head": 2, "n_positions": 16}
+_GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+
+
+def _encoder(model_type: str, **config: Any) -> Block:
+    norms = {"Attention": LAYERS, "LayerNormalization": 2 * LAYERS + 1, "Gelu": LAYERS}
+    return Block(model_type, norms, config)
+
+
+def _llama(model_type: str, norms: int = 2 * LAYERS + 1, **config: Any) -> Block:
+    expected = {"Attention": LAYERS, "RMSNormalization": norms, "RotaryEmbedding": 2 * LAYERS}
+    return Block(model_type, expected, {**_GROUPED, **config})
+
+
+BLOCKS = [
+    _encoder("bert"),
+    _encoder("roberta", max_position_embeddings=18),
+    _encoder("distilbert", dim=8, n_layers=LAYERS, n_heads=2, hidden_dim=12),
+    Block("gpt2", {"Attention": LAYERS, "LayerNormalization": 2 * LAYERS + 1, "Gelu": LAYERS}, _GPT),
+    Block(
+        "gptj",
+        {"Attention": LAYERS, "LayerNormalization": LAYERS + 1, "Gelu": LAYERS, "RotaryEmbedding": 2 * LAYERS},
+        {**_GPT, "rotary_dim": 2},
+    ),
+    Block(
+        "gpt_neox",
+        {"Attention": LAYERS, "LayerNormalization": 2 * LAYERS + 1, "Gelu": LAYERS, "RotaryEmbedding": 2 * LAYERS},
+        {"rotary_pct": 0.5},
+    ),
+    Block(
+        "opt", {"Attention": LAYERS, "LayerNormalization": 2 * LAYERS + 1}, {"ffn_dim": 12, "word_embed_proj_dim": 8}
+    ),
+    Block("bloom", {"Attention": LAYERS, "LayerNormalization": 2 * LAYERS + 2, "Gelu": LAYERS}, _GPT),
+    Block(
+        "falcon",
+        {"Attention": LAYERS, "LayerNormalization": LAYERS + 1, "Gelu": LAYERS, "RotaryEmbedding": 2 * LAYERS},
+        {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False, "bias": False},
+    ),
+    _llama("llama"),
+    _llama("mistral", sliding_window=4),
+    _llama("qwen2"),
+    _llama("qwen3", norms=4 * LAYERS + 1),
+    _llama("gemma", num_key_value_heads=1),
+    _llama("gemma2", norms=4 * LAYERS + 1, sliding_window=4, query_pre_attn_scalar=4),
+    Block(
+        "t5",
+        {"Attention": LAYERS, "RMSNormalization": 2 * LAYERS + 1},
+        {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": LAYERS, "num_heads": 2},
+    ),
+    Block(
+        "deberta-v2",
+        {"Attention": 0, "LayerNormalization": 2 * LAYERS + 1, "Gelu": LAYERS},
+        {"relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0, "position_buckets": 4},
+        why="its scores are sums of several products, which the operator does not take",
+    ),
+]
+
+
+def build(block: Block, attention: str) -> Any:
+    """The module of a block, its weights drawn with a seed."""
+    import torch
+    from transformers import AutoConfig, AutoModel, T5EncoderModel
+
+    config = AutoConfig.for_model(block.model_type, **{**_COMMON, **block.config})
+    torch.manual_seed(0)
+    kind = {} if block.model_type == "deberta-v2" else {"attn_implementation": attention}
+    if block.model_type == "t5":
+        return T5EncoderModel._from_config(config, **kind).eval()
+    return AutoModel.from_config(config, **kind).eval()
+
+
+def export(block: Block, exporter: Exporter, path: Path) -> None:
+    """Write one file."""
+    import torch
+
+    class Called(torch.nn.Module):
+        """A model as a function of two tensors, which the exporter of old asks for."""
+
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+            return hidden
+
+    model, tokens = Called(build(block, exporter.attention)), torch.ones(2, 8, dtype=torch.long)
+    sample = {"input_ids": tokens, "attention_mask": tokens}
+    axes = {0: "batch", 1: "sequence"}
+    names: dict[str, Any] = {"input_names": list(sample), "output_names": ["last_hidden_state"], "verbose": False}
+    if exporter.way == "dynamo":
+        shapes = {name: {i: torch.export.Dim(axis) for i, axis in axes.items()} for name in sample}
+        program = torch.onnx.export(
+            model,
+            kwargs=sample,
+            dynamic_shapes=shapes,
+            opset_version=exporter.opset,
+            dynamo=True,
+            optimize=True,
+            **names,
+        )
+        program.save(path)
+        return
+    dynamic = dict.fromkeys((*sample, "last_hidden_state"), axes)
+    torch.onnx.export(
+        model, tuple(sample.values()), path, dynamic_axes=dynamic, opset_version=exporter.opset, dynamo=False, **names
+    )
+
+
+def export_all(only: list[str]) -> None:
+    """Write the archive; with names, only the files of these blocks anew."""
+    logging.disable(logging.WARNING)
+    kept = dict(stored()) if ARCHIVE.is_file() and only else {}
+    found: dict[str, bytes] = {}
+    for block in BLOCKS:
+        for exporter in EXPORTERS:
+            name = f"{block.model_type} {exporter}"
+            if only and block.model_type not in only:
+                found |= {name: kept[name]} if name in kept else {}
+                continue
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    export(block, exporter, Path(folder) / "model.onnx")
+                    found[name] = (Path(folder) / "model.onnx").read_bytes()
+                except Exception as error:  # noqa: BLE001 - told: an exporter may not know an architecture
+                    print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+    with zipfile.ZipFile(ARCHIVE, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, content in found.items():
+            archive.writestr(zipfile.ZipInfo(f"{name}.onnx"), content, zipfile.ZIP_DEFLATED)
+    print(f"{len(found)} files, {ARCHIVE.stat().st_size / 1e6:.1f} MB")
+
+
+def stored() -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the kept files."""
+    with zipfile.ZipFile(io.BytesIO(ARCHIVE.read_bytes())) as archive:
+        for name in archive.namelist():
+            yield name.removesuffix(".onnx"), archive.read(name)
+
+
+def raised(path: Path) -> ir.Model:
+    """A file after everything that is shared by all targets."""
+    model, _ = lower(path).program.sole()
+    return Pipeline.parse(presets.pipeline_text("exact", "openvino")).run(model).model
+
+
+def counts(model: ir.Model) -> dict[str, int]:
+    """How many of the standard's high-level operators a graph has."""
+    found = Counter(node.op_type for node in model.graph if node.domain == "")
+    return {name: found[name] for name in RAISED}
+
+
+def block_of(name: str) -> Block:
+    """The block that a kept file is of."""
+    return next(block for block in BLOCKS if block.model_type == name.split()[0])
+
+
+def table() -> str:
+    """The page: for each block and exporter the operators found, of those expected."""
+    lines = [
+        "# What is raised, of whose export",
+        "",
+        "Written by `python -m tests.exporters table` from the graphs in `tests/data/exports.zip`: tiny models of two",
+        "layers, exported by PyTorch 2.13 by way of TorchScript and of today's exporter, at several opsets, attention",
+        "written as `scaled_dot_product_attention` or spelled out (eager). Each cell holds, after raising, the number of",
+        "standard operators found, of those that the architecture should give; a test holds every cell.",
+        "",
+        f"| architecture | exporter | {' | '.join(RAISED)} |",
+        f"| --- | --- |{' --- |' * len(RAISED)}",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in stored():
+            block, path = block_of(name), Path(folder) / "model.onnx"
+            path.write_bytes(content)
+            found = counts(raised(path))
+            cells = [f"{found[op]} of {block.expected.get(op, 0)}" if op in block.expected else "" for op in RAISED]
+            lines.append(f"| {block.model_type} | {name.partition(' ')[2]} | {' | '.join(cells)} |")
+    reasons = [f"- `{block.model_type}`: {block.why}." for block in BLOCKS if block.why]
+    return "\n".join([*lines, "", "Left alone:", "", *reasons, ""])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["export"]:
+        export_all(sys.argv[2:])
+    elif sys.argv[1:2] == ["table"]:
+        PAGE.write_text(table(), encoding="utf-8")
+    else:
+        raise SystemExit("usage: python -m tests.exporters export [ARCHITECTURE…] | table")
