@@ -10,7 +10,7 @@ from planish.optimizer.errors import UsageError
 
 _SHARED = (
     "fold-constants,eliminate-identities,simplify-shapes,fuse-layer-norm,fuse-gelu,fuse-attention,"
-    "eliminate-common-subexpressions,deduplicate-initializers"
+    "fold-constants,deduplicate-initializers,eliminate-common-subexpressions"
 )
 """Cleanup, and raising to canonical operators: the same for every target."""
 

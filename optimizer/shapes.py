@@ -56,7 +56,7 @@ class Followed:
         if id(value) in self.table:
             return self.table[id(value)]
         array = constant_of(value, limit=64)
-        if array is None or array.ndim > 1 or array.dtype.kind not in "iu":
+        if array is None or array.ndim > 1 or array.dtype not in (np.int64, np.int32):
             return None
         return [int(entry) for entry in array.reshape(-1)], array.ndim == 0
 
@@ -109,9 +109,10 @@ def _squeeze(known: Followed, node: ir.Node) -> Found:
 
 
 def _unsqueeze(known: Followed, node: ir.Node) -> Found:
-    """A scalar becomes a line of one entry."""
+    """A scalar becomes a line of one entry, if it gets one axis."""
     found = _identity(known, node)
-    return (found[0], False) if found is not None and found[1] else None
+    axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else np.array(node.attributes["axes"].as_ints())
+    return (found[0], False) if found is not None and found[1] and axes is not None and axes.size == 1 else None
 
 
 def _reshape_to_line(known: Followed, node: ir.Node) -> Found:

@@ -15,7 +15,7 @@ from typing import ClassVar, Generic, TypeVar
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal
-from planish.optimizer.graph import NAME_SCOPES, graphs_of, location_of, opset_of, scalar_of, sole_user
+from planish.optimizer.graph import NAME_SCOPES, location_of, opset_of, scalar_of, sole_user
 
 Match = TypeVar("Match")
 
@@ -50,10 +50,10 @@ class Fusion(Pass, Generic[Match]):
         """The value to replace, and the nodes that replace it; the last one's first output takes its place."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Visit every node of every graph once."""
+        """Visit every node of every graph once; functions stay as they are, for they have opsets of their own."""
         sites: list[str] = []
         refusals: list[Refusal] = []
-        for graph in graphs_of(model):
+        for graph in model.graphs():
             for node in [node for node in graph if node.op_type == self.root and node.domain == ""]:
                 match = self.pattern(node) if node.graph is graph else None
                 if match is None:
