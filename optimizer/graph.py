@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+_PLAIN_INITIALIZERS = 4
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key under which the PyTorch exporter keeps the module path of a node: our source location."""
 
@@ -16,9 +17,10 @@ NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 def constant_of(value: ir.Value | None, limit: int = 1 << 16) -> np.ndarray | None:
     """The array behind a constant value of at most ``limit`` elements, else None.
 
-    Looks at initializers and at ``Constant`` nodes; the limit keeps callers from reading weights by accident.
+    Looks at initializers and at ``Constant`` nodes; the limit keeps callers from reading weights by accident. An input
+    of the graph is not constant, even if it has a value when nobody gives it one.
     """
-    tensor = None if value is None else _tensor_of(value)
+    tensor = None if value is None or value.is_graph_input() else _tensor_of(value)
     if tensor is None or tensor.size > limit:
         return None
     return tensor.numpy()
@@ -105,6 +107,13 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorPro
     value = ir.Value(name=name, shape=shape_of(tensor), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def allow_plain_initializers(model: ir.Model) -> None:
+    """Raise the IR version to the first in which a constant need not be an input as well, if there is such a one."""
+    plain = any(not value.is_graph_input() for graph in model.graphs() for value in graph.initializers.values())
+    if plain and model.ir_version < _PLAIN_INITIALIZERS:
+        model.ir_version = _PLAIN_INITIALIZERS
 
 
 def shape_of(tensor: ir.TensorProtocol) -> ir.Shape:

@@ -17,7 +17,7 @@ from planish.optimizer.compare import Budget, Comparison, compare
 from planish.optimizer.errors import CheckFailed, PlanishError
 from planish.optimizer.graph import without_weights
 from planish.optimizer.program import Signature
-from planish.optimizer.verifier import verify
+from planish.optimizer.verifier import faults_of, verify
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Instrument:
 
 
 class VerifyEach(Instrument):
-    """Check the structure of the graph after each pass, and that "unchanged" was the truth."""
+    """Check after each pass that the structure is not worse than it was, and that "unchanged" was the truth."""
 
     def before(self, step: Step) -> None:
         """Remember what the graph looks like."""
@@ -69,7 +69,14 @@ class VerifyEach(Instrument):
         try:
             verify(step.model)
         except CheckFailed as error:
+            if _messages(step.model) <= _messages(step.before):
+                return
             raise CheckFailed(f"{step.pass_.name}: {error.what}", picture=error.picture) from None
+
+
+def _messages(model: ir.Model) -> set[str]:
+    """What is wrong with a graph. The standard's shape inference refuses some operators that are as they should be."""
+    return {fault.message for fault in faults_of(model)}
 
 
 class CompareEach(Instrument):

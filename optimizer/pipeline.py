@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from planish.optimizer import registry, spec
+from planish.optimizer import presets, registry, spec
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.compare import Comparison
 from planish.optimizer.errors import CheckFailed, UsageError
@@ -78,6 +78,11 @@ class Pipeline:
                 picture=spec.point_at(text, unknown[0].column),
             )
         return cls(tuple(registry.pass_class(found.name).from_options(found.options) for found in specs))
+
+    @classmethod
+    def preset(cls, name: str, target: str) -> Pipeline:
+        """The pipeline that a preset has for a target (named without options); UsageError if there is no such one."""
+        return cls.parse(presets.pipeline_text(name, target))
 
     def __str__(self) -> str:
         """The text form; `parse` of it gives an equal pipeline."""

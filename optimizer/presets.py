@@ -10,7 +10,8 @@ from planish.optimizer.errors import UsageError
 
 _SHARED = (
     "fold-constants,eliminate-identities,simplify-shapes,fuse-layer-norm,fuse-rms-norm,fuse-gelu,"
-    "fuse-rotary-embedding,fuse-attention,share-key-heads,eliminate-common-subexpressions,deduplicate-initializers"
+    "fuse-rotary-embedding,fuse-attention,share-key-heads,fold-constants,deduplicate-initializers,"
+    "eliminate-common-subexpressions"
 )
 """Cleanup, and raising to canonical operators: the same for every target."""
 

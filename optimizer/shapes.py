@@ -1,7 +1,8 @@
 """Integers followed through shape arithmetic: what a graph computes of its own shapes, without running it.
 
-Followed are Shape, Gather, Slice, Concat, Squeeze, Unsqueeze, Cast, Identity, Reshape to a line or a scalar, and Add,
-Sub and Mul. An entry is a number, the name of an axis, or unknown.
+Followed are Shape, Gather, Slice, Concat, Squeeze, Unsqueeze, Cast, Identity, Reshape to a line or a scalar, Add, Sub,
+Mul and Div, and the ConstantOfShape, Equal and Where by which exporters ask whether a size is -1. An entry is a number,
+the name of an axis, or unknown.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from planish.optimizer.graph import constant_of
 
 Entry = int | str | None
 """One entry of an integer tensor: a number, the name of an axis, or unknown."""
+_LONGEST = 64
+"""Integer tensors of more entries are not followed."""
 Found = tuple[list[Entry], bool] | None
 """Entries of a tensor and whether it is a scalar; None if it is not followed."""
 
@@ -55,8 +58,8 @@ class Followed:
         """Entries of a followed or constant tensor, and whether it is a scalar."""
         if id(value) in self.table:
             return self.table[id(value)]
-        array = constant_of(value, limit=64)
-        if array is None or array.ndim > 1 or array.dtype.kind not in "iu":
+        array = constant_of(value, limit=_LONGEST)
+        if array is None or array.ndim > 1 or array.dtype not in (np.int64, np.int32):
             return None
         return [int(entry) for entry in array.reshape(-1)], array.ndim == 0
 
@@ -109,9 +112,10 @@ def _squeeze(known: Followed, node: ir.Node) -> Found:
 
 
 def _unsqueeze(known: Followed, node: ir.Node) -> Found:
-    """A scalar becomes a line of one entry."""
+    """A scalar becomes a line of one entry, if it gets one axis."""
     found = _identity(known, node)
-    return (found[0], False) if found is not None and found[1] else None
+    axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else np.array(node.attributes["axes"].as_ints())
+    return (found[0], False) if found is not None and found[1] and axes is not None and axes.size == 1 else None
 
 
 def _reshape_to_line(known: Followed, node: ir.Node) -> Found:
@@ -122,7 +126,7 @@ def _reshape_to_line(known: Followed, node: ir.Node) -> Found:
     return (entries, False) if shape.size == 1 else (entries, True) if len(entries) == 1 else None
 
 
-def _arithmetic(operation: Callable[[int, int], int]) -> Callable[[Followed, ir.Node], Found]:
+def _arithmetic(operation: Callable[[int, int], int | None]) -> Callable[[Followed, ir.Node], Found]:
     def rule(known: Followed, node: ir.Node) -> Found:
         left, right = (None if value is None else known.lookup(value) for value in node.inputs)
         if left is None or right is None or len(left[0]) != len(right[0]):
@@ -132,6 +136,47 @@ def _arithmetic(operation: Callable[[int, int], int]) -> Callable[[Followed, ir.
         return found, left[1] and right[1]
 
     return rule
+
+
+def _divide(left: int, right: int) -> int | None:
+    """Towards zero, as the standard does; nothing is known of a division by zero."""
+    return None if right == 0 else abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
+
+
+def _constant_of_shape(known: Followed, node: ir.Node) -> Found:
+    """A line of equal integers."""
+    length, value = known.entries(node.inputs[0]), node.attributes.get("value")
+    filled = None if value is None else value.as_tensor().numpy()
+    if length is None or len(length) != 1 or not isinstance(length[0], int) or filled is None:
+        return None
+    whole = filled.dtype in (np.int64, np.int32) and length[0] <= _LONGEST
+    return ([int(filled.reshape(()))] * length[0], False) if whole else None
+
+
+def _equal(known: Followed, node: ir.Node) -> Found:
+    """Entries 1 and 0 for yes and no; a size is never negative."""
+    left, right = (None if value is None else known.lookup(value) for value in node.inputs)
+    if left is None or right is None or len(left[0]) != len(right[0]):
+        return None
+    return [_same(a, b) for a, b in zip(left[0], right[0], strict=True)], left[1] and right[1]
+
+
+def _same(left: Entry, right: Entry) -> Entry:
+    if isinstance(left, int) and isinstance(right, int):
+        return int(left == right)
+    number, size = (left, right) if isinstance(left, int) else (right, left)
+    return 0 if isinstance(number, int) and number < 0 and isinstance(size, str) else None
+
+
+def _where(known: Followed, node: ir.Node) -> Found:
+    found = [None if value is None else known.lookup(value) for value in node.inputs]
+    lines = [entries for entries, _ in filter(None, found)]
+    if len(lines) != 3 or len({len(line) for line in lines}) != 1:
+        return None
+    chosen: list[Entry] = [
+        (yes if test else no) if isinstance(test, int) else None for test, yes, no in zip(*lines, strict=True)
+    ]
+    return chosen, all(scalar for _, scalar in filter(None, found))
 
 
 _RULES: Mapping[str, Callable[[Followed, ir.Node], Found]] = {
@@ -147,6 +192,10 @@ _RULES: Mapping[str, Callable[[Followed, ir.Node], Found]] = {
     "Add": _arithmetic(lambda a, b: a + b),
     "Sub": _arithmetic(lambda a, b: a - b),
     "Mul": _arithmetic(lambda a, b: a * b),
+    "Div": _arithmetic(_divide),
+    "ConstantOfShape": _constant_of_shape,
+    "Equal": _equal,
+    "Where": _where,
 }
 
 

@@ -172,7 +172,8 @@ def export(block: Block, exporter: Exporter, path: Path) -> None:
             optimize=True,
             **names,
         )
-        program.save(path)
+        if program is not None:
+            program.save(path)
         return
     dynamic = dict.fromkeys((*sample, "last_hidden_state"), axes)
     torch.onnx.export(

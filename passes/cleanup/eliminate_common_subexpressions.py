@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from annotated_types import Ge
 
-from planish.optimizer.base import Pass
+from planish.optimizer.base import Pass, PassResult
 from planish.passes.cleanup import _library
 
 
@@ -26,6 +26,8 @@ class EliminateCommonSubexpressions(Pass):
     limit: Annotated[int, Ge(0)] = 64
     """Elements up to which constant attributes are compared."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Share, in every graph."""
-        return _library.run(model, common.CommonSubexpressionEliminationPass(size_limit=self.limit))
+    def call(self, model: ir.Model) -> PassResult:
+        """Share, in the main graph; what is drawn at random is drawn as often as before."""
+        share = common.CommonSubexpressionEliminationPass(size_limit=self.limit)
+        with _library.hidden([node for node in model.graph if _library.is_random(node)]):
+            return _library.run(model, share)

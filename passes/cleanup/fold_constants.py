@@ -6,6 +6,8 @@ After:   r = Reshape (x, s)          (s is an initializer that holds 6)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -14,8 +16,14 @@ import onnx_ir.passes.common as common
 from annotated_types import Ge
 from onnxscript import optimizer
 
-from planish.optimizer.base import Pass
+from planish.optimizer.base import Pass, PassResult
+from planish.optimizer.graph import constant_of, opset_of
 from planish.passes.cleanup import _library
+
+_SPLIT_INTO = 18
+"""The opset in which Split can be told the number of its outputs."""
+_AXES_AS_INPUTS = 13
+"""The opset in which axes became inputs."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class FoldConstants(Pass):
     2. A larger result replaces it only if it is not larger than what it was computed from (a transposed weight).
     3. Constants that are read become initializers, so that other passes find them in one place.
 
-    Built on the folder of onnxscript, which also resolves shape arithmetic on known dimensions.
+    Built on the folder of onnxscript, which also resolves shape arithmetic on known dimensions. Functions stay as they
+    are (their attributes are not known), and so does what is drawn at random and what an input with a default decides.
     """
 
     name: ClassVar[str] = "fold-constants"
@@ -34,17 +43,68 @@ class FoldConstants(Pass):
     limit: Annotated[int, Ge(0)] = 1024
     """Elements that a result may have and still replace a smaller expression."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def call(self, model: ir.Model) -> PassResult:
         """Fold, then lift what is left of `Constant` nodes."""
+        lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+        return _library.run(model, self._fold, lift)
 
-        def fold(model: ir.Model) -> ir.passes.PassResult:
-            found = optimizer.fold_constants_ir(
+    def _fold(self, model: ir.Model) -> None:
+        version = opset_of(model)
+        kept = [node for graph in model.graphs() for node in graph if _stays(node, version)]
+        with _library.hidden(kept), _without_functions(model), _without_defaults(model), _with_types(model):
+            optimizer.fold_constants_ir(
                 model,
                 onnx_shape_inference=True,
                 input_size_limit=max(8192, self.limit),
                 output_size_limit=self.limit,
             )
-            return ir.passes.PassResult(model, found.modified)
 
-        lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
-        return _library.run(model, fold, lift)
+
+def _stays(node: ir.Node, version: int) -> bool:
+    """Whether the folder would change what a node of this opset computes, or break on it."""
+    if node.domain != "":
+        return False
+    flags = {name: attr.as_int() for name, attr in node.attributes.items() if attr.type is ir.AttributeType.INT}
+    match node.op_type:
+        case "CastLike":  # it would become a Cast without these
+            return flags.get("saturate", 1) == 0 or "round_mode" in node.attributes
+        case "SplitToSequence":  # pieces of a size that is not known; `keepdims`, which a given split overrules
+            known = len(node.inputs) > 1 and constant_of(node.inputs[1]) is not None
+            return not known or flags.get("keepdims", 1) == 0 or version < _SPLIT_INTO
+        case "ConcatFromSequence":  # axes of Unsqueeze as an input
+            return flags.get("new_axis", 0) == 1 and version < _AXES_AS_INPUTS
+    return _library.is_random(node)
+
+
+@contextmanager
+def _without_functions(model: ir.Model) -> Iterator[None]:
+    functions = dict(model.functions)
+    model.functions.clear()
+    try:
+        yield
+    finally:
+        model.functions.update(functions)
+
+
+@contextmanager
+def _without_defaults(model: ir.Model) -> Iterator[None]:
+    """Take from inputs the values that they have when nobody gives them one."""
+    defaults = {value: value.const_value for value in model.graph.inputs if value.const_value is not None}
+    for value in defaults:
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for value, tensor in defaults.items():
+            value.const_value = tensor
+
+
+@contextmanager
+def _with_types(model: ir.Model) -> Iterator[None]:
+    """Give back the types that values had where inference put nothing in their place."""
+    types = [(value, value.type) for graph in model.graphs() for node in graph for value in node.outputs]
+    try:
+        yield
+    finally:
+        for value, declared in types:
+            value.type = declared if value.type is None else value.type

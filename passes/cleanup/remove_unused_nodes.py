@@ -12,7 +12,7 @@ from typing import ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from planish.optimizer.base import Pass
+from planish.optimizer.base import Pass, PassResult
 from planish.passes.cleanup import _library
 
 
@@ -22,7 +22,7 @@ class RemoveUnusedNodes(Pass):
 
     name: ClassVar[str] = "remove-unused-nodes"
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def call(self, model: ir.Model) -> PassResult:
         """Remove them, in every graph."""
         return _library.run(
             model,

@@ -14,7 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import add_initializer, constant_of, location_of, rank_of, sole_user
+from planish.optimizer.graph import (
+    add_initializer,
+    allow_plain_initializers,
+    constant_of,
+    location_of,
+    rank_of,
+    sole_user,
+)
 from planish.optimizer.shapes import Entry, Followed, dims_of
 
 
@@ -46,6 +53,8 @@ class SimplifyShapes(Pass):
             elif (numbers := _numbers(known, node)) is not None and admitted():
                 _replace(model.graph, node, numbers)
                 sites.append(location_of(node))
+        if sites:
+            allow_plain_initializers(model)
         return PassResult(model, bool(sites), sites=sites, refusals=refusals)
 
     def _reshape(
@@ -80,6 +89,8 @@ def _unflatten(graph: ir.Graph, softmax: ir.Node) -> bool:
     flatten = None if softmax.inputs[0] is None else softmax.inputs[0].producer()
     reshape = sole_user(softmax.outputs[0])
     if flatten is None or reshape is None or flatten.op_type != "Flatten" or reshape.op_type != "Reshape":
+        return False
+    if reshape.outputs[0].is_graph_output():
         return False
     source, shape = flatten.inputs[0], None if reshape.inputs[1] is None else reshape.inputs[1].producer()
     axis, over = flatten.attributes.get("axis"), softmax.attributes.get("axis")

@@ -19,7 +19,6 @@ from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import (
     NAME_SCOPES,
     constant_of,
-    graphs_of,
     location_of,
     opset_of,
     rank_of,
@@ -64,10 +63,10 @@ class Fusion(Pass, Generic[Match]):
         """The value to replace, and the nodes that replace it; the last one's first output takes its place."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Visit every node of every graph once."""
+        """Visit every node of every graph once; functions stay as they are, for they have opsets of their own."""
         sites: list[str] = []
         refusals: list[Refusal] = []
-        for graph in graphs_of(model):
+        for graph in model.graphs():
             for node in [node for node in graph if node.op_type == self.root and node.domain == ""]:
                 location = location_of(node)
                 try:

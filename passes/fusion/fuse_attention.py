@@ -96,6 +96,8 @@ class FuseAttention(Fusion[Attention]):
         if len(match.scores.key.perm) != _RANK:
             rank = len(match.scores.key.perm)
             raise Declined(f"its keys have rank {rank}, attention is written for {_RANK}", match.scores.transposed)
+        if match.scores.masks and all(map(_is_narrow, match.scores.masks)):
+            raise Declined("its mask is one number for all keys", match.scores.masks[0])
         for name, value in (("queries", match.scores.query), ("values", match.product.inputs[1])):
             if rank_of(value) not in (None, _RANK):
                 raise Declined(f"its {name} have rank {rank_of(value)}, attention is written for {_RANK}", value)
@@ -136,6 +138,11 @@ def _scores(value: ir.Value) -> Scores | None:
     masks = tuple(term for term in terms if term is not products[0])
     scale = scaled.factor * query.factor * turned.factor
     return Scores(query.value, _turned_key(turned.value), turned.value, scale, softcap, masks)
+
+
+def _is_narrow(mask: ir.Value) -> bool:
+    """Whether a mask is repeated along the keys, which runtimes do not do (one whose shape is not known may be not)."""
+    return mask.shape is not None and (len(mask.shape) == 0 or mask.shape[-1] == 1)
 
 
 def _sum(masks: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Node]]:

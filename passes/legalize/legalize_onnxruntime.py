@@ -138,11 +138,7 @@ def _flat_attention(graph: ir.Graph, node: ir.Node) -> str | None:
 def _unsplit(value: ir.Value | None) -> tuple[ir.Value, int] | None:
     """(batch, sequence, hidden) before it was split into heads and transposed, and the number of heads."""
     transpose = None if value is None else value.producer()
-    if (
-        transpose is None
-        or transpose.op_type != "Transpose"
-        or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3]
-    ):
+    if transpose is None or not _swaps_heads(transpose):
         return None
     reshape = None if transpose.inputs[0] is None else transpose.inputs[0].producer()
     if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
@@ -165,11 +161,17 @@ def _joined(output: ir.Value) -> list[ir.Node] | None:
     """The transposition and reshape that put the heads of an output side by side again."""
     transpose = sole_user(output)
     reshape = None if transpose is None else sole_user(transpose.outputs[0])
-    if transpose is None or reshape is None or transpose.op_type != "Transpose" or reshape.op_type != "Reshape":
+    if transpose is None or reshape is None or not _swaps_heads(transpose) or reshape.op_type != "Reshape":
         return None
     target = constant_of(reshape.inputs[1])
     joins = target is not None and target.size == 3 and list(target[:2]) == [0, 0]
-    return [transpose, reshape] if joins and list(transpose.attributes["perm"].as_ints()) == [0, 2, 1, 3] else None
+    return [transpose, reshape] if joins else None
+
+
+def _swaps_heads(node: ir.Node) -> bool:
+    """Whether a node swaps the two middle axes of four; without `perm` a Transpose reverses them all."""
+    perm = node.attributes.get("perm")
+    return node.op_type == "Transpose" and perm is not None and list(perm.as_ints()) == [0, 2, 1, 3]
 
 
 def _remove_unread(graph: ir.Graph, nodes: list[ir.Node | None]) -> None:
