@@ -39,6 +39,8 @@ class Block:
     config: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
     """Why something is left as it is."""
+    spelled: bool = False
+    """Whether the architecture only knows attention spelled out."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ BLOCKS = [
         "gptj",
         {"Attention": LAYERS, "LayerNormalization": LAYERS + 1, "Gelu": LAYERS, "RotaryEmbedding": 2 * LAYERS},
         {**_GPT, "rotary_dim": 2},
+        spelled=True,
     ),
     Block(
         "gpt_neox",
@@ -103,7 +106,7 @@ BLOCKS = [
     Block(
         "opt", {"Attention": LAYERS, "LayerNormalization": 2 * LAYERS + 1}, {"ffn_dim": 12, "word_embed_proj_dim": 8}
     ),
-    Block("bloom", {"Attention": LAYERS, "LayerNormalization": 2 * LAYERS + 2, "Gelu": LAYERS}, _GPT),
+    Block("bloom", {"Attention": LAYERS, "LayerNormalization": 2 * LAYERS + 2, "Gelu": LAYERS}, _GPT, spelled=True),
     Block(
         "falcon",
         {"Attention": LAYERS, "LayerNormalization": LAYERS + 1, "Gelu": LAYERS, "RotaryEmbedding": 2 * LAYERS},
@@ -124,6 +127,7 @@ BLOCKS = [
         "deberta-v2",
         {"Attention": 0, "LayerNormalization": 2 * LAYERS + 1, "Gelu": LAYERS},
         {"relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0, "position_buckets": 4},
+        spelled=True,
         why="its scores are sums of several products, which the operator does not take",
     ),
 ]
@@ -136,7 +140,7 @@ def build(block: Block, attention: str) -> Any:
 
     config = AutoConfig.for_model(block.model_type, **{**_COMMON, **block.config})
     torch.manual_seed(0)
-    kind = {} if block.model_type == "deberta-v2" else {"attn_implementation": attention}
+    kind = {} if block.spelled else {"attn_implementation": attention}
     if block.model_type == "t5":
         return T5EncoderModel._from_config(config, **kind).eval()
     return AutoModel.from_config(config, **kind).eval()
@@ -184,25 +188,37 @@ def export(block: Block, exporter: Exporter, path: Path) -> None:
 def export_all(only: list[str]) -> None:
     """Write the archive; with names, only the files of these blocks anew."""
     logging.disable(logging.WARNING)
-    kept = dict(stored()) if ARCHIVE.is_file() and only else {}
-    found: dict[str, bytes] = {}
+    known = dict(stored()) if ARCHIVE.is_file() else {}
     for block in BLOCKS:
-        for exporter in EXPORTERS:
-            name = f"{block.model_type} {exporter}"
-            if only and block.model_type not in only:
-                found |= {name: kept[name]} if name in kept else {}
-                continue
-            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    export(block, exporter, Path(folder) / "model.onnx")
-                    found[name] = (Path(folder) / "model.onnx").read_bytes()
-                except Exception as error:  # noqa: BLE001 - told: an exporter may not know an architecture
-                    print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        if only and block.model_type not in only:
+            continue
+        exporters = [e for e in EXPORTERS if not (block.spelled and e.attention == "sdpa")]
+        made = {f"{block.model_type} {exporter}": exported(block, exporter) for exporter in exporters}
+        known = {name: content for name, content in known.items() if block_of(name) is not block}
+        known |= {name: content for name, content in made.items() if content is not None}
+        keep(known)
+    print(f"{len(known)} files, {ARCHIVE.stat().st_size / 1e6:.1f} MB")
+
+
+def exported(block: Block, exporter: Exporter) -> bytes | None:
+    """The file, or None if the exporter does not know the architecture, which is told."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            export(block, exporter, Path(folder) / "model.onnx")
+        except Exception as error:  # noqa: BLE001 - whatever the exporter raises, the file is not there
+            reason = " ".join(str(error).split())[:120]
+            print(f"{block.model_type} {exporter}: {type(error).__name__}: {reason}", file=sys.stderr)
+            return None
+        return (Path(folder) / "model.onnx").read_bytes()
+
+
+def keep(files: Mapping[str, bytes]) -> None:
+    """Write the archive, blocks in the order of their table."""
+    order = [f"{block.model_type} {exporter}" for block in BLOCKS for exporter in EXPORTERS]
     with zipfile.ZipFile(ARCHIVE, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for name, content in found.items():
-            archive.writestr(zipfile.ZipInfo(f"{name}.onnx"), content, zipfile.ZIP_DEFLATED)
-    print(f"{len(found)} files, {ARCHIVE.stat().st_size / 1e6:.1f} MB")
+        for name in sorted(files, key=order.index):
+            archive.writestr(zipfile.ZipInfo(f"{name}.onnx"), files[name], zipfile.ZIP_DEFLATED)
 
 
 def stored() -> Iterator[tuple[str, bytes]]:
