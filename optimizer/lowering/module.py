@@ -186,13 +186,13 @@ def spread_masks(model: ir.Model) -> None:
             node.replace_input_with(3, spread)
 
 
-_PREFIX = "module."
+PREFIX = "module."
 """What `wrap` puts before the name of each parameter."""
 
 
 def parameters_of(model: ir.Model) -> set[str]:
     """The plain names of the initializers of an exported graph: those parameters and buffers that outputs depend on."""
-    return {name.removeprefix(_PREFIX) for name in model.graph.initializers}
+    return {name.removeprefix(PREFIX) for name in model.graph.initializers}
 
 
 def adopt_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], parameters: Set[str]) -> None:
@@ -202,7 +202,7 @@ def adopt_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], par
     ValueError if one of ``parameters`` is left, for it was traced without data.
     """
     for name, value in list(model.graph.initializers.items()):
-        plain = name.removeprefix(_PREFIX)
+        plain = name.removeprefix(PREFIX)
         if plain in parameters and plain not in tensors:
             raise ValueError(f"no weights are registered for {plain!r}")
         tensor = tensors.get(plain, value.const_value)
