@@ -15,7 +15,7 @@ from planish.optimizer.errors import BadInput
 from planish.optimizer.graph import constant_of
 from planish.optimizer.lowering.calls import Call
 from planish.optimizer.lowering.checkpoint import quiet
-from planish.optimizer.lowering.weights import Stored
+from planish.optimizer.lowering.weights import Weight
 from planish.optimizer.program import PAST, SUM, Axis
 from planish.optimizer.shapes import rows_for
 from planish.optimizer.tensors import origin_of
@@ -217,7 +217,7 @@ def fold_stored_transposes(model: ir.Model) -> None:
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
         stored = None if weight is None else origin_of(weight.const_value)
-        if weight is None or not isinstance(stored, Stored):
+        if weight is None or not isinstance(stored, Weight):
             continue
         perm = node.attributes.get("perm")
         order = tuple(perm.as_ints()) if perm is not None else tuple(reversed(range(len(stored.shape))))
