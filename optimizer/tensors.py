@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -32,9 +33,36 @@ class Recipe:
         return ir.Tensor(array, dtype=self._dtype)
 
 
-def lazy(read: Read, dtype: ir.DataType, shape: Sequence[int], name: str, origin: object = None) -> ir.LazyTensor:
-    """A tensor of known type and shape whose values come from ``read`` each time they are needed."""
-    return ir.LazyTensor(Recipe(read, dtype, origin), dtype, ir.Shape(shape), cache=False, name=name)
+class _Streamed(ir.LazyTensor):
+    """A lazy tensor that is written to a file piece by piece."""
+
+    strips: Callable[[], Iterator[np.ndarray]] | None = None
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write its bytes."""
+        if self.strips is None:
+            super().tofile(file)
+            return
+        for strip in self.strips():
+            ir.Tensor(strip, dtype=self.dtype).tofile(file)
+
+
+def lazy(
+    read: Read,
+    dtype: ir.DataType,
+    shape: Sequence[int],
+    name: str,
+    origin: object = None,
+    strips: Callable[[], Iterator[np.ndarray]] | None = None,
+) -> ir.LazyTensor:
+    """A tensor of known type and shape whose values come from ``read`` each time they are needed.
+
+    With ``strips``, which gives the same values piece by piece in the order of memory, it is never whole in memory when
+    it is written to a file.
+    """
+    tensor = _Streamed(Recipe(read, dtype, origin), dtype, ir.Shape(shape), cache=False, name=name)
+    tensor.strips = strips
+    return tensor
 
 
 def origin_of(tensor: ir.TensorProtocol | None) -> object:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from planish.optimizer.errors import BadInput
-from planish.optimizer.lowering.weights import Stored, read_header
+from planish.optimizer.lowering.weights import Stored, Weight, read_header
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 _KINDS = ("LORA", "ADALORA")
@@ -57,19 +56,23 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Merged(Stored):
-    """A stored weight with an adapter's part added as it is read."""
+class Merged(Weight):
+    """A weight with an adapter's part added as it is read."""
 
-    delta: Delta | None = None
+    base: Weight
+    delta: Delta
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the base."""
+        return self.base.shape
 
     def read(self) -> np.ndarray:
         """The merged weight, in the order of its permutation."""
-        plain = Stored(self.path, self.offset, self.stored, self.stored_shape, ir.DataType.FLOAT).read()
-        merged = plain if self.delta is None else self.delta.added_to(plain)
-        return merged if self.permutation is None else np.ascontiguousarray(merged.transpose(self.permutation))
+        return np.ascontiguousarray(self.delta.added_to(self.base.read()).transpose(self.order))
 
 
-def merge_adapter(bound: Mapping[str, Stored], folder: Path, model: Any) -> dict[str, Stored]:
+def merge_adapter(bound: Mapping[str, Weight], folder: Path, model: Any) -> dict[str, Weight]:
     """Weights by parameter name with the adapter in ``folder`` merged into them.
 
     BadInput if the adapter is of an unsupported kind, was trained for another base (a name or a shape differs), or is
@@ -99,7 +102,7 @@ def merge_adapter(bound: Mapping[str, Stored], folder: Path, model: Any) -> dict
             )
         delta = Delta(found, _scale(config, module, found), _is_turned(model, module))
         _check_fit(base, delta, name, folder)
-        merged[name] = Merged(base.path, base.offset, base.stored, base.stored_shape, ir.DataType.FLOAT, None, delta)
+        merged[name] = Merged(base, delta)
         if name in ties:  # peft changes the one tensor that both are
             merged[ties[name]] = merged[name]
     return merged
@@ -167,7 +170,7 @@ def _is_turned(model: Any, module: str) -> bool:
     return type(model.get_submodule(module)).__name__ == "Conv1D"
 
 
-def _check_fit(base: Stored, delta: Delta, name: str, folder: Path) -> None:
+def _check_fit(base: Weight, delta: Delta, name: str, folder: Path) -> None:
     parts = delta.parts
     if {"lora_embedding_A", "lora_embedding_B"} <= parts.keys():
         shape = (parts["lora_embedding_A"].stored_shape[1], parts["lora_embedding_B"].stored_shape[0])

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering import adapter as adapter_files
 from planish.optimizer.lowering import tasks
-from planish.optimizer.lowering.weights import Stored, read_index, weight_files
+from planish.optimizer.lowering.assembled import Assembly
+from planish.optimizer.lowering.weights import Stored, Weight, read_index, weight_files
 
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"})
 _ATTENTION_KEYS = frozenset({"attn_implementation", "_attn_implementation", "_attn_implementation_internal"})
@@ -193,7 +194,7 @@ def loaded(checkpoint: Checkpoint) -> Any:
 class Binding:
     """Where the parameters and buffers of a model are stored."""
 
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, Weight]
     absent: frozenset[str]
     """Parameters that the checkpoint says nothing about: a head it was saved without, perhaps one that nobody asked."""
 
@@ -211,34 +212,41 @@ class Binding:
 def bind(model: Any, checkpoint: Checkpoint) -> Binding:
     """Which stored tensor each parameter and buffer of ``model`` is, by the renaming rules of transformers.
 
-    BadInput if one has another shape. Parameters that transformers computes from several stored tensors are in neither
-    list: their values come from the loaded original.
+    BadInput if one has another shape. Parameters that transformers computes from several stored tensors in a way that
+    cannot be followed are in neither list: their values come from the loaded original.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict()
-    bound: dict[str, Stored] = {}
-    converted: set[str] = set()
-    for key, tensor in checkpoint.weights.items():
+    bound: dict[str, Weight] = {}
+    assembly = Assembly(converters, model)
+    for key, tensor in sorted(checkpoint.weights.items(), key=lambda item: dot_natural_key(item[0])):
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if target not in state and key in state:
             target, pattern = key, None
-        if pattern is not None:
-            converted.add(target)
+        if target in state and pattern is not None:
+            assembly.add(target, key, pattern, tensor.widened())
         elif target in state:
             bound[target] = tensor.widened()
+    assembled, computed = assembly.finish()
+    bound |= {name: weight for name, weight in assembled.items() if name in state}
     _follow_ties(model, bound)
     _check_shapes(state, bound, checkpoint)
     if checkpoint.adapter is not None:
         bound = adapter_files.merge_adapter(bound, checkpoint.adapter, model)
-    return Binding(bound, frozenset() if converted else _absent(model, bound))
+    return Binding(bound, frozenset() if computed else _absent(model, bound))
 
 
-def _follow_ties(model: Any, bound: dict[str, Stored]) -> None:
+def _follow_ties(model: Any, bound: dict[str, Weight]) -> None:
     """Let a tied parameter that the file leaves out share the tensor of the one it is tied to."""
     for target, source in model.all_tied_weights_keys.items():
         for name, other in ((target, source), (source, target)):
@@ -246,7 +254,7 @@ def _follow_ties(model: Any, bound: dict[str, Stored]) -> None:
                 bound[name] = bound[other]
 
 
-def _absent(model: Any, bound: Mapping[str, Stored]) -> frozenset[str]:
+def _absent(model: Any, bound: Mapping[str, Weight]) -> frozenset[str]:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ignorable = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     return frozenset(
@@ -254,7 +262,7 @@ def _absent(model: Any, bound: Mapping[str, Stored]) -> frozenset[str]:
     )
 
 
-def _check_shapes(state: Mapping[str, Any], bound: Mapping[str, Stored], checkpoint: Checkpoint) -> None:
+def _check_shapes(state: Mapping[str, Any], bound: Mapping[str, Weight], checkpoint: Checkpoint) -> None:
     for name, tensor in bound.items():
         if name in state and tuple(state[name].shape) != tensor.stored_shape:
             raise BadInput(
@@ -296,6 +304,6 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(old)
 
 
-def tensors_of(bound: Mapping[str, Stored]) -> dict[str, ir.TensorProtocol]:
+def tensors_of(bound: Mapping[str, Weight]) -> dict[str, ir.TensorProtocol]:
     """ONNX tensors that read themselves, by parameter name."""
     return {name: stored.tensor(name) for name, stored in bound.items()}

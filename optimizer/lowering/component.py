@@ -58,7 +58,7 @@ def _trace(model: Any, describe: Describe, checkpoint: Checkpoint) -> tuple[Comp
     that nobody writes or reads, which costs addresses only; one that generates gets it at once, for its cache is found
     by running it. One that counts its layers is traced whole.
     """
-    stacks = find_stacks(model, least=3 if model.can_generate() else 2)
+    stacks = find_stacks(model, sharing=model.can_generate())
     for cuts in [stacks, []] if stacks else [[]]:
         for addresses in (True,) if model.can_generate() else (False, True):
             with cut(model, cuts) if cuts else nullcontext():

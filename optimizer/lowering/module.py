@@ -15,7 +15,7 @@ from planish.optimizer.errors import BadInput
 from planish.optimizer.graph import constant_of
 from planish.optimizer.lowering.calls import Call
 from planish.optimizer.lowering.checkpoint import quiet
-from planish.optimizer.lowering.weights import Stored
+from planish.optimizer.lowering.weights import Weight
 from planish.optimizer.program import PAST, SUM, Axis
 from planish.optimizer.shapes import rows_for
 from planish.optimizer.tensors import origin_of
@@ -186,13 +186,13 @@ def spread_masks(model: ir.Model) -> None:
             node.replace_input_with(3, spread)
 
 
-_PREFIX = "module."
+PREFIX = "module."
 """What `wrap` puts before the name of each parameter."""
 
 
 def parameters_of(model: ir.Model) -> set[str]:
     """The plain names of the initializers of an exported graph: those parameters and buffers that outputs depend on."""
-    return {name.removeprefix(_PREFIX) for name in model.graph.initializers}
+    return {name.removeprefix(PREFIX) for name in model.graph.initializers}
 
 
 def adopt_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], parameters: Set[str]) -> None:
@@ -202,7 +202,7 @@ def adopt_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], par
     ValueError if one of ``parameters`` is left, for it was traced without data.
     """
     for name, value in list(model.graph.initializers.items()):
-        plain = name.removeprefix(_PREFIX)
+        plain = name.removeprefix(PREFIX)
         if plain in parameters and plain not in tensors:
             raise ValueError(f"no weights are registered for {plain!r}")
         tensor = tensors.get(plain, value.const_value)
@@ -217,7 +217,7 @@ def fold_stored_transposes(model: ir.Model) -> None:
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
         stored = None if weight is None else origin_of(weight.const_value)
-        if weight is None or not isinstance(stored, Stored):
+        if weight is None or not isinstance(stored, Weight):
             continue
         perm = node.attributes.get("perm")
         order = tuple(perm.as_ints()) if perm is not None else tuple(reversed(range(len(stored.shape))))

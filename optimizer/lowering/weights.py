@@ -7,10 +7,13 @@ is believed (format: https://github.com/huggingface/safetensors#format).
 from __future__ import annotations
 
 import json
+import math
 import mmap
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -41,54 +44,112 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "tf_model.
 
 
 @dataclass(frozen=True)
-class Stored:
+class Weight(ABC):
+    """A tensor that is read when somebody needs it, perhaps transposed on its way out."""
+
+    dtype: ir.DataType = field(default=ir.DataType.FLOAT, kw_only=True)
+    permutation: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    @property
+    @abstractmethod
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape before the permutation."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape after the permutation."""
+        return tuple(self.stored_shape[axis] for axis in self.order)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The stored axis that each axis is."""
+        return self.permutation or tuple(range(len(self.stored_shape)))
+
+    @abstractmethod
+    def read(self) -> np.ndarray:
+        """Its values, permuted; a read-only view of a file if nothing changes."""
+
+    def strips(self) -> Iterator[np.ndarray]:
+        """Its values piece by piece, in the order in which they lie in memory."""
+        yield self.read()
+
+    def tensor(self, name: str) -> ir.LazyTensor:
+        """An ONNX tensor that reads itself when asked."""
+        return lazy(self.read, self.dtype, self.shape, name, origin=self, strips=self.strips)
+
+    def transposed(self, permutation: tuple[int, ...]) -> Self:
+        """The same tensor with its axes in another order."""
+        return replace(self, permutation=tuple(self.order[axis] for axis in permutation))
+
+
+@dataclass(frozen=True)
+class Stored(Weight):
     """A tensor in a safetensors file, perhaps transposed and widened on its way out."""
 
     path: Path
     offset: int
     stored: ir.DataType
-    stored_shape: tuple[int, ...]
-    dtype: ir.DataType
-    permutation: tuple[int, ...] | None = None
+    shape_in_file: tuple[int, ...]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape after the permutation."""
-        order = self.permutation or range(len(self.stored_shape))
-        return tuple(self.stored_shape[axis] for axis in order)
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape in the file."""
+        return self.shape_in_file
 
     def read(self) -> np.ndarray:
         """Its values: a view of the mapped file if nothing changes, else an array of its own, made in strips.
 
         At no time is there more than that array and one strip.
         """
-        count = int(np.prod(self.stored_shape, dtype=np.int64))
-        if not count:
-            return np.zeros(self.shape, _numpy(self.dtype))
-        array = np.frombuffer(_map(self.path), _numpy(self.stored), count, self.offset).reshape(self.stored_shape)
+        array = self.mapped()
+        if not array.size:
+            return np.zeros(self.shape, numpy_type(self.dtype))
         if self.permutation is None and self.dtype is self.stored:
             return array
-        order = self.permutation or tuple(range(array.ndim))
-        found = np.empty(self.shape, _numpy(self.dtype))
-        rows = max(1, _STRIP * len(array) // count) if array.ndim else 1
-        for start in range(0, len(array) if array.ndim else 1, rows):
-            strip = array[start : start + rows] if array.ndim else array
-            place = tuple(slice(start, start + rows) if axis == 0 else slice(None) for axis in order)
-            found[place] = strip.astype(found.dtype).transpose(order)
+        found = np.empty(self.shape, numpy_type(self.dtype))
+        turned = found.transpose(np.argsort(self.order))
+        for box in boxes(array.shape):
+            turned[box] = array[box]
         return found
 
-    def tensor(self, name: str) -> ir.LazyTensor:
-        """An ONNX tensor that reads itself when asked."""
-        return lazy(self.read, self.dtype, self.shape, name, origin=self)
+    def strips(self) -> Iterator[np.ndarray]:
+        """Its values piece by piece; the whole at once where rows of it are columns in the file."""
+        if self.order[:1] not in ((), (0,)):
+            yield self.read()
+            return
+        array = self.mapped().transpose(self.order)
+        for box in boxes(array.shape):
+            yield array[box].astype(numpy_type(self.dtype))
 
-    def transposed(self, permutation: tuple[int, ...]) -> Stored:
-        """The same tensor with its axes in another order."""
-        order = self.permutation or tuple(range(len(self.stored_shape)))
-        return replace(self, permutation=tuple(order[axis] for axis in permutation))
+    def mapped(self) -> np.ndarray:
+        """What lies in the file, as it lies there."""
+        count = math.prod(self.stored_shape)
+        if not count:
+            return np.zeros(self.stored_shape, numpy_type(self.stored))
+        return np.frombuffer(_map(self.path), numpy_type(self.stored), count, self.offset).reshape(self.stored_shape)
 
     def widened(self) -> Stored:
         """The same tensor as float32 if it is stored as another floating type."""
         return replace(self, dtype=ir.DataType.FLOAT) if self.stored in _HALVES else self
+
+
+Box = tuple[slice, ...]
+"""A part of an array; trailing axes that it leaves out are whole."""
+
+
+def boxes(shape: Sequence[int], limit: int | None = None) -> Iterator[Box]:
+    """Parts that tile an array of this shape, in the order of its memory, each of about ``limit`` elements."""
+    limit = _STRIP if limit is None else limit
+    size = math.prod(shape)
+    if size <= limit or not shape:
+        yield ()
+        return
+    row = size // shape[0]
+    if row > limit:
+        yield from ((slice(i, i + 1), *box) for i in range(shape[0]) for box in boxes(shape[1:], limit))
+        return
+    step = limit // row
+    yield from ((slice(i, min(i + step, shape[0])),) for i in range(0, shape[0], step))
 
 
 def read_index(folder: Path) -> dict[str, Stored]:
@@ -162,7 +223,7 @@ def _entry(path: Path, base: int, entry: dict[str, Any]) -> Stored:
     dtype = _DTYPES[entry["dtype"]]
     if any(dim < 0 for dim in shape) or begin < 0 or end - begin != _nbytes(dtype, shape):
         raise ValueError(f"a tensor of shape {shape} and type {entry['dtype']} cannot have {end - begin} bytes")
-    return Stored(path, base + begin, dtype, shape, dtype)
+    return Stored(path, base + begin, dtype, shape, dtype=dtype)
 
 
 def _check_extents(path: Path, tensors: dict[str, Stored], base: int, size: int) -> None:
@@ -187,13 +248,11 @@ def _length(tensor: Stored) -> int:
 
 
 def _nbytes(dtype: ir.DataType, shape: tuple[int, ...]) -> int:
-    count = 1
-    for dim in shape:
-        count *= dim
-    return count * dtype.bitwidth // 8
+    return math.prod(shape) * dtype.bitwidth // 8
 
 
-def _numpy(dtype: ir.DataType) -> np.dtype[Any]:
+def numpy_type(dtype: ir.DataType) -> np.dtype[Any]:
+    """The element type of arrays that hold this type."""
     return np.dtype(ml_dtypes.bfloat16) if dtype is ir.DataType.BFLOAT16 else np.dtype(dtype.numpy())
 
 
