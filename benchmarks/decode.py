@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from benchmarks.record import record
-from benchmarks.subjects import PLACE, TARGETS, gpt2, optimum_export
+from benchmarks.subjects import PLACE, TARGETS, gpt2, label_of, optimum_export
 from planish.optimizer import optimize
 from planish.optimizer.building import sized_case
 from planish.optimizer.manifest import Manifest
@@ -47,8 +47,7 @@ def main(seconds: float, keep: bool) -> None:
     manifest = Manifest.read(folder)
     racing = {"optimum export on onnxruntime": EngineRef(TARGETS[0], peer())}
     for target, name in zip(TARGETS, manifest.targets, strict=True):
-        label = f"planish exact on {name}" + (" (plain)" if manifest.targets[name].shipped == "plain" else "")
-        racing[label] = EngineRef(target, folder / name)
+        racing[label_of("exact", name, manifest.targets[name].shipped)] = EngineRef(target, folder / name)
     rows, figures = [], {}
     for what, sizes in _SHAPES.items():
         case, _ = sized_case(manifest.signatures["model"].signature(), sizes)

@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from benchmarks.record import record
-from benchmarks.subjects import TARGETS, dynamic_int8, forget_ours, minilm, ours
+from benchmarks.subjects import TARGETS, dynamic_int8, forget_ours, minilm, our_engines
 from planish.optimizer import registry
 from planish.optimizer.backend import Arrays
 from planish.optimizer.lowering.tokenizer import load_tokenizer
@@ -87,11 +87,7 @@ def main(count: int, keep: bool) -> None:
         forget_ours()
     batches = encode(sentences(count))
     expected = original(batches)
-    engines = {"onnxruntime's dynamic int8": (TARGETS[0], dynamic_int8("minilm"))}
-    for preset in ("exact", "fast"):
-        for target in TARGETS:
-            short = target.partition("{")[0]
-            engines[f"planish {preset} on {short}"] = (target, ours("minilm", preset) / short)
+    engines = {"onnxruntime's dynamic int8": (TARGETS[0], dynamic_int8("minilm"))} | our_engines("minilm")
     found = {
         label: figures_of(engine_outputs(target, path, batches), expected, batches)
         for label, (target, path) in engines.items()

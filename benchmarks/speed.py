@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from benchmarks.record import record
-from benchmarks.subjects import CHECKPOINTS, TARGETS, dynamic_int8, forget_ours, ours, plain_exports
+from benchmarks.subjects import CHECKPOINTS, TARGETS, dynamic_int8, forget_ours, our_engines, ours, plain_exports
 from planish.optimizer.building import sized_case
 from planish.optimizer.cli.options import parse_shapes
 from planish.optimizer.manifest import Manifest
@@ -21,11 +21,7 @@ def field(name: str) -> dict[str, tuple[str, Path]]:
         found[f"{way} on onnxruntime"] = (TARGETS[0], path)
     found["torch.onnx.export on openvino"] = (TARGETS[1], plain_exports(name)["torch.onnx.export"])
     found["onnxruntime's dynamic int8"] = (TARGETS[0], dynamic_int8(name))
-    for preset in ("exact", "fast"):
-        for target in TARGETS:
-            short = target.partition("{")[0]
-            found[f"planish {preset} on {short}"] = (target, ours(name, preset) / short)
-    return found
+    return found | our_engines(name)
 
 
 def measure(name: str, shape: dict[str, int], seconds: float) -> dict[str, dict[str, Timing]]:

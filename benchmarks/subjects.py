@@ -14,6 +14,7 @@ from typing import Any
 from planish.optimizer import optimize
 from planish.optimizer.lowering.calls import plain
 from planish.optimizer.lowering.module import wrap
+from planish.optimizer.manifest import Manifest
 
 PLACE = Path("build") / "benchmarks"
 PEERS = PLACE / "peers"
@@ -156,6 +157,23 @@ def ours(name: str, preset: str) -> Path:
         print(f"building {name}, {preset}", file=sys.stderr)
         optimize(CHECKPOINTS[name](), folder, targets=TARGETS, preset=preset)
     return folder
+
+
+def our_engines(name: str) -> dict[str, tuple[str, Path]]:
+    """Label -> target and folder of our engines of both presets; where nothing was won, the label says `(plain)`."""
+    found: dict[str, tuple[str, Path]] = {}
+    for preset in ("exact", "fast"):
+        folder = ours(name, preset)
+        records = Manifest.read(folder).targets
+        for target in TARGETS:
+            short = target.partition("{")[0]
+            found[label_of(preset, short, records[short].shipped)] = (target, folder / short)
+    return found
+
+
+def label_of(preset: str, target: str, shipped: str) -> str:
+    """How a row of a table calls an engine; a plain one is the lowering alone, because the passes won nothing."""
+    return f"planish {preset} on {target}" + (" (plain)" if shipped == "plain" else "")
 
 
 def forget_ours() -> None:

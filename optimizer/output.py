@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -24,6 +25,8 @@ from planish.optimizer.errors import BadInput, OutOfResources
 
 MANIFEST = "planish.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")
+"""What numpy says, and gives no number for, when it could write only a part of an array."""
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -79,15 +82,20 @@ def _check_replaceable(destination: Path) -> None:
         )
 
 
+def is_no_room(error: OSError) -> bool:
+    """Whether an error means that a disk, a quota or a limit on files is used up."""
+    return error.errno in _NO_ROOM or (error.errno is None and _SHORT_WRITE.match(str(error)) is not None)
+
+
 @contextmanager
 def _clear_errors(destination: Path) -> Iterator[None]:
     """Say plainly that the disk is full or that the place cannot be written."""
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if is_no_room(error):
             raise OutOfResources(
-                f"there is no room to write ({error.strerror})",
+                f"there is no room to write ({error.strerror or error})",
                 where=destination,
                 advice="free some space and run again",
             ) from error

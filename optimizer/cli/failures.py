@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import tempfile
 import traceback
@@ -11,6 +10,7 @@ from pathlib import Path
 import click
 
 from planish.optimizer.errors import InternalError, OutOfResources, PlanishError, UsageError
+from planish.optimizer.output import is_no_room
 
 INTERRUPTED = 130
 """What shells return for a command that Ctrl-C ended."""
@@ -38,9 +38,9 @@ def _as_ours(error: Exception) -> PlanishError:
         return error
     if isinstance(error, MemoryError):
         return OutOfResources("memory ran out", advice="close other programs or use a larger machine")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and is_no_room(error):
         return OutOfResources(
-            f"there is no room to write ({error.strerror})", where=error.filename, advice="free some space"
+            f"there is no room to write ({error.strerror or error})", where=error.filename, advice="free some space"
         )
     return _bug(error)
 

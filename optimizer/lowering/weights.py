@@ -155,7 +155,8 @@ def boxes(shape: Sequence[int], limit: int | None = None) -> Iterator[Box]:
 def read_index(folder: Path) -> dict[str, Stored]:
     """Every tensor of the checkpoint in ``folder``, by its name in the files.
 
-    BadInput if there are no safetensors, a shard is missing, or a header is cut off, garbage or lies.
+    BadInput if there are no safetensors, a shard is missing, two shards hold one tensor, or a header is cut off,
+    garbage or lies.
     """
     return {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
 
@@ -190,8 +191,17 @@ def _shards(folder: Path, index: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise BadInput(f"shard {name!r} is missing", where=folder, advice="download the checkpoint again, whole")
     files = [folder / name for name in names]
-    present = {key for file in files for key in read_header(file)}
-    absent = sorted(set(table) - present)
+    present: dict[str, str] = {}
+    for file in files:
+        for key in read_header(file):
+            if key in present:
+                raise BadInput(
+                    f"tensor {key!r} lies in two shards, {present[key]!r} and {file.name!r}",
+                    where=folder,
+                    advice="download the checkpoint again, whole",
+                )
+            present[key] = file.name
+    absent = sorted(set(table) - set(present))
     if absent:
         raise BadInput(f"{len(absent)} tensors of the index are in no shard, {absent[0]!r} the first", where=index)
     return files

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ import pytest
 
 from planish.optimizer.cli import main
 from planish.optimizer.errors import BadInput
-from planish.optimizer.lowering.weights import read_header
+from planish.optimizer.lowering.weights import read_header, read_index
+from tests.train import MODELS
 
 USAGE, BAD_INPUT, MISSING = 2, 3, 4
 
@@ -107,6 +110,22 @@ def shard_outside(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
 
 
+def sharded(folder: Path, *, twice: int = 0, absent: int = 0) -> None:
+    """Two shards and their index; ``twice`` tensors lie in both, ``absent`` ones are named that lie in none."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights(folder))
+    names = sorted(tensors)
+    halves = (names[: len(names) // 2 + twice], names[len(names) // 2 :])
+    files = [f"model-0000{index + 1}-of-00002.safetensors" for index in range(2)]
+    for file, half in zip(files, halves, strict=True):
+        save_file({name: tensors[name] for name in half}, folder / file, {"format": "pt"})
+    weights(folder).unlink()
+    table = {name: file for file, half in zip(files, halves, strict=True) for name in half}
+    table |= {f"transformer.h.{9 + index}.ln_1.weight": files[1] for index in range(absent)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+
+
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing folder": (shutil.rmtree, "there is no such file or folder"),
     "no config.json": (remove("config.json"), "there is no config.json"),
@@ -166,6 +185,33 @@ def test_checkpoints(name: str, checkpoint: Path, tmp_path: Path) -> None:
     damage(checkpoint)
     refused(BAD_INPUT, message, "optimize", checkpoint, "-o", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir() if path != checkpoint) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: sharded(f, absent=2),
+            "2 tensors of the index are in no shard, 'transformer.h.10.ln_1.weight' the first",
+        ),
+        (lambda f: sharded(f, twice=1), "lies in two shards, 'model-00001-of-00002.safetensors' and 'model-00002-of-0"),
+    ],
+    ids=["tensors absent", "a tensor twice"],
+)
+def test_shards_of_a_generator(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(MODELS / "writer", tmp_path / "checkpoint"))
+    damage(folder)
+    refused(BAD_INPUT, message, "optimize", folder, "-o", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_whole_shards_are_read_as_one_file(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(MODELS / "writer", tmp_path / "checkpoint"))
+    whole = {name: tensor.read() for name, tensor in read_index(folder).items()}
+    sharded(folder)
+    parts = {name: tensor.read() for name, tensor in read_index(folder).items()}
+    assert whole.keys() == parts.keys()
+    assert all((parts[name] == array).all() for name, array in whole.items())
 
 
 def test_a_task_that_the_checkpoint_has_no_head_for(checkpoint: Path, tmp_path: Path) -> None:
@@ -371,3 +417,31 @@ def test_calibration_files(tiny: Path, tmp_path: Path) -> None:
     assert "is <U1, not float32" in failure("type.npz")
     assert "holds NaN or infinity" in failure("nan.npz")
     assert "is not an .npz file of plain arrays" in failure("not.npz")
+
+
+FILLING = """
+import resource, sys
+from pathlib import Path
+import numpy as np, onnx_ir as ir
+from planish.optimizer import onnx_io
+from planish.optimizer.cli.failures import exit_code_of
+from planish.optimizer.output import staged_folder
+model = ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 23]> g (float[4] x) => (float[4] r) { r = Relu (x) }')
+weight = ir.tensor(np.zeros(1_000_000, np.float32), name="w")
+model.graph.register_initializer(ir.Value(name="w", const_value=weight, shape=weight.shape))
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+try:
+    with staged_folder(Path(sys.argv[1])) as folder:
+        onnx_io.save(model, folder / "model.onnx")
+except Exception as error:
+    sys.exit(exit_code_of(error))
+"""
+
+
+def test_a_disk_that_fills_while_weights_are_streamed(tmp_path: Path) -> None:
+    """Four megabytes of weights where two may be written."""
+    done = subprocess.run([sys.executable, "-c", FILLING, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "there is no room to write" in done.stderr
+    assert list(tmp_path.iterdir()) == []
