@@ -15,6 +15,7 @@ from annotated_types import Ge
 from onnxscript import optimizer
 
 from planish.optimizer.base import Pass
+from planish.optimizer.graph import graphs_of
 from planish.passes.cleanup import _library
 
 
@@ -38,13 +39,21 @@ class FoldConstants(Pass):
         """Fold, then lift what is left of `Constant` nodes."""
 
         def fold(model: ir.Model) -> ir.passes.PassResult:
+            known = _shapes(model)
             found = optimizer.fold_constants_ir(
                 model,
                 onnx_shape_inference=True,
                 input_size_limit=max(8192, self.limit),
                 output_size_limit=self.limit,
             )
-            return ir.passes.PassResult(model, found.modified)
+            learned = _shapes(model) != known  # the folder does not count what it infers as a change
+            return ir.passes.PassResult(model, found.modified or learned)
 
         lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
         return _library.run(model, fold, lift)
+
+
+def _shapes(model: ir.Model) -> list[str]:
+    """Type and shape of every value that a node gives."""
+    values = [value for graph in graphs_of(model) for node in graph for value in node.outputs]
+    return [f"{value.type}{value.shape}" for value in values]
