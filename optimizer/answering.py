@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,23 +17,15 @@ from planish.optimizer.benching import target_of
 from planish.optimizer.errors import BadInput
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.output import MANIFEST
-
-if TYPE_CHECKING:
-    from planish.optimizer.writing import Writer
+from planish.optimizer.perceiving import Perceiver, classes, label, perceiver, softmax, takes_arrays, transcriber
+from planish.optimizer.program import Signature
+from planish.optimizer.questions import Question, read_questions
+from planish.optimizer.writing import Writer, open_writer
 
 BATCH = 16
 _TOP = 5
 _ENDLESS = 1 << 20
 """Tokenizers that know no limit say so with a huge number."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One thing to answer: a text, and where the task needs it a second text or several choices."""
-
-    text: str
-    pair: str | None = None
-    choices: tuple[str, ...] = ()
 
 
 @dataclass
@@ -47,6 +39,10 @@ class Answerer:
     folder: Path
     longest: int | None
     """Most tokens of one text; longer ones are cut, and the answer says so."""
+
+    def questions(self, path: Path) -> Iterator[Question]:
+        """The questions of a file."""
+        return read_questions(path)
 
     def answer(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """One answer for each question, in order; all of them run as one padded batch."""
@@ -99,31 +95,50 @@ class Answerer:
             yield {"truncated": True} if full and self._beyond(question) else {}
 
 
-def open_answerer(path: Path, target: str | None = None) -> Answerer | Writer:
+AnyAnswerer: TypeAlias = Answerer | Perceiver | Writer
+
+
+def open_answerer(path: Path, target: str | None = None) -> AnyAnswerer:
     """Open an output (its first engine that runs here, or ``target``'s) or an engine folder, with its tokenizer.
 
-    What opens is a `Writer` where the task is to generate.
+    What opens is a `Writer` where the task is to generate (a `Transcriber` if it hears), and a `Perceiver` for images.
     """
     from planish.optimizer.lowering.tokenizer import load_tokenizer
 
     folder, text = _engine_folder(path, target)
     manifest = Manifest.read(folder.parent) if (folder.parent / MANIFEST).is_file() else None
     tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise BadInput(
-            "this engine has no tokenizer", where=folder, advice="run it from Python with arrays: engine.run({…})"
-        )
+    signatures = [] if manifest is None else [record.signature() for record in manifest.signatures.values()]
     config = _json(folder / "config.json")
     task = manifest.task if manifest is not None else _task(config, folder)
-    if manifest is not None and any(record.signature().cached for record in manifest.signatures.values()):
-        from planish.optimizer.writing import open_writer
-
-        return open_writer(folder, text, manifest, tokenizer)
+    if manifest is not None and any(signature.cached for signature in signatures):
+        return _open_writer(folder, text, manifest, signatures[0], tokenizer)
+    engine = registry.backend(text).open(folder)
+    signature = signatures[0] if signatures else Signature(engine.inputs, engine.outputs)
+    if takes_arrays(signature.inputs):
+        return perceiver(engine, signature, task, config, folder)
+    if tokenizer is None:
+        raise _no_tokenizer(folder)
     if task not in _ANSWERS:
         raise BadInput(
             f"answers of task {task!r} are arrays", where=folder, advice="run it from Python: engine.run({…})"
         )
-    return Answerer(registry.backend(text).open(folder), tokenizer, task, config, folder, _longest(manifest, tokenizer))
+    return Answerer(engine, tokenizer, task, config, folder, _longest(manifest, tokenizer))
+
+
+def _open_writer(folder: Path, target: str, manifest: Manifest, first: Signature, tokenizer: Any | None) -> Writer:
+    """A writer for texts, or one that hears, which needs no tokenizer."""
+    hears = takes_arrays(first.inputs)
+    if tokenizer is None and not hears:
+        raise _no_tokenizer(folder)
+    writer = open_writer(folder, target, manifest, tokenizer)
+    return transcriber(writer, first) if hears else writer
+
+
+def _no_tokenizer(folder: Path) -> BadInput:
+    return BadInput(
+        "this engine has no tokenizer", where=folder, advice="run it from Python with arrays: engine.run({…})"
+    )
 
 
 def _engine_folder(path: Path, target: str | None) -> tuple[Path, str]:
@@ -157,37 +172,8 @@ def _longest(manifest: Manifest | None, tokenizer: Any) -> int | None:
     return min((int(limit) for limit in limits if limit is not None and limit < _ENDLESS), default=None)
 
 
-def read_questions(path: Path) -> Iterator[Question]:
-    """Questions of a file: a text a line (`.txt`), or an object a line (`.jsonl`).
-
-    Objects have `text` and, by task, `question` and `context`, `pair`, or `choices`. BadInput names the bad line.
-    """
-    if not path.is_file():
-        raise BadInput("there is no such file", where=path)
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _question(line, path, number) if path.suffix == ".jsonl" else Question(line.rstrip("\n"))
-
-
-def _question(line: str, path: Path, number: int) -> Question:
-    where = f"{path}, line {number}"
-    try:
-        record = json.loads(line)
-    except ValueError:
-        raise BadInput("this line is not JSON", where=where) from None
-    record = {"text": record} if isinstance(record, str) else record
-    if not isinstance(record, dict):
-        raise BadInput("this line is neither a text nor an object", where=where)
-    text, pair = record.get("text", record.get("question")), record.get("pair", record.get("context"))
-    choices = record.get("choices", [])
-    if not isinstance(text, str) or not isinstance(pair, str | None) or not isinstance(choices, list):
-        raise BadInput("this line has no field 'text' (or 'question' and 'context')", where=where)
-    return Question(text, pair, tuple(map(str, choices)))
-
-
 def answer_file(
-    answerer: Answerer | Writer,
+    answerer: AnyAnswerer,
     source: Path,
     output: Path,
     batch: int = BATCH,
@@ -204,7 +190,7 @@ def answer_file(
     done = _complete_lines(partial)
     answered = 0
     with partial.open("a", encoding="utf-8") as file:
-        for group in _groups(read_questions(source), done, batch):
+        for group in _groups(answerer.questions(source), done, batch):
             for answer in answerer.answer(group):
                 file.write(json.dumps({"index": done + answered, **answer}, ensure_ascii=False) + "\n")
                 answered += 1
@@ -217,7 +203,7 @@ def answer_file(
     return answered
 
 
-def _identity(answerer: Answerer | Writer, source: Path) -> str:
+def _identity(answerer: AnyAnswerer, source: Path) -> str:
     if not source.is_file():
         raise BadInput("there is no such file", where=source)
     digest = hashlib.sha256(source.read_bytes())
@@ -237,8 +223,8 @@ def _complete_lines(partial: Path) -> int:
     return whole.count(b"\n")
 
 
-def _groups(questions: Iterator[Question], skip: int, size: int) -> Iterator[list[Question]]:
-    group: list[Question] = []
+def _groups(questions: Iterator[Any], skip: int, size: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
     for index, question in enumerate(questions):
         if index >= skip:
             group.append(question)
@@ -247,16 +233,6 @@ def _groups(questions: Iterator[Question], skip: int, size: int) -> Iterator[lis
             group = []
     if group:
         yield group
-
-
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """Probabilities along the last axis."""
-    exponents = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
-
-
-def _label(answerer: Answerer, index: int) -> str:
-    return str(answerer.config.get("id2label", {}).get(str(index), f"LABEL_{index}"))
 
 
 def _embeddings(
@@ -278,12 +254,7 @@ def _embeddings(
 
 
 def _classes(answerer: Answerer, _: Sequence[Question], __: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
-    found = []
-    for row in softmax(outputs["logits"]):
-        order = np.argsort(-row, kind="stable")
-        scores = {_label(answerer, int(index)): float(row[index]) for index in order}
-        found.append({"label": _label(answerer, int(order[0])), "score": float(row[order[0]]), "scores": scores})
-    return found
+    return classes(answerer.config, outputs)
 
 
 def _tags(
@@ -295,7 +266,7 @@ def _tags(
         tokens = [
             {
                 "word": question.text[start:end],
-                "label": _label(answerer, int(scores.argmax())),
+                "label": label(answerer.config, int(scores.argmax())),
                 "score": float(scores.max()),
                 "start": int(start),
                 "end": int(end),

@@ -12,7 +12,7 @@ import numpy as np
 
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput
-from planish.optimizer.program import Signature
+from planish.optimizer.program import SIGNALS, SUM, Axis, Signature, TensorSpec
 
 _BATCH = 4
 _CASES = 8
@@ -27,7 +27,7 @@ def read_cases(path: Path, signature: Signature, tokenizer: Any | None) -> list[
     if not path.is_file():
         raise BadInput("there is no such file", where=path)
     if path.suffix == ".npz":
-        return [_arrays(path, signature)]
+        return [read_arrays(path, signature)]
     if tokenizer is None:
         raise BadInput(
             "texts need a tokenizer, and the source brings none", where=path, advice="give an .npz file of arrays"
@@ -82,7 +82,10 @@ def tokenize(texts: Sequence[Any], signature: Signature, tokenizer: Any, longest
     return made
 
 
-def _arrays(path: Path, signature: Signature) -> Case:
+def read_arrays(path: Path, signature: Signature) -> Case:
+    """The inputs of a component from an `.npz` file; BadInput says which array is missing or does not fit, and how."""
+    if not path.is_file():
+        raise BadInput("there is no such file", where=path)
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
@@ -91,10 +94,38 @@ def _arrays(path: Path, signature: Signature) -> Case:
     for tensor in signature.inputs:
         if tensor.name not in found:
             raise BadInput(f"it has no array {tensor.name!r}; it has {sorted(found)}", where=path)
-        if not np.can_cast(found[tensor.name].dtype, tensor.numpy_dtype(), "same_kind"):
-            raise BadInput(
-                f"array {tensor.name!r} is {found[tensor.name].dtype}, not {tensor.numpy_dtype()}", where=path
-            )
-        if not np.isfinite(found[tensor.name]).all():
-            raise BadInput(f"array {tensor.name!r} holds NaN or infinity", where=path)
-    return {tensor.name: found[tensor.name].astype(tensor.numpy_dtype()) for tensor in signature.inputs}
+        _refuse_misfit(found[tensor.name], tensor, path)
+    arrays = {tensor.name: found[tensor.name].astype(tensor.numpy_dtype()) for tensor in signature.inputs}
+    _refuse_other_sizes(arrays, signature, path)
+    return arrays
+
+
+def _refuse_misfit(array: np.ndarray, tensor: TensorSpec, path: Path) -> None:
+    """BadInput if one array is not what one input takes."""
+    wanted = tensor.numpy_dtype()
+    if tensor.role in SIGNALS and array.dtype.kind != "f":  # raw pixels or samples, which nobody has processed
+        raise BadInput(
+            f"array {tensor.name!r} is {array.dtype}, not {wanted}",
+            where=path,
+            advice="give what the checkpoint's own processor makes: scaled and normalized",
+        )
+    if not np.can_cast(array.dtype, wanted, "same_kind"):
+        raise BadInput(f"array {tensor.name!r} is {array.dtype}, not {wanted}", where=path)
+    if not np.isfinite(array).all():
+        raise BadInput(f"array {tensor.name!r} holds NaN or infinity", where=path)
+    fixed = zip(array.shape, tensor.shape, strict=False)
+    if array.ndim != len(tensor.shape) or any(isinstance(dim, int) and dim != size for size, dim in fixed):
+        taken = ", ".join(map(str, tensor.shape))
+        raise BadInput(f"array {tensor.name!r} has shape {list(array.shape)}, the model takes [{taken}]", where=path)
+
+
+def _refuse_other_sizes(arrays: Case, signature: Signature, path: Path) -> None:
+    """BadInput if two arrays disagree about an axis, or one is longer along it than the model takes."""
+    sizes: dict[str, int] = {}
+    for tensor in signature.inputs:
+        for size, dim in zip(arrays[tensor.name].shape, tensor.shape, strict=True):
+            if isinstance(dim, int) or SUM in dim:
+                continue
+            axis = signature.axes.get(dim, Axis(dim))
+            if sizes.setdefault(dim, size) != size or axis.clamp(size) != size:
+                raise BadInput(f"array {tensor.name!r} has {size} along {dim!r}, which does not fit", where=path)

@@ -49,7 +49,8 @@ class Decoding:
     """Texts that are being continued together, one token a step.
 
     ``start`` takes the prompt: ``input_ids`` and ``attention_mask`` of shape (batch, tokens), padded on the left for
-    a decoder and on the right for an encoder-decoder, whose answers begin with ``start_tokens`` of shape (batch, 1).
+    a decoder and on the right for an encoder-decoder, whose answers begin with ``start_tokens`` of shape (batch, 1);
+    or whatever else its encoder reads, without a mask. Without a mask all tokens count.
     Scores have shape (batch, vocabulary) and are those of the next token.
     """
 
@@ -57,7 +58,7 @@ class Decoding:
         self._engines = engines
         self._sole = DECODER in engines
         self._cache: object = None
-        self._mask = np.zeros((0, 0), np.int64)
+        self._mask: np.ndarray | None = None
 
     @classmethod
     def of(cls, target: Backend, folder: Path, components: Iterable[str]) -> Self:
@@ -66,13 +67,15 @@ class Decoding:
 
     def start(self, prompt: Arrays, start_tokens: np.ndarray | None = None) -> np.ndarray:
         """Read the prompt and score the first token of the answer."""
-        self._mask = np.asarray(prompt["attention_mask"], np.int64)
+        ids = prompt.get("input_ids")
+        mask = prompt.get("attention_mask", None if ids is None else np.ones_like(ids))
+        self._mask = None if mask is None else np.asarray(mask, np.int64)
         self._cache = None
         if self._sole:
             return self._behind(np.asarray(prompt["input_ids"], np.int64))
         if start_tokens is None:
             raise BadInput("the decoder of an encoder-decoder needs a token to start with")
-        encoded = self._engines[ENCODER].run({"input_ids": prompt["input_ids"], "attention_mask": self._mask})
+        encoded = self._engines[ENCODER].run(prompt)
         states = {"encoder_hidden_states": encoded["last_hidden_state"]}
         return self._decode(FIRST, {"input_ids": np.asarray(start_tokens, np.int64), **states})
 
@@ -81,14 +84,14 @@ class Decoding:
         column = np.asarray(tokens, np.int64)[:, None]
         if not self._sole:
             return self._decode(NEXT, {"input_ids": column})
-        self._mask = np.concatenate([self._mask, np.ones_like(column)], axis=1)
+        self._mask = np.concatenate([self._shown(), np.ones_like(column)], axis=1)
         return self._behind(column)
 
     def select(self, rows: np.ndarray) -> None:
         """Go on with these rows of the batch, in this order: what beam search asks for."""
         engine = self._engines[DECODER if self._sole else NEXT]
         self._cache = engine.select(self._cache, rows)
-        self._mask = self._mask[rows]
+        self._mask = None if self._mask is None else self._mask[rows]
 
     def generate(
         self,
@@ -122,12 +125,19 @@ class Decoding:
 
     def _behind(self, ids: np.ndarray) -> np.ndarray:
         """Run a decoder on tokens behind its cache."""
-        positions = np.maximum(np.cumsum(self._mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
-        feeds = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
+        positions = np.maximum(np.cumsum(self._shown(), axis=1) - 1, 0)[:, -ids.shape[1] :]
+        feeds = {"input_ids": ids, "attention_mask": self._shown(), "position_ids": positions}
         return self._step(self._engines[DECODER], feeds)
 
     def _decode(self, component: str, feeds: Arrays) -> np.ndarray:
-        return self._step(self._engines[component], {**feeds, "encoder_attention_mask": self._mask})
+        masked = {} if self._mask is None else {"encoder_attention_mask": self._mask}
+        return self._step(self._engines[component], {**feeds, **masked})
+
+    def _shown(self) -> np.ndarray:
+        """The mask of a decoder's prompt and of what follows it; BadInput if the prompt has no tokens."""
+        if self._mask is None:
+            raise BadInput("the prompt has no input_ids")
+        return self._mask
 
     def _step(self, engine: Engine, feeds: Arrays) -> np.ndarray:
         known = {tensor.name for tensor in engine.inputs}

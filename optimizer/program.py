@@ -23,6 +23,10 @@ class Role(StrEnum):
     """0, 1, 2, … along the sequence."""
     BOXES = "boxes"
     """Four coordinates (x0 ≤ x1, y0 ≤ y1) of each token on its page, each below ``bound``."""
+    PIXELS = "pixels"
+    """Images as a checkpoint's processor gives them, (batch, channels, height, width), near zero and of size one."""
+    FEATURES = "features"
+    """Spectra of a recording over time, (batch, bins, frames), padded at their end with their lowest value."""
     VALUES = "values"
     """Real numbers without further meaning."""
     CACHE = "cache"
@@ -33,6 +37,8 @@ class Role(StrEnum):
     """Unnormalized scores: the arg max along the last axis is the answer."""
 
 
+SIGNALS = frozenset({Role.PIXELS, Role.FEATURES})
+"""Roles of what is seen or heard: real numbers that a processor made, where texts have tokens."""
 _ROLES_BY_NAME = (
     ("past_key_values", Role.CACHE),
     ("present.", Role.CACHE),
@@ -41,6 +47,8 @@ _ROLES_BY_NAME = (
     ("segment", Role.SEGMENTS),
     ("position", Role.POSITIONS),
     ("bbox", Role.BOXES),
+    ("pixel_values", Role.PIXELS),
+    ("input_features", Role.FEATURES),
     ("ids", Role.TOKENS),
     ("logits", Role.LOGITS),
     ("hidden", Role.HIDDEN),
@@ -51,7 +59,8 @@ def guess_role(name: str, dtype: ir.DataType) -> Role:
     """The role that a name suggests, by the conventions of Hugging Face exports; VALUES if it suggests none."""
     found = next((role for part, role in _ROLES_BY_NAME if part in name), Role.VALUES)
     integer_only = found in (Role.TOKENS, Role.SEGMENTS, Role.POSITIONS, Role.BOXES)
-    return Role.VALUES if integer_only and not dtype.is_integer() else found
+    wrong = (integer_only and not dtype.is_integer()) or (found in SIGNALS and not dtype.is_floating_point())
+    return Role.VALUES if wrong else found
 
 
 PAST = "past"

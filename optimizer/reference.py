@@ -15,7 +15,7 @@ import numpy as np
 
 from planish.optimizer.compare import Budget, Case, Clause, compare
 from planish.optimizer.errors import BadInput
-from planish.optimizer.program import PAST, SUM, Axis, Role, Signature, TensorSpec
+from planish.optimizer.program import PAST, SIGNALS, SUM, Axis, Role, Signature, TensorSpec
 
 NOISE_FACTOR = 64.0
 """An exact rewrite may move an output by this many noise floors: another order of summation in every layer, in a
@@ -37,6 +37,10 @@ _QUICK = 2
 _CONTINUATIONS = "continuations.safetensors"
 _SHARE = 0.75
 """The second row of the padded batch is this share of the first, the third this share of the second, …"""
+_GRAIN = 8
+"""Neighbouring values of what is seen or heard are alike: made ones share a level over this many rows and columns."""
+_SILENCE = -1.0
+"""The lowest value of a made spectrum."""
 _ELEMENTS = 1 << 24
 """Outputs with more elements than this are kept in part."""
 
@@ -171,15 +175,23 @@ Prompt = tuple[Case, int]
 
 
 def make_prompts(signature: Signature, seed: int = 0) -> list[Prompt]:
-    """Prompts for the component that takes them."""
+    """Prompts for the component that takes them: texts, or recordings of the one length that it hears."""
     generator = np.random.default_rng(seed)
     made: list[Prompt] = []
+    known: list[Mapping[str, int]] = []
     for count, length in _PROMPTS:
         sizes = {name: axis.clamp(_prompted(axis, count, length)) for name, axis in signature.axes.items()}
+        if sizes in known:
+            continue
+        known.append(sizes)
         case = make_case(signature, sizes, generator)
-        prompt = {name: case[name] for name in ("input_ids", "attention_mask")}
+        prompt = {t.name: case[t.name] for t in signature.inputs if t.role in _ASKED}
         made.append((prompt, CONTINUED // 2 if count > 1 else 0))
     return made
+
+
+_ASKED = SIGNALS | {Role.TOKENS, Role.MASK}
+"""What a prompt is made of: positions and an empty cache follow from it."""
 
 
 def _prompted(axis: Axis, count: int, length: int) -> int:
@@ -289,7 +301,21 @@ def _values(tensor: TensorSpec, shape: tuple[int, ...], generator: np.random.Gen
         return _tokens(tensor, shape, generator).astype(dtype)
     if dtype == np.bool_:
         return generator.random(shape) < 0.5
+    if tensor.role in SIGNALS:
+        return _signal(tensor, shape, generator).astype(dtype)
     return generator.standard_normal(shape).astype(dtype)
+
+
+def _signal(tensor: TensorSpec, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    """Patches of one level and a little noise, between -1 and 1; recordings of a batch get shorter, then silent."""
+    *leading, rows, columns = shape
+    levels = generator.standard_normal((*leading, -(-rows // _GRAIN), -(-columns // _GRAIN)))
+    patches = levels.repeat(_GRAIN, axis=-2).repeat(_GRAIN, axis=-1)[..., :rows, :columns]
+    signal = np.tanh(patches + 0.25 * generator.standard_normal(shape))
+    if tensor.role is not Role.FEATURES:
+        return np.asarray(signal)
+    heard = _mask((*shape[:-2], columns))
+    return np.where(heard[..., None, :], signal, _SILENCE)
 
 
 def _tokens(tensor: TensorSpec, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:

@@ -14,6 +14,7 @@ from planish.optimizer.backend import Arrays
 from planish.optimizer.errors import BadInput
 from planish.optimizer.generate import Decoding, Sampling
 from planish.optimizer.manifest import Manifest
+from planish.optimizer.questions import read_questions
 
 MOST = 64
 """New tokens when nothing else is asked for."""
@@ -50,20 +51,39 @@ class Writer:
     def answer(self, questions: Sequence[Prompted]) -> list[dict[str, Any]]:
         """The text written for each prompt; all of them run as one padded batch."""
         tokens = np.stack(list(self.tokens([question.text for question in questions])), axis=1)
-        return [{"text": self._decode(row)} for row in tokens]
+        return [{"text": self.decode(row)} for row in tokens]
+
+    def questions(self, path: Path) -> Iterator[Any]:
+        """The prompts of a file."""
+        return read_questions(path)
 
     def tokens(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         """Tokens step by step, shape (batch,). BadInput if a prompt is empty or leaves no room for an answer."""
-        prompt = self._encode(texts)
-        room = None if self.longest is None else self.longest - (0 if self.answers else prompt["input_ids"].shape[1])
+        return self.continued(self._encode(texts))
+
+    def continued(self, prompt: Arrays) -> Iterator[np.ndarray]:
+        """Tokens step by step behind a prompt of arrays, those that the answer must begin with among them."""
+        first = next(iter(prompt.values()))
+        before = 1 if self.answers else first.shape[1]
+        forced = self.opening()
+        room = None if self.longest is None else self.longest - (0 if self.answers else before)
+        most = self.most + len(forced)
         return self.decoding.generate(
             prompt,
-            start_tokens=self._start(len(texts)),
-            most=self.most if room is None else min(self.most, room),
+            start_tokens=self._start(len(first)),
+            most=most if room is None else min(most, room),
             ends=self._ends(),
             sampling=self.sampling,
-            adjust=self._adjust(prompt["input_ids"].shape[1]),
+            adjust=self._adjust(before, forced),
         )
+
+    def usual(self) -> int:
+        """New tokens when nothing else is asked for, by the user or the checkpoint."""
+        return MOST
+
+    def opening(self) -> list[list[int]]:
+        """The tokens of which each of the answer's first must be one; texts begin as the scores say."""
+        return []
 
     def _encode(self, texts: Sequence[str]) -> Arrays:
         self.tokenizer.padding_side = "right" if self.answers else "left"
@@ -87,25 +107,46 @@ class Writer:
         end = self.settings.get("eos_token_id")
         return frozenset(end if isinstance(end, list) else [] if end is None else [end])
 
-    def _decode(self, tokens: np.ndarray) -> str:
-        ends = np.flatnonzero(np.isin(tokens, list(self._ends())))
-        return str(self.tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True))
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of one row of tokens, up to the one that ends it."""
+        return str(self.tokenizer.decode(self.before_end(tokens), skip_special_tokens=True))
 
-    def _adjust(self, prompt: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
-        """What the checkpoint's settings do to scores before a token is chosen, by the processors of transformers."""
+    def before_end(self, tokens: np.ndarray) -> np.ndarray:
+        """The tokens of one row before the first that ends it."""
+        ends = np.flatnonzero(np.isin(tokens, list(self._ends())))
+        return tokens[: ends[0]] if len(ends) else tokens
+
+    def _adjust(
+        self, before: int, forced: Sequence[Sequence[int]]
+    ) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        """What the checkpoint's settings do to scores before a token is chosen, by the processors of transformers.
+
+        The first tokens are the likeliest of those that they must be; ``before`` tokens stand in front of them.
+        """
         import torch
 
-        found = processors(self.settings, self.most, 1 if self.answers else prompt)
-        if not found:
+        found = processors(self.settings, self.most, before + len(forced))
+        if not found and not forced:
             return None
 
         def adjust(tokens: np.ndarray, scores: np.ndarray) -> np.ndarray:
+            place = tokens.shape[1] - before
+            if place < len(forced):
+                return best_of(scores, forced[place])
             adjusted = torch.from_numpy(np.array(scores))
             for processor in found:
                 adjusted = processor(torch.from_numpy(np.array(tokens)), adjusted)
             return np.asarray(adjusted.numpy())
 
         return adjust
+
+
+def best_of(scores: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """Scores (batch, vocabulary) that leave nothing to choose: the likeliest of ``tokens`` alone is above -infinity."""
+    likeliest = np.asarray(tokens)[scores[:, list(tokens)].argmax(axis=1)]
+    alone = np.full_like(scores, -np.inf)
+    alone[np.arange(len(scores)), likeliest] = 0
+    return alone
 
 
 def processors(settings: Mapping[str, Any], most: int, begin: int) -> list[Any]:
@@ -133,16 +174,15 @@ def open_writer(folder: Path, target: str, manifest: Manifest, tokenizer: Any) -
     from planish.optimizer import registry
 
     settings = _json(folder / "config.json") | _json(folder / "generation_config.json")
-    signatures = {name: record.signature() for name, record in manifest.signatures.items()}
-    axes = next(iter(signatures.values())).axes
-    limit = axes["sequence"].maximum if "sequence" in axes else None
-    decoding = Decoding.of(registry.backend(target), folder, signatures)
-    return Writer(decoding, tokenizer, manifest.task, folder, settings, limit)
+    signatures = [record.signature() for record in manifest.signatures.values()]
+    lengths = [signature.axes["sequence"] for signature in signatures if "sequence" in signature.axes]
+    decoding = Decoding.of(registry.backend(target), folder, manifest.signatures)
+    return Writer(decoding, tokenizer, manifest.task, folder, settings, lengths[0].maximum if lengths else None)
 
 
 def with_options(writer: Writer, most: int | None, sampling: Sampling) -> Writer:
     """The writer with what was asked for."""
-    return replace(writer, most=most or int(writer.settings.get("max_new_tokens") or MOST), sampling=sampling)
+    return replace(writer, most=most or int(writer.settings.get("max_new_tokens") or writer.usual()), sampling=sampling)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,21 +1,28 @@
-"""Every architecture that generates, beside PyTorch: `python -m tests.architectures` writes `docs/architectures.md`."""
+"""Every architecture that generates or sees, beside PyTorch: `python -m tests.architectures` writes a page of them."""
 
 from __future__ import annotations
 
 import re
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 from planish.optimizer import optimize
+from planish.optimizer.manifest import Manifest
 from planish.optimizer.measure import Timing
-from tests.zoo import GENERATORS, Species, build
+from tests.zoo import GENERATORS, IMAGES, Species, build
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 TARGETS = ("onnxruntime", "openvino")
-_HEAD = """# Architectures that generate
+_HEAD = """# Architectures
+
+Texts are encoded by whatever takes token ids; `tests/zoo.py` lists what is tested. Here are those that generate, and
+those that see.
+
+## Those that generate
 
 Tiny checkpoints with random weights and odd sizes, built with the preset `exact` and compared with PyTorch: `prefill` is
 the largest relative error of a component's scores and caches over single calls (empty, short and long pasts, padded
@@ -26,6 +33,17 @@ greedy and beam-search tokens with PyTorch's.
 
 | architecture | task | components | onnxruntime: prefill | steps | openvino: prefill | steps |
 |---|---|---|---|---|---|---|
+"""
+
+
+_IMAGES = """
+## Those that see
+
+Built and compared in the same way; the figure is the largest relative error of the output, over batches of one and of
+several images. Height, width and channels are those of the checkpoint.
+
+| architecture | task | image | onnxruntime | openvino |
+|---|---|---|---|---|
 """
 
 
@@ -46,12 +64,22 @@ class Row:
         return f"| {self.name} | {self.task} | {', '.join(self.components)} | {figures} |"
 
 
-def examine(species: Species, folder: Path) -> Row:
-    """Build engines for both CPU targets, without timing them, and read off the manifest how close they are."""
+def built(species: Species, folder: Path) -> Manifest:
+    """The manifest of engines for both CPU targets."""
     checkpoint = build(species, folder / "checkpoint")
     untimed = [Timing(1, 1, 1, 1, 1), Timing(1, 2, 2, 2, 1)]
     with mock.patch("planish.optimizer.building.race", lambda *_: untimed):
-        manifest = optimize(checkpoint, folder / "out", task=species.task, targets=TARGETS).manifest
+        return optimize(checkpoint, folder / "out", task=species.task, targets=TARGETS).manifest
+
+
+def unharmed(manifest: Manifest) -> bool:
+    """Whether every engine is what the passes made, none of which was undone."""
+    return all(target.shipped == "optimized" and not target.rolled_back for target in manifest.targets.values())
+
+
+def examine(species: Species, folder: Path) -> Row:
+    """Build engines for both CPU targets, without timing them, and read off the manifest how close they are."""
+    manifest = built(species, folder)
     found = {name: target.comparison for name, target in manifest.targets.items()}
     parts = {
         name: [metrics for output, metrics in comparison.items() if not output.startswith("generation")]
@@ -64,26 +92,58 @@ def examine(species: Species, folder: Path) -> Row:
         tuple(manifest.signatures),
         {name: max(metrics["max_rel"] for metrics in own) for name, own in parts.items()},
         {name: metrics["kl"] for name, metrics in steps.items()},
-        all(metrics["greedy"] == 1 for metrics in steps.values())
-        and all(target.shipped == "optimized" and not target.rolled_back for target in manifest.targets.values()),
+        all(metrics["greedy"] == 1 for metrics in steps.values()) and unharmed(manifest),
     )
 
 
-def listed() -> set[str]:
-    """Architectures in the table of the page."""
-    return set(re.findall(r"^\| ([\w-]+) \| text", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+@dataclass(frozen=True)
+class Sight:
+    """What was found of an architecture that sees."""
+
+    name: str
+    task: str
+    image: tuple[int | str, ...]
+    """Channels, height, width."""
+    errors: dict[str, float]
+    green: bool
+
+    def __str__(self) -> str:
+        """A row of the table."""
+        image, figures = " x ".join(map(str, self.image)), " | ".join(f"{self.errors[t]:.1e}" for t in TARGETS)
+        return f"| {self.name} | {self.task} | {image} | {figures} |"
+
+
+def look(species: Species, folder: Path) -> Sight:
+    """Build engines of an encoder of images, without timing them, and read off the manifest how close they are."""
+    manifest = built(species, folder)
+    (image,) = manifest.signatures["model"].inputs
+    errors = {
+        name: max(metrics["max_rel"] for metrics in target.comparison.values())
+        for name, target in manifest.targets.items()
+    }
+    return Sight(species.model_type, species.task, tuple(image.shape[1:]), errors, unharmed(manifest))
+
+
+def listed() -> set[tuple[str, str]]:
+    """Architectures and tasks in the tables of the page."""
+    return set(re.findall(r"^\| ([\w-]+) \| ([a-z0-9]+-[a-z0-9-]+) ", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def _rows(examined: Callable[[Species, Path], Row | Sight], zoo: Sequence[Species]) -> str:
+    """The rows of a table; SystemExit if one is not green."""
+    rows = []
+    for species in zoo:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(examined(species, Path(folder)))
+        print(rows[-1], file=sys.stderr)
+        if not rows[-1].green:
+            raise SystemExit(f"{species.name} is not as PyTorch is")
+    return "\n".join(map(str, rows)) + "\n"
 
 
 def main() -> None:
     """Examine all of them and write the page."""
-    rows = []
-    for species in GENERATORS:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(examine(species, Path(folder)))
-        print(rows[-1], file=sys.stderr)
-        if not rows[-1].green:
-            raise SystemExit(f"{species.name} is not as PyTorch is")
-    PAGE.write_text(_HEAD + "\n".join(map(str, rows)) + "\n", encoding="utf-8")
+    PAGE.write_text(_HEAD + _rows(examine, GENERATORS) + _IMAGES + _rows(look, IMAGES), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The ecosystem's own loaders open our engine folders: `make interop`.
 
-`build` makes engines of every architecture that generates, and writes down what PyTorch gives: greedy and beam-search
-tokens of a padded batch. `check` runs in an environment with optimum-onnx or optimum-intel, which cannot be installed
+`build` makes engines of every architecture that generates and of some that see, and writes down what PyTorch gives:
+greedy and beam-search tokens of a padded batch, outputs for a batch of images. `check` runs in an environment with optimum-onnx or optimum-intel, which cannot be installed
 beside transformers 5, and imports nothing of ours.
 """
 
@@ -14,6 +14,9 @@ from typing import Any
 
 _NEW = 20
 _BEAMS = 3
+_SEEN = {"vit", "deit", "swin", "convnext", "resnet"}
+"""Model types of images that are tried; a loader has one class for each task, whatever the type."""
+_CLOSE = 1e-4
 _OPTIONS: dict[str, dict[str, Any]] = {
     "onnxruntime": {},
     "openvino": {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}},
@@ -32,7 +35,25 @@ def prompts(padded_left: bool) -> dict[str, list[list[int]]]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def written(model: Any, batch: dict[str, list[list[int]]], beams: int) -> list[list[int]]:
+def signals(*shape: int) -> list[Any]:
+    """A batch of images or spectra, as nested lists."""
+    import numpy as np
+
+    made: list[Any] = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32).tolist()
+    return made
+
+
+def seen(model: Any, batch: dict[str, list[Any]]) -> list[Any]:
+    """The output for a batch of images, as nested lists."""
+    import torch
+
+    with torch.inference_mode():
+        outputs = model(**{name: torch.tensor(rows) for name, rows in batch.items()})
+    found: list[Any] = outputs[0].tolist()
+    return found
+
+
+def written(model: Any, batch: dict[str, list[Any]], beams: int) -> list[list[int]]:
     """Tokens that a model of transformers or of its loaders writes."""
     import torch
 
@@ -41,53 +62,79 @@ def written(model: Any, batch: dict[str, list[list[int]]], beams: int) -> list[l
     return [[int(token) for token in row] for row in tokens]
 
 
-def build(folder: Path) -> None:
-    """Engines and what is expected of them, in our own environment."""
+def build(folder: Path, *only: str) -> None:
+    """Engines and what is expected of them, in our own environment; of some model types only, if any are named."""
     from unittest import mock
-
-    from optimum.exporters.tasks import TasksManager
 
     from planish.optimizer import optimize
     from planish.optimizer.measure import Timing
-    from tests.zoo import GENERATORS
+    from tests.zoo import GENERATORS, IMAGES
     from tests.zoo import build as make
 
     faster = [Timing(1, 1, 1, 1, 1), Timing(1, 2, 2, 2, 1)]
-    for species in GENERATORS:
-        place = folder / species.model_type
-        if (place / "expected.json").is_file():
+    images = [s for s in IMAGES if s.model_type in _SEEN and s.task == "image-classification"]
+    for species in [*GENERATORS, *images]:
+        place = folder / (species.name if species in images else species.model_type)
+        if (place / "expected.json").is_file() or (only and species.model_type not in only):
             continue
         checkpoint = make(species, place / "checkpoint")
-        model = TasksManager.get_model_class_for_task(species.task).from_pretrained(checkpoint).eval()
-        batch = prompts(species.task == "text-generation")
-        tokens = {str(beams): written(model, batch, beams) for beams in (1, _BEAMS)}
+        expected = expectation(checkpoint, species.task)
         with mock.patch("planish.optimizer.building.race", lambda *_: faster):
             optimize(checkpoint, place / "out", task=species.task, targets=["onnxruntime", "openvino"])
-        expected = {"task": species.task, "batch": batch, "tokens": tokens}
         (place / "expected.json").write_text(json.dumps(expected))
-        print(f"built {species.model_type}", flush=True)
+        print(f"built {place.name}", flush=True)
+
+
+def expectation(checkpoint: Path, task: str) -> dict[str, Any]:
+    """What PyTorch gives for a batch of what the task takes."""
+    from optimum.exporters.tasks import TasksManager
+
+    from planish.optimizer.lowering.tasks import TASKS
+
+    auto = TasksManager.get_model_class_for_task(task, model_class_name=TASKS[task].auto)
+    model = auto.from_pretrained(checkpoint).eval()
+    name = model.main_input_name
+    if name == "pixel_values":
+        sides = model.config.image_size
+        images = {
+            name: signals(model.config.num_channels, *(sides if isinstance(sides, list | tuple) else [sides] * 2))
+        }
+        return {"task": task, "batch": images, "outputs": seen(model, images)}
+    spectra = task == "automatic-speech-recognition"
+    batch: dict[str, list[Any]] = {}
+    if spectra:
+        batch[name] = signals(model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    else:
+        batch = {**prompts(task == "text-generation")}
+    return {"task": task, "batch": batch, "tokens": {str(beams): written(model, batch, beams) for beams in (1, _BEAMS)}}
+
+
+_LOADERS = {
+    "automatic-speech-recognition": "ModelForSpeechSeq2Seq",
+    "image-classification": "ModelForImageClassification",
+    "text-generation": "ModelForCausalLM",
+    "text2text-generation": "ModelForSeq2SeqLM",
+}
+"""The end of the name of the loader's class for a task."""
 
 
 def loader(target: str, task: str) -> Any:
     """The loader's class for a task."""
     if target == "onnxruntime":
         from optimum import onnxruntime as library
-
-        return library.ORTModelForCausalLM if task == "text-generation" else library.ORTModelForSeq2SeqLM
-    from optimum import intel
-
-    return intel.OVModelForCausalLM if task == "text-generation" else intel.OVModelForSeq2SeqLM
+    else:
+        from optimum import intel as library
+    return getattr(library, {"onnxruntime": "ORT", "openvino": "OV"}[target] + _LOADERS[task])
 
 
 def check(folder: Path, target: str) -> int:
-    """Load every engine with the loader's class and compare its tokens; returns how many differ or do not load."""
+    """Load every engine with the loader's class and compare what it gives; returns how many differ or do not load."""
     wrong = 0
     for place in sorted(path.parent for path in folder.glob("*/expected.json")):
         expected = json.loads((place / "expected.json").read_text())
         try:
             model = loader(target, expected["task"]).from_pretrained(place / "out" / target, **_OPTIONS[target])
-            found = {beams: written(model, expected["batch"], int(beams)) for beams in expected["tokens"]}
-            said = " ".join(f"beams {b}: {'same' if found[b] == t else 'OTHER'}" for b, t in expected["tokens"].items())
+            said = compared_images(model, expected) if "outputs" in expected else compared_tokens(model, expected)
         except Exception as error:  # noqa: BLE001 - whatever a loader of somebody else raises is told
             said = f"FAILED {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         wrong += "OTHER" in said or "FAILED" in said
@@ -95,9 +142,24 @@ def check(folder: Path, target: str) -> int:
     return wrong
 
 
+def compared_tokens(model: Any, expected: dict[str, Any]) -> str:
+    """Whether tokens are the same, for each number of beams."""
+    found = {beams: written(model, expected["batch"], int(beams)) for beams in expected["tokens"]}
+    return " ".join(f"beams {b}: {'same' if found[b] == t else 'OTHER'}" for b, t in expected["tokens"].items())
+
+
+def compared_images(model: Any, expected: dict[str, Any]) -> str:
+    """How far outputs are from PyTorch's."""
+    import numpy as np
+
+    found, wanted = np.array(seen(model, expected["batch"])), np.array(expected["outputs"])
+    error = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")
+    return f"{'same' if error <= _CLOSE else 'OTHER'} up to {error:.1e}"
+
+
 if __name__ == "__main__":
     action, where, *rest = sys.argv[1:]
     if action == "build":
-        build(Path(where))
+        build(Path(where), *rest)
     else:
         sys.exit(min(1, check(Path(where), *rest)))

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import Planish
 from tests.train import MODELS
+from tests.zoo import IMAGES, build
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -40,6 +42,8 @@ def place(tiny: Path, tmp_path: Path) -> Path:
     """A working folder with what the pages speak of."""
     shutil.copytree(tiny, tmp_path / "checkpoint")
     shutil.copytree(MODELS / "writer", tmp_path / "writer")
+    build(next(species for species in IMAGES if species.model_type == "vit"), tmp_path / "vit")
+    np.savez(tmp_path / "images.npz", pixel_values=np.zeros((2, 3, 30, 24), np.float32))
     (tmp_path / "texts.txt").write_text("w1 w2\nw3 w4 w5\nw6\n")
     return tmp_path
 

@@ -101,6 +101,13 @@ _T5 = {
 }  # fmt: skip
 
 
+_HEARD = {
+    **_TRANSLATOR, "num_mel_bins": 10, "max_source_positions": 13, "max_target_positions": 48, "bos_token_id": 2,
+    "eos_token_id": 2, "pad_token_id": 2, "init_std": 0.3,
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"), ...),
+}  # fmt: skip
+
+
 def _writer(model_type: str, **config: Any) -> Species:
     return Species(model_type, "text-generation", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **config})
 
@@ -127,8 +134,56 @@ GENERATORS = [
     Species("t5", "text2text-generation", _T5),
     Species("mt5", "text2text-generation", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     *(Species(kind, "text2text-generation", _TRANSLATOR) for kind in ("bart", "mbart", "marian", "pegasus")),
+    Species("whisper", "automatic-speech-recognition", _HEARD),
 ]
 """Decoders and encoder-decoders: grouped and shared heads, windows, experts, tied and untied, odd head sizes."""
+
+
+_TEXT = dict.fromkeys(("vocab_size", "type_vocab_size", "max_position_embeddings", "pad_token_id"), ...)
+_PATCHES = {**_TEXT, "image_size": 30, "patch_size": 6}
+_OBLONG = {**_PATCHES, "image_size": [30, 24]}
+_RELATIVE = {**_PATCHES, "use_relative_position_bias": True}
+_STAGED = {
+    **_TEXT, **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), ...), "image_size": 40,
+}  # fmt: skip
+_WINDOWS = {**_STAGED, "patch_size": 4, "embed_dim": 12, "depths": [2, 2], "num_heads": [3, 3], "window_size": 3}
+_MAPS = {**_STAGED, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 2, 1, 1]}
+_PYRAMID = {**_MAPS, "image_size": 64, "num_attention_heads": [1, 2, 2, 4]}
+
+
+def _classifier(model_type: str, sizes: Mapping[str, Any], **config: Any) -> Species:
+    return Species(model_type, "image-classification", {**sizes, **config})
+
+
+IMAGES = [
+    _classifier("vit", _OBLONG),
+    Species("vit", "feature-extraction", _OBLONG),
+    _classifier("deit", _OBLONG, num_channels=1),
+    _classifier("beit", _RELATIVE),
+    Species("data2vec-vision", "feature-extraction", _RELATIVE),
+    _classifier("dinov2", _PATCHES),
+    Species("ijepa", "feature-extraction", _PATCHES),
+    _classifier("vit_msn", _PATCHES),
+    Species("clip_vision_model", "feature-extraction", _PATCHES),
+    Species("siglip_vision_model", "feature-extraction", _PATCHES),
+    _classifier("swin", _WINDOWS),
+    Species("swinv2", "feature-extraction", _WINDOWS),
+    _classifier("convnext", _MAPS),
+    Species("convnext", "feature-extraction", _MAPS),
+    _classifier("convnextv2", _MAPS),
+    _classifier("resnet", _STAGED, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 2], layer_type="basic"),
+    _classifier("regnet", _MAPS, embedding_size=8, groups_width=4),
+    _classifier("mobilenet_v2", _STAGED, depth_multiplier=0.25),
+    _classifier("mobilevit", _STAGED, image_size=64, hidden_sizes=[12, 16, 20], num_attention_heads=2,
+                neck_hidden_sizes=[8, 8, 12, 12, 16, 16, 20]),
+    _classifier("poolformer", _MAPS, image_size=64),
+    _classifier("segformer", _PYRAMID, decoder_hidden_size=16),
+    _classifier("pvt", _PYRAMID),
+    _classifier("levit", _STAGED, image_size=64, hidden_sizes=[8, 12, 16], num_attention_heads=[2, 3, 4],
+                depths=[1, 1, 1], key_dim=[4, 4, 4]),
+    _classifier("cvt", _STAGED, image_size=64, embed_dim=[8, 12, 16], depth=[1, 2, 3], num_heads=[1, 2, 2]),
+]  # fmt: skip
+"""Encoders of images: patches, windows, convolutions; images that are oblong, grey, larger than a window."""
 
 
 def sizes(species: Species) -> dict[str, Any]:
@@ -143,9 +198,12 @@ def build(species: Species, folder: Path, seed: int = 0, dtype: str = "float32")
     from optimum.exporters.tasks import TasksManager
     from transformers import AutoConfig
 
+    from planish.optimizer.lowering.tasks import TASKS
+
     config = AutoConfig.for_model(species.model_type, **sizes(species))
+    config.architectures = []  # where a head has several classes, the first is made
     torch.manual_seed(seed)
-    auto = TasksManager.get_model_class_for_task(species.task)
+    auto = TasksManager.get_model_class_for_task(species.task, model_class_name=TASKS[species.task].auto)
     model = auto.from_config(config).eval().to(getattr(torch, dtype))
     with torch.no_grad():  # fresh biases and norms are constants: draw them, so that a lost one is noticed
         for name, parameter in model.named_parameters():

@@ -21,11 +21,15 @@ _SHOWN = 6
 @click.option(
     "--choice", "choices", multiple=True, help="One of several answers to choose from; may be given several times."
 )
-@click.option("--input", "source", type=existing, help="A .txt or .jsonl file of texts.")
+@click.option("--input", "source", type=existing, help="A .txt or .jsonl file of texts; .npz for images and speech.")
 @click.option("--output", type=existing, help="The .jsonl file to write; an interrupted run goes on where it stopped.")
-@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Texts that run together.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Texts or rows that run together."
+)
 @click.option("--target", metavar="NAME[{k=v …}]", help="Which engine of an output, with its options.")
-@click.option("--max-new-tokens", "most", type=click.IntRange(min=1), help="Most tokens that an engine writes (64).")
+@click.option(
+    "--max-new-tokens", "most", type=click.IntRange(min=1), help="Most tokens that an engine writes (64 for texts)."
+)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="Sample instead of taking the best.")
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="Sample among this many of the best.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample among the likeliest.")
@@ -48,13 +52,20 @@ def command(
     as_json: bool,
 ) -> None:
     """Ask ENGINE (an output or an engine folder): labels, embeddings, answers, texts, by its task."""
-    from planish.optimizer.answering import Question, answer_file, open_answerer
+    from planish.optimizer.answering import answer_file, open_answerer
     from planish.optimizer.generate import Sampling
+    from planish.optimizer.perceiving import Perceiver, Transcriber
+    from planish.optimizer.questions import Question
     from planish.optimizer.writing import Writer, with_options
 
     if (text is None) == (source is None) or (source is None) != (output is None):
         raise UsageError("give either --text, or --input and --output")
     answerer = open_answerer(engine, target)
+    if text is not None and isinstance(answerer, Perceiver | Transcriber):
+        names = " and ".join(tensor.name for tensor in answerer.signature.inputs)
+        raise UsageError(
+            f"this engine takes {names}, not texts", where="--text", advice="give --input FILE.npz and --output FILE"
+        )
     if isinstance(answerer, Writer):
         answerer = with_options(answerer, most, Sampling(temperature, top_k, top_p, seed))
         if answerer.settings.get("num_beams", 1) != 1:
@@ -86,10 +97,9 @@ def _stream(writer: Any, text: str) -> None:
 
 
 def _run_file(answer_file: Any, answerer: Any, source: Path, output: Path, batch: int) -> int:
-    from planish.optimizer.answering import read_questions
     from planish.optimizer.cli.display import progress_bar
 
-    total = sum(1 for _ in read_questions(source))
+    total = sum(1 for _ in answerer.questions(source))
     with progress_bar() as report:
         return int(answer_file(answerer, source, output, batch, lambda done: report("answering", done - 1, total)))
 

@@ -104,6 +104,15 @@ def flatten(result: Any, names: Sequence[str] = ()) -> dict[str, Any]:
     return {name: found[name] for name in names} if names else found
 
 
+def required_parameters(module: Any) -> set[str]:
+    """Arguments that the module's forward method cannot do without."""
+    return {
+        name
+        for name, parameter in inspect.signature(type(module).forward).parameters.items()
+        if name != "self" and parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
+
+
 def accepted(module: Any, **wanted: Any) -> dict[str, Any]:
     """Those of the wanted arguments that the module's forward method takes."""
     parameters = inspect.signature(type(module).forward).parameters

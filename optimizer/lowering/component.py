@@ -105,10 +105,10 @@ def sample_of(inputs: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def probing(model: Any, checkpoint: Checkpoint) -> Iterator[None]:
+def probing(model: Any, checkpoint: Checkpoint, failure: str | None = None) -> Iterator[None]:
     """Inside, the module runs on tensors without data, to see what comes out; afterwards it is as it was.
 
-    BadInput if it does not run, or its cache holds something else than keys and values.
+    BadInput says ``failure`` if it does not run: without one, that its cache holds something else than keys and values.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -118,10 +118,8 @@ def probing(model: Any, checkpoint: Checkpoint) -> Iterator[None]:
         with torch.no_grad(), quiet(), FakeTensorMode(allow_non_fake_inputs=True):
             yield
     except (AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
-        raise BadInput(
-            f"the cache of {type(model).__name__} is not one of keys and values: {' '.join(str(error).split())[:300]}",
-            where=checkpoint.folder,
-        ) from error
+        what = failure or f"the cache of {type(model).__name__} is not one of keys and values"
+        raise BadInput(f"{what}: {' '.join(str(error).split())[:300]}", where=checkpoint.folder) from error
     finally:
         for module, buffers in kept:
             module._buffers.update(buffers)

@@ -8,7 +8,8 @@ import numpy as np
 
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput
-from planish.optimizer.lowering.calls import accepted
+from planish.optimizer.lowering.calls import Tensors, accepted
+from planish.optimizer.lowering.module import to_torch
 from planish.optimizer.reference import CONTINUED, Continuation, rows_at
 
 
@@ -16,17 +17,18 @@ def continue_greedily(module: Any, prompt: Case, swap: int, steps: int = CONTINU
     """The original's tokens and scores; an encoder-decoder starts with the token that its configuration names."""
     import torch
 
-    ids, mask = (torch.from_numpy(np.array(prompt[name])) for name in ("input_ids", "attention_mask"))
-    writer = _Pair(module, ids, mask) if module.config.is_encoder_decoder else _Sole(module, ids, mask)
+    feeds = to_torch(prompt)
+    count = len(next(iter(feeds.values())))
+    writer = _Pair(module, feeds) if module.config.is_encoder_decoder else _Sole(module, feeds)
     scores = [writer.first()]
     tokens = [scores[0].argmax(-1)]
     for step in range(1, steps):
-        rows = torch.from_numpy(rows_at(step, swap, len(ids)))
+        rows = torch.from_numpy(rows_at(step, swap, count))
         if step == swap:
             writer.select(rows)
         scores.append(writer.further(tokens[-1][rows]))
         tokens.append(scores[-1].argmax(-1))
-    start = writer.start.numpy() if isinstance(writer, _Pair) else np.zeros((len(ids), 0), np.int64)
+    start = writer.start.numpy() if isinstance(writer, _Pair) else np.zeros((count, 0), np.int64)
     stacked = torch.stack(scores).float().numpy()
     return Continuation(dict(prompt), swap, start, torch.stack(tokens).numpy(), stacked)
 
@@ -34,10 +36,10 @@ def continue_greedily(module: Any, prompt: Case, swap: int, steps: int = CONTINU
 class _Sole:
     """A decoder."""
 
-    def __init__(self, module: Any, ids: Any, mask: Any) -> None:
+    def __init__(self, module: Any, feeds: Tensors) -> None:
         self.module = module
-        self.ids = ids
-        self.mask = mask
+        self.ids = feeds["input_ids"]
+        self.mask = feeds["attention_mask"]
         self.cache: Any = None
 
     def first(self) -> Any:
@@ -70,18 +72,19 @@ class _Sole:
 
 
 class _Pair:
-    """An encoder-decoder."""
+    """An encoder-decoder, of whatever its encoder reads."""
 
-    def __init__(self, module: Any, ids: Any, mask: Any) -> None:
+    def __init__(self, module: Any, feeds: Tensors) -> None:
         import torch
 
-        first = module.config.decoder_start_token_id
+        settings = (module.generation_config, module.config)
+        first = next((t for s in settings if (t := getattr(s, "decoder_start_token_id", None)) is not None), None)
         if first is None:
-            raise BadInput("config.json names no decoder_start_token_id")
+            raise BadInput("neither generation_config.json nor config.json names a decoder_start_token_id")
         self.module = module
-        self.mask = mask
-        self.start = torch.full((len(ids), 1), first)
-        self.states = module.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state
+        self.mask = feeds.get("attention_mask")
+        self.states = module.get_encoder()(**feeds, return_dict=True).last_hidden_state
+        self.start = torch.full((len(self.states), 1), first)
         self.cache: Any = None
 
     def first(self) -> Any:
@@ -95,7 +98,8 @@ class _Pair:
     def select(self, rows: Any) -> None:
         """Reorder the batch."""
         self.cache.reorder_cache(rows)
-        self.mask, self.states = self.mask[rows], self.states[rows]
+        self.states = self.states[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
 
     def _behind(self, ids: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutput

@@ -8,6 +8,8 @@ from typing import Any
 import onnx_ir as ir
 
 from planish.optimizer.errors import BadInput
+from planish.optimizer.lowering import image
+from planish.optimizer.lowering.calls import required_parameters
 from planish.optimizer.lowering.checkpoint import Checkpoint
 from planish.optimizer.lowering.component import Component
 from planish.optimizer.lowering.tasks import TASKS
@@ -17,7 +19,8 @@ from planish.optimizer.program import Role, TensorSpec
 def describe(model: Any, checkpoint: Checkpoint) -> Component:
     """The one component of an encoder."""
     spec = TASKS[checkpoint.task]
-    return Component("model", "plain", find_inputs(model, checkpoint), spec.outputs, spec.role)
+    find = image.find_inputs if image.sees(model) else find_inputs
+    return Component("model", "plain", find(model, checkpoint), spec.outputs, spec.role)
 
 
 def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
@@ -45,15 +48,11 @@ def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
     absent = {"token_type_ids"} if segments < 2 else set()
     absent |= {"bbox"} if not _box_bound(config) else set()
     found = tuple(tensor for tensor in candidates if tensor.name in parameters and tensor.name not in absent)
-    required = {
-        name
-        for name, parameter in parameters.items()
-        if name != "self" and parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    } - {tensor.name for tensor in found}
+    required = required_parameters(model) - {tensor.name for tensor in found}
     if not found or found[0].name != "input_ids" or required:
         what = f"also needs {', '.join(sorted(required))}" if required else "takes no token ids"
         raise BadInput(
-            f"{type(model).__name__} {what}: it is not a text encoder",
+            f"{type(model).__name__} {what}: it is no encoder of texts or images",
             where=checkpoint.folder,
             advice="lower it from Python as an nn.Module with sample inputs",
         )

@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from planish.optimizer.errors import BadInput
+from planish.optimizer.lowering import speech
 from planish.optimizer.lowering.checkpoint import Checkpoint
 from planish.optimizer.lowering.component import Component, probing
 from planish.optimizer.lowering.encoder import vocabulary_of
@@ -21,18 +22,20 @@ _ENCODED = "encoder_sequence"
 
 
 def encoder(model: Any, checkpoint: Checkpoint) -> Component:
-    """Tokens to hidden states."""
+    """Tokens, or a spectrum, to hidden states."""
     if not hasattr(model, "get_encoder") or "encoder_outputs" not in inspect.signature(type(model).forward).parameters:
         raise BadInput(f"{type(model).__name__} has no encoder apart from its decoder", where=checkpoint.folder)
-    inputs = (_ids(model, checkpoint), _mask("attention_mask", "sequence"))
+    read = (_ids(model, checkpoint), _mask("attention_mask", "sequence"))
+    inputs = speech.find_inputs(model, checkpoint) if speech.hears(model) else read
     return Component("encoder_model", "encoder", inputs, ("last_hidden_state",), Role.HIDDEN)
 
 
 def first_decoder(model: Any, checkpoint: Checkpoint) -> Component:
     """The first tokens of the answer, nothing cached."""
     shapes = cache_shapes(model, checkpoint)
-    states = TensorSpec("encoder_hidden_states", ir.DataType.FLOAT, ("batch", _ENCODED, _width(model, checkpoint)))
-    inputs = (_ids(model, checkpoint), _mask("encoder_attention_mask", _ENCODED), states)
+    length, width = _states(model, checkpoint)
+    states = TensorSpec("encoder_hidden_states", ir.DataType.FLOAT, ("batch", length, width))
+    inputs = (_ids(model, checkpoint), *_encoder_mask(length), states)
     outputs = ("logits", *(f"present.{name}" for name in shapes))
     return Component("decoder_model", "first_decoder", inputs, outputs, Role.LOGITS)
 
@@ -40,7 +43,8 @@ def first_decoder(model: Any, checkpoint: Checkpoint) -> Component:
 def next_decoder(model: Any, checkpoint: Checkpoint) -> Component:
     """Further tokens behind the cache."""
     shapes = cache_shapes(model, checkpoint)
-    lengths = {"decoder": PAST, "encoder": _ENCODED}
+    length, _ = _states(model, checkpoint)
+    lengths = {"decoder": PAST, "encoder": length}
     past = tuple(
         TensorSpec(
             f"past_key_values.{name}",
@@ -50,7 +54,7 @@ def next_decoder(model: Any, checkpoint: Checkpoint) -> Component:
         )
         for name, (heads, size) in shapes.items()
     )
-    inputs = (_ids(model, checkpoint), _mask("encoder_attention_mask", _ENCODED), *past)
+    inputs = (_ids(model, checkpoint), *_encoder_mask(length), *past)
     outputs = ("logits", *(f"present.{name}" for name in shapes if ".decoder." in name))
     return Component("decoder_with_past_model", "next_decoder", inputs, outputs, Role.LOGITS)
 
@@ -73,6 +77,16 @@ def _mask(name: str, axis: str) -> TensorSpec:
     return TensorSpec(name, ir.DataType.INT64, ("batch", axis), Role.MASK, 2)
 
 
+def _encoder_mask(length: int | str) -> tuple[TensorSpec, ...]:
+    """The mask over the encoder's states; states of one length are all there."""
+    return (_mask("encoder_attention_mask", length),) if isinstance(length, str) else ()
+
+
+def _states(model: Any, checkpoint: Checkpoint) -> tuple[int | str, int]:
+    """Number and size of the encoder's states: as many as there are tokens, or those of a spectrum."""
+    return speech.states(model, checkpoint) if speech.hears(model) else (_ENCODED, _width(model, checkpoint))
+
+
 def _width(model: Any, checkpoint: Checkpoint) -> int:
     """Size of the encoder's states."""
     config = checkpoint.config.get_text_config()
@@ -87,8 +101,9 @@ def cache_shapes(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[int, int
     import torch
 
     with probing(model, checkpoint):
-        ids = torch.ones(1, 3, dtype=torch.long)
-        cache = model(input_ids=ids, decoder_input_ids=ids, use_cache=True, return_dict=True).past_key_values
+        ids = torch.ones(2, 3, dtype=torch.long)
+        read = speech.silence(model, checkpoint) if speech.hears(model) else {"input_ids": ids}
+        cache = model(**read, decoder_input_ids=ids, use_cache=True, return_dict=True).past_key_values
         sides = {"decoder": cache.self_attention_cache, "encoder": cache.cross_attention_cache}
         return {
             f"{index}.{side}.{kind}": (int(tensor.shape[1]), int(tensor.shape[3]))

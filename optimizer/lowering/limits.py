@@ -31,7 +31,8 @@ def _limited(axis: Axis, limits: list[int]) -> Axis:
 
 def _position_limit(model: Any, config: Any) -> int | None:
     """Rows of the position table that a sequence can use: tables with a padding row start behind it."""
-    rows = getattr(config.get_text_config(), "max_position_embeddings", None)
+    config = config.get_text_config()
+    rows = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", None))
     if not isinstance(rows, int) or rows <= 0:
         return None
     paddings = [

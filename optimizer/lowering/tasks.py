@@ -28,11 +28,17 @@ class TaskSpec:
     role: Role = Role.LOGITS
     leading: tuple[str, ...] = ("batch",)
     family: Family = Family.ENCODER
+    auto: str | None = None
+    """The class of transformers that picks the head, where the taxonomy has several for the task."""
 
 
 TASKS: Mapping[str, TaskSpec] = {
+    "automatic-speech-recognition": TaskSpec(
+        ("logits",), family=Family.ENCODER_DECODER, auto="AutoModelForSpeechSeq2Seq"
+    ),
     "feature-extraction": TaskSpec(("last_hidden_state",), Role.HIDDEN),
     "fill-mask": TaskSpec(("logits",)),
+    "image-classification": TaskSpec(("logits",)),
     "multiple-choice": TaskSpec(("logits",), leading=("batch", "choices")),
     "question-answering": TaskSpec(("start_logits", "end_logits")),
     "text-classification": TaskSpec(("logits",)),
@@ -77,7 +83,7 @@ def head_class(task: str, config: Any, architecture: str | None, where: object) 
     """The model class that serves ``task`` for ``config``; BadInput if the architecture has no such head."""
     from optimum.exporters.tasks import TasksManager
 
-    auto = TasksManager.get_model_class_for_task(task)
+    auto = TasksManager.get_model_class_for_task(task, model_class_name=TASKS[task].auto)
     if type(config) not in auto._model_mapping:
         raise BadInput(
             f"{architecture or config.model_type} has no head for {task} in this version of transformers", where=where

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from planish.optimizer import optimize
-from planish.optimizer.answering import Answerer, Question, answer_file, open_answerer
+from planish.optimizer.answering import Answerer, answer_file, open_answerer
 from planish.optimizer.errors import BadInput
 from planish.optimizer.measure import Timing
+from planish.optimizer.questions import Question
 from tests.conftest import Planish, with_tokenizer
 from tests.zoo import Species, build
 

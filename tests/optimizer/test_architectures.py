@@ -1,23 +1,36 @@
-"""Every architecture that generates, on both CPU targets, against PyTorch."""
+"""Every architecture that generates or sees, on both CPU targets, against PyTorch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.architectures import examine, listed
-from tests.zoo import GENERATORS, Species
+from tests.architectures import examine, listed, look
+from tests.zoo import GENERATORS, IMAGES, Species
 
-EVERY_DAY = {"gpt2-text-generation", "llama-text-generation", "t5-text2text-generation"}
+EVERY_DAY = {
+    "gpt2-text-generation", "llama-text-generation", "t5-text2text-generation",
+    "whisper-automatic-speech-recognition", "vit-image-classification", "convnext-feature-extraction",
+}  # fmt: skip
 """Species of the fast suite; CI runs them all."""
 
 
-@pytest.mark.parametrize(
-    "species",
-    [pytest.param(s, marks=() if s.name in EVERY_DAY else pytest.mark.slow, id=s.name) for s in GENERATORS],
-)
+def marked(zoo: Sequence[Species]) -> list[Any]:
+    return [pytest.param(s, marks=() if s.name in EVERY_DAY else pytest.mark.slow, id=s.name) for s in zoo]
+
+
+@pytest.mark.parametrize("species", marked(GENERATORS))
 def test_engines_generate_as_pytorch_does(species: Species, tmp_path: Path) -> None:
     row = examine(species, tmp_path)
     assert row.green, row
-    assert row.name in listed()
+    assert (row.name, row.task) in listed()
+
+
+@pytest.mark.parametrize("species", marked(IMAGES))
+def test_engines_see_as_pytorch_does(species: Species, tmp_path: Path) -> None:
+    row = look(species, tmp_path)
+    assert row.green, row
+    assert (row.name, row.task) in listed()

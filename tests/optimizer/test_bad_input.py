@@ -138,8 +138,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "does not tell its task",
     ),
     "architecture of another task": (
-        lambda f: configure(f, architectures=["ViTForImageClassification"]),
-        "serves image-classification",
+        lambda f: configure(f, architectures=["DetrForObjectDetection"]),
+        "serves object-detection",
     ),
     "a decoder without a cache": (
         lambda f: configure(f, architectures=["BertLMHeadModel"]),

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from planish.optimizer import optimize
-from planish.optimizer.answering import Question, answer_file, open_answerer
+from planish.optimizer.answering import answer_file, open_answerer
 from planish.optimizer.errors import BadInput
 from planish.optimizer.generate import Sampling
 from planish.optimizer.measure import Timing
+from planish.optimizer.questions import Question
 from planish.optimizer.writing import Writer, processors, with_options
 from tests.conftest import Planish
 from tests.train import MODELS, pairs

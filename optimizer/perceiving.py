@@ -1,0 +1,175 @@
+"""Answers of engines that see or hear: an `.npz` file of arrays in; a label, embedding or text out for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planish.optimizer.backend import Arrays, Engine
+from planish.optimizer.calibration import read_arrays
+from planish.optimizer.errors import BadInput
+from planish.optimizer.program import SIGNALS, Role, Signature, TensorSpec
+from planish.optimizer.writing import Writer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image or recording: its arrays by name, without the axis that counts them."""
+
+    arrays: Arrays
+
+
+def takes_arrays(inputs: Sequence[TensorSpec]) -> bool:
+    """Whether a component sees or hears: it takes pixels or spectra, and no tokens."""
+    roles = {tensor.role for tensor in inputs}
+    return bool(roles & SIGNALS) and Role.TOKENS not in roles
+
+
+def read_rows(path: Path, signature: Signature) -> Iterator[Row]:
+    """Images or recordings of an `.npz` file, one after the other; BadInput if it is another file or does not fit."""
+    if path.suffix != ".npz":
+        names = " and ".join(tensor.name for tensor in signature.inputs)
+        raise BadInput(f"this engine takes {names}, not texts", where=path, advice="give an .npz file of arrays")
+    arrays = read_arrays(path, signature)
+    for index in range(len(next(iter(arrays.values())))):
+        yield Row({name: array[index] for name, array in arrays.items()})
+
+
+def stacked(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """The arrays of several rows as one batch."""
+    return {name: np.stack([row.arrays[name] for row in rows]) for name in rows[0].arrays}
+
+
+@dataclass
+class Perceiver:
+    """An opened engine for images."""
+
+    engine: Engine
+    signature: Signature
+    task: str
+    config: Mapping[str, Any]
+    folder: Path
+    longest: int | None = None
+    """Nothing is cut: images have one size."""
+
+    def answer(self, questions: Sequence[Any]) -> list[dict[str, Any]]:
+        """One answer for each image (a `Row`), in order; all of them run as one batch."""
+        return _ANSWERS[self.task](self.config, self.engine.run(stacked(questions)))
+
+    def questions(self, path: Path) -> Iterator[Row]:
+        """The images of a file."""
+        return read_rows(path, self.signature)
+
+
+def perceiver(engine: Engine, signature: Signature, task: str, config: Mapping[str, Any], folder: Path) -> Perceiver:
+    """An engine that answers; BadInput if nothing but arrays can be made of its outputs."""
+    if task not in _ANSWERS:
+        raise BadInput(
+            f"answers of task {task!r} are arrays", where=folder, advice="run it from Python: engine.run({…})"
+        )
+    return Perceiver(engine, signature, task, config, folder)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities along the last axis."""
+    exponents = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
+
+
+def label(config: Mapping[str, Any], index: int) -> str:
+    """What a configuration calls one of its classes."""
+    return str(config.get("id2label", {}).get(str(index), f"LABEL_{index}"))
+
+
+def classes(config: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+    """The likeliest class and the probabilities of all, the likeliest first."""
+    found = []
+    for row in softmax(outputs["logits"]):
+        order = np.argsort(-row, kind="stable")
+        scores = {label(config, int(index)): float(row[index]) for index in order}
+        found.append({"label": label(config, int(order[0])), "score": float(row[order[0]]), "scores": scores})
+    return found
+
+
+def _embeddings(_: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+    """The mean over all places of an image: patches (batch, places, size), or a map (batch, size, height, width)."""
+    hidden = outputs["last_hidden_state"]
+    places = {3: (1,), 4: (2, 3)}.get(hidden.ndim, ())
+    return [{"embedding": [float(value) for value in row]} for row in hidden.mean(axis=places)]
+
+
+_ANSWERS: Mapping[str, Callable[[Mapping[str, Any], Arrays], list[dict[str, Any]]]] = {
+    "feature-extraction": _embeddings,
+    "image-classification": classes,
+}
+
+
+@dataclass
+class Transcriber(Writer):
+    """A writer that hears: its prompts are spectra, and it may be without a tokenizer."""
+
+    signature: Signature = field(default_factory=lambda: Signature((), ()))
+    """Of the encoder."""
+
+    def answer(self, questions: Sequence[Any]) -> list[dict[str, Any]]:
+        """The text of each recording, or its tokens up to the one that ends it where there is no tokenizer."""
+        tokens = np.stack(list(self.continued(stacked(questions))), axis=1)
+        if self.tokenizer is None:
+            return [{"tokens": [int(token) for token in self.before_end(row)]} for row in tokens]
+        return [{"text": self.decode(row)} for row in tokens]
+
+    def questions(self, path: Path) -> Iterator[Any]:
+        """The recordings of a file."""
+        return read_rows(path, self.signature)
+
+    def usual(self) -> int:
+        """As many tokens as there is room for: what is said is to be written to its end."""
+        return self.longest or super().usual()
+
+    def opening(self) -> list[list[int]]:
+        """Tokens that the answer begins with, several where the engine chooses: language, task, no timestamps."""
+        return opening(self.settings)
+
+
+def transcriber(writer: Writer, signature: Signature) -> Transcriber:
+    """A writer whose encoder has a signature of spectra."""
+    own = {part.name: getattr(writer, part.name) for part in fields(writer)}
+    return Transcriber(**own, signature=signature)
+
+
+def opening(settings: Mapping[str, Any]) -> list[list[int]]:
+    """What `generation_config.json` prescribes for each place after the start token, as Whisper's own `generate` does.
+
+    A language that is not said is chosen among those that the model knows. Timestamps are never asked for. BadInput if
+    the language or the task that is said is not among those that are known.
+    """
+    languages, tasks = settings.get("lang_to_id", {}), settings.get("task_to_id", {})
+    said, task = settings.get("language"), settings.get("task")
+    forced = [] if said or task else [[token] for _, token in settings.get("forced_decoder_ids", [])]
+    wanted = [[_known(languages, _language_token(said), "language")]] if said else forced[:1]
+    if languages and wanted in ([], [[None]]):
+        wanted = [sorted(languages.values())]
+    chosen = task or ("transcribe" if said and tasks else None)
+    wanted += [[_known(tasks, chosen, "task")]] if chosen else forced[1:]
+    silent = settings.get("no_timestamps_token_id")
+    wanted += [[silent]] if silent is not None and wanted[-1:] != [[silent]] else []
+    return [tokens for tokens in wanted if tokens != [None]]
+
+
+def _known(table: Mapping[str, int], name: str, what: str) -> int:
+    if name not in table:
+        raise BadInput(
+            f"generation_config.json asks for the {what} {name!r}, which is not among its {', '.join(table) or 'none'}"
+        )
+    return int(table[name])
+
+
+def _language_token(name: str) -> str:
+    """`<|en|>` of `english`, `en` or `<|en|>`."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    return name if name.startswith("<|") else f"<|{TO_LANGUAGE_CODE.get(name.lower(), name.lower())}|>"
