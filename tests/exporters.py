@@ -41,6 +41,8 @@ class Block:
     """Why something is left as it is."""
     spelled: bool = False
     """Whether the architecture only knows attention spelled out."""
+    unknown: tuple[str, ...] = ()
+    """Exporters that refuse it."""
 
 
 @dataclass(frozen=True)
