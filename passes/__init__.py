@@ -15,6 +15,7 @@ PASSES = {
         ("fusion", "pack-projections", "PackProjections"),
         ("legalize", "legalize-onnxruntime", "LegalizeOnnxRuntime"),
         ("memory", "order-for-memory", "OrderForMemory"),
+        ("memory", "share-transposed-weights", "ShareTransposedWeights"),
         ("pruning", "prune-ffn", "PruneFfn"),
         ("quantization", "quantize-int8", "QuantizeInt8"),
     )
