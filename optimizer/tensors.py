@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import onnx_ir as ir
@@ -74,6 +74,14 @@ def origin_of(tensor: ir.TensorProtocol | None) -> object:
         return (str(tensor.path), tensor.offset, tensor.length)
     recipe = getattr(tensor, "_func", None)
     return recipe.origin if isinstance(recipe, Recipe) else None
+
+
+@runtime_checkable
+class Turnable(Protocol):
+    """An origin that also tells what the transposed tensor comes from."""
+
+    def transposed(self, permutation: tuple[int, ...]) -> object:
+        """The origin of the tensor with its axes in this order."""
 
 
 def taken(tensor: ir.TensorProtocol, kept: np.ndarray, axis: int, name: str) -> ir.TensorProtocol:

@@ -18,6 +18,7 @@ PASSES = {
         ("fusion", "share-key-heads", "ShareKeyHeads"),
         ("legalize", "legalize-onnxruntime", "LegalizeOnnxRuntime"),
         ("memory", "order-for-memory", "OrderForMemory"),
+        ("memory", "share-transposed-weights", "ShareTransposedWeights"),
         ("pruning", "prune-ffn", "PruneFfn"),
         ("quantization", "quantize-int8", "QuantizeInt8"),
     )
