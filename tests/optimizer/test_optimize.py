@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -279,3 +280,32 @@ def test_a_full_disk(tiny: Path, tmp_path: Path) -> None:
     assert b"there is no room to write" in said
     assert b"Traceback" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError("65536 requested and 24864 written")]
+)
+def test_a_full_disk_is_known_however_it_is_told(
+    error: OSError, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(model: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr("planish.optimizer.onnx_io.save", full)
+    with pytest.raises(errors.OutOfResources, match="there is no room to write"):
+        optimize(tiny, tmp_path / "out", shapes=[{"batch": 1, "sequence": 8}])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_not_checked_says_so_everywhere(tiny: Path, tmp_path: Path, planish: Planish) -> None:
+    done = planish("optimize", tiny, "-o", tmp_path / "out", "--reference", "none", "--pipeline", "fold-constants")
+    assert done.returncode == 0, done.stderr
+    assert "NOT CHECKED" in done.stdout
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.reference.origin == "NOT CHECKED"
+    (record,) = manifest.targets.values()
+    assert "NOT CHECKED" in record.why
+    assert record.checked_with == "NOT CHECKED"
+    assert record.comparison == {}
+    assert "NOT CHECKED" in (tmp_path / "out" / "report.html").read_text()
