@@ -56,17 +56,21 @@ class Delta:
         return np.asarray(merged * np.expand_dims(factor, axis), np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Merged(Stored):
     """A stored weight with an adapter's part added as it is read."""
 
-    delta: Delta | None = None
+    base: Stored
+    delta: Delta
 
     def read(self) -> np.ndarray:
         """The merged weight, in the order of its permutation."""
-        plain = Stored(self.path, self.offset, self.stored, self.stored_shape, ir.DataType.FLOAT).read()
-        merged = plain if self.delta is None else self.delta.added_to(plain)
+        merged = self.delta.added_to(self.base.widened().read())
         return merged if self.permutation is None else np.ascontiguousarray(merged.transpose(self.permutation))
+
+    def read_into(self, found: np.ndarray) -> None:
+        """Write it into an array of its shape."""
+        found[...] = self.read()
 
 
 def merge_adapter(bound: Mapping[str, Stored], folder: Path, model: Any) -> dict[str, Stored]:
@@ -99,7 +103,9 @@ def merge_adapter(bound: Mapping[str, Stored], folder: Path, model: Any) -> dict
             )
         delta = Delta(found, _scale(config, module, found), _is_turned(model, module))
         _check_fit(base, delta, name, folder)
-        merged[name] = Merged(base.path, base.offset, base.stored, base.stored_shape, ir.DataType.FLOAT, None, delta)
+        merged[name] = Merged(
+            base.path, base.offset, base.stored, base.stored_shape, ir.DataType.FLOAT, base=base, delta=delta
+        )
         if name in ties:  # peft changes the one tensor that both are
             merged[ties[name]] = merged[name]
     return merged

@@ -62,20 +62,33 @@ class Stored:
 
         At no time is there more than that array and one strip.
         """
-        count = int(np.prod(self.stored_shape, dtype=np.int64))
-        if not count:
+        if not self._count():
             return np.zeros(self.shape, _numpy(self.dtype))
-        array = np.frombuffer(_map(self.path), _numpy(self.stored), count, self.offset).reshape(self.stored_shape)
         if self.permutation is None and self.dtype is self.stored:
-            return array
-        order = self.permutation or tuple(range(array.ndim))
+            return self._mapped()
         found = np.empty(self.shape, _numpy(self.dtype))
+        self.read_into(found)
+        return found
+
+    def read_into(self, found: np.ndarray) -> None:
+        """Write its values into an array of its shape and of any type that holds those of its own, in strips."""
+        count = self._count()
+        if not count:
+            return
+        array = self._mapped()
+        order = self.permutation or tuple(range(array.ndim))
         rows = max(1, _STRIP * len(array) // count) if array.ndim else 1
         for start in range(0, len(array) if array.ndim else 1, rows):
             strip = array[start : start + rows] if array.ndim else array
             place = tuple(slice(start, start + rows) if axis == 0 else slice(None) for axis in order)
-            found[place] = strip.astype(found.dtype).transpose(order)
-        return found
+            found[place] = strip.astype(_numpy(self.dtype), copy=False).transpose(order)
+
+    def _count(self) -> int:
+        return int(np.prod(self.stored_shape, dtype=np.int64))
+
+    def _mapped(self) -> np.ndarray:
+        array = np.frombuffer(_map(self.path), _numpy(self.stored), self._count(), self.offset)
+        return array.reshape(self.stored_shape)
 
     def tensor(self, name: str) -> ir.LazyTensor:
         """An ONNX tensor that reads itself when asked."""
