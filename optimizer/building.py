@@ -20,13 +20,12 @@ from planish.optimizer.base import Pass
 from planish.optimizer.compare import Budget, Clause, Comparison, compare
 from planish.optimizer.continuation import compare_continuations
 from planish.optimizer.errors import CheckFailed
-from planish.optimizer.graph import weight_bytes
 from planish.optimizer.lock import Choice, LockedPass, Speed
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.manifest import instruction_set
 from planish.optimizer.measure import EngineRef, Timing, Worker, race
 from planish.optimizer.pipeline import Outcome, Pipeline
-from planish.optimizer.program import PAST, Program, Signature
+from planish.optimizer.program import PAST, Signature
 from planish.optimizer.reference import Reference, References, leading_axis, make_case, quick
 from planish.optimizer.resources import demand_memory
 
@@ -206,6 +205,8 @@ class Builder:
         """Run the engine on every reference input, in processes of its own."""
         if self.references is None:
             return Fidelity({}, NOT_CHECKED, 0)
+        if self.offload:
+            demand_room(target, sum(path.stat().st_size for path in place.rglob("*") if path.is_file()))
         return check_engines(target, place, self.lowered.program.signatures, self.references(), mapped=self.offload)
 
     def _choose(
@@ -319,12 +320,12 @@ def runner_of(target: Backend, mapped: bool = False) -> Backend:
     return (runner.mapped() or runner) if mapped else runner
 
 
-def demand_room(target: Backend, program: Program) -> None:
-    """OutOfResources if what checks an engine of ``target`` must hold all weights, and they do not fit."""
+def demand_room(target: Backend, weights: int) -> None:
+    """OutOfResources if what checks an engine of ``target`` must hold all its weights (bytes), and they do not fit."""
     runner = runner_of(target)
     if runner.mapped() is None:
         demand_memory(
-            max(weight_bytes(model) for model in program.components.values()),
+            weights,
             f"{runner.name}, which copies all weights,",
             "leave this target out, build it on a larger machine, or unchecked with --reference none",
             where=f"target {target}",

@@ -35,6 +35,7 @@ from planish.optimizer.calibration import read_cases
 from planish.optimizer.compare import Budget, Comparison
 from planish.optimizer.errors import UsageError
 from planish.optimizer.generate import Decoding
+from planish.optimizer.graph import weight_bytes
 from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.lowering.original import Answers
@@ -128,13 +129,7 @@ def optimize(
             known.check_fits(
                 Path(lock), lowered.program.provenance.files, request.described(), [*map(str, request.targets)]
             )
-        for target in request.targets if offload else ():
-            demand_room(target, lowered.program)
-        inputs = _inputs(lowered, calibration) if reference != "none" else {}
-        references = _references(lowered, inputs) if reference != "none" else None
-        if references is not None and offload:
-            with stages.stage("reference"):
-                references()  # now: two who read all weights at once would need twice the memory
+        inputs, references = _asked(lowered, request, calibration, reference, stages)
         reproducers = Path(f"{out}.failed")
         builder = Builder(request, lowered, references, inputs, folder, Path(scratch), reproducers, stages, offload)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
@@ -165,6 +160,27 @@ def _request(
     preset = "exact" if pipeline is None and preset is None else preset
     asked = Budget.parse(keep) if keep else presets.budget(preset)
     return Request(backends, preset, pipelines_for(backends, preset, pipeline), asked, tuple(shapes))
+
+
+def _asked(
+    lowered: Lowered, request: Request, calibration: str | Path | None, reference: ReferenceMode, stages: Stages
+) -> tuple[dict[str, list[Arrays]], Callable[[], References] | None]:
+    """Reference inputs, and the function that waits for the original's outputs; nothing if it shall not run.
+
+    With `offload` it answers now: two who read all weights at once would need twice the memory.
+    """
+    if reference == "none":
+        return {}, None
+    if reference == "offload" and request.preset is not None:  # before anything is read
+        plain = max(weight_bytes(model) for model in lowered.program.components.values())
+        for target in request.targets:
+            demand_room(target, plain)
+    inputs = _inputs(lowered, calibration)
+    references = _references(lowered, inputs)
+    if reference == "offload":
+        with stages.stage("reference"):
+            references()
+    return inputs, references
 
 
 def _inputs(lowered: Lowered, calibration: str | Path | None) -> dict[str, list[Arrays]]:

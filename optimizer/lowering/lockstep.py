@@ -41,7 +41,7 @@ class Turnstile:
                 self._leave(index)
 
         self._ready = list(range(len(calls)))
-        threads = [threading.Thread(target=run, args=(index,)) for index in self._ready.copy()]
+        threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in self._ready.copy()]
         for thread in threads:
             thread.start()
         for thread in threads:
