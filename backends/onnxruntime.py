@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +34,10 @@ class OnnxRuntime(Backend):
 
     provider: Literal["cpu", "cuda"] = "cpu"
     """The execution provider that runs the graph."""
+
+    weights: Literal["packed", "mapped"] = "packed"
+    """`packed` copies them into memory in the order that kernels read fastest; `mapped` leaves them in the file, for a
+    model larger than memory: slower."""
 
     def emit(self, program: Program, folder: Path) -> None:
         """Write `model.onnx`, with its weights beside it if they are large; several components share theirs."""
@@ -75,6 +79,10 @@ class OnnxRuntime(Backend):
             raise CheckFailed(f"ONNX Runtime refuses the graph: {_first_line(error)}") from error
         return OnnxRuntimeEngine(ort, session, lent)
 
+    def mapped(self) -> Self | None:
+        """Weights stay in `model.onnx.data`."""
+        return replace(self, weights="mapped") if self.provider == "cpu" else None
+
     @classmethod
     def missing(cls) -> str | None:
         """Not installed, or broken; None if it imports."""
@@ -104,6 +112,8 @@ class OnnxRuntime(Backend):
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _WARNING
+        if self.weights == "mapped":
+            options.add_session_config_entry("session.disable_prepacking", "1")
         return options
 
 

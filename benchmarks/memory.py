@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -21,13 +24,22 @@ from benchmarks.subjects import PLACE
 
 _DEPTHS = (8, 16, 32)
 _POLL_SECONDS = 0.05
-_CGROUP = Path("/sys/fs/cgroup/memory/planish-benchmark")
-_SIZES = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32}
-_GROUPS = 8
+_CGROUP = Path(f"/sys/fs/cgroup/memory/planish-benchmark-{os.getpid()}")
+_LAYERS = 32
+_LLAMA_8B = {
+    "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "rope_theta": 500_000.0,
+}  # fmt: skip
+"""The shape of Llama-3-8B, 16 GB in bf16."""
+_LLAMA_2B = {
+    "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+"""A shape that is twice as narrow, 4.2 GB in bf16."""
 
 
-def llama_8b(folder: Path) -> Path:
-    """A checkpoint of the shape of Llama-3-8B in bf16, 16 GB in shards, every layer with the same drawn weights."""
+def llama(sizes: dict[str, Any], folder: Path) -> Path:
+    """A checkpoint of 32 layers in bf16, a shard for each; weights are drawn once and turned by one element a layer."""
     if folder.exists():
         return folder
     import ml_dtypes
@@ -38,8 +50,8 @@ def llama_8b(folder: Path) -> Path:
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     generator = np.random.default_rng(0)
-    width, inner, vocabulary = _SIZES["hidden_size"], _SIZES["intermediate_size"], _SIZES["vocab_size"]
-    keys = width // _SIZES["num_attention_heads"] * _GROUPS
+    width, inner, vocabulary = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
+    keys = width // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
 
     def drawn(*shape: int) -> np.ndarray:
         return (generator.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
@@ -56,16 +68,21 @@ def llama_8b(folder: Path) -> Path:
         "lm_head.weight": drawn(vocabulary, width),
         "model.norm.weight": drawn(width),
     }
-    shards = {f"layer-{i:02d}.safetensors": {f"model.layers.{i}.{n}": t for n, t in layer.items()} for i in range(32)}
+    shards = {
+        f"layer-{i:02d}.safetensors": {f"model.layers.{i}.{n}": t for n, t in layer.items()} for i in range(_LAYERS)
+    }
     index: dict[str, str] = {}
     for name, tensors in {**shards, "rest.safetensors": rest}.items():
         save_file(tensors, making / name)
         index |= dict.fromkeys(tensors, name)
     (making / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     config = LlamaConfig(
-        **_SIZES, num_hidden_layers=32, num_key_value_heads=_GROUPS, max_position_embeddings=8192,
-        rope_theta=500_000.0, architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+        **sizes,
+        num_hidden_layers=_LAYERS,
+        max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
     config.save_pretrained(making)
     making.rename(folder)
     return folder
@@ -88,16 +105,16 @@ class Run:
 
     seconds: float
     anonymous_peak_bytes: int
-    """Most memory of the process that no file stands behind."""
+    """Most memory of the process and its children together that no file stands behind."""
     written_bytes: int
 
 
-def build(checkpoint: Path, out: Path, limit: int) -> Run:
-    """Build without a reference, under a hard limit of memory where the system lets us set one."""
+def build(checkpoint: Path, out: Path, limit: int, reference: str) -> Run:
+    """Build under a hard limit of memory, where the system lets us set one."""
     command = [sys.executable, "-m", "planish.optimizer.cli", "optimize", str(checkpoint), "-o", str(out)]
     peak = [0]
     start = time.perf_counter()
-    process = subprocess.Popen(_limited([*command, "--reference", "none"], limit), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(_limited([*command, "--reference", reference], limit), stdout=subprocess.DEVNULL)
     watcher = threading.Thread(target=_watch, args=(process, peak))
     watcher.start()
     code = process.wait()
@@ -119,52 +136,83 @@ def _limited(command: list[str], limit: int) -> list[str]:
 
 
 def _watch(process: subprocess.Popen[bytes], peak: list[int]) -> None:
-    status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        try:
-            lines = status.read_text().splitlines()
-        except (OSError, psutil.Error):
-            return
-        sizes = [int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")]
-        peak[0] = max([peak[0], *sizes])
+        with suppress(psutil.Error):  # it has just ended
+            root = psutil.Process(process.pid)
+            peak[0] = max(peak[0], sum(_anonymous(one.pid) for one in [root, *root.children(recursive=True)]))
         time.sleep(_POLL_SECONDS)
 
 
-def plot(runs: dict[int, Run], path: Path) -> None:
-    """Peak of anonymous memory over depth, beside the size of the checkpoint."""
+def _anonymous(pid: int) -> int:
+    """Bytes that no file stands behind; 0 for a process that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def plot(runs: dict[int, Run], title: str, path: Path) -> None:
+    """Peak of anonymous memory over depth, beside the size of the engine."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.5))
     depths = list(runs)
     axes.plot(depths, [run.anonymous_peak_bytes / 1e9 for run in runs.values()], "o-", label="peak of planish")
     axes.plot(depths, [run.written_bytes / 1e9 for run in runs.values()], "s--", label="engine written")
-    axes.set(xlabel="layers", ylabel="GB", ylim=(0, None), xticks=depths, title="Llama-3-8B shape, bf16 to fp32")
+    axes.set(xlabel="layers", ylabel="GB", ylim=(0, None), xticks=depths, title=title)
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is built, how it is checked, and under which limit."""
+
+    shape: str
+    sizes: dict[str, Any]
+    reference: str
+    limit_gib: float
+
+
+_SUBJECTS = {
+    "memory": Subject("Llama-3-8B", _LLAMA_8B, "none", 6.0),
+    "memory-checked": Subject("a 2-billion-parameter Llama", _LLAMA_2B, "offload", 3.0),
+}
+
+
 @click.command()
-@click.option("--limit-gib", default=6.0, show_default=True, help="Hard limit of memory, where one can be set.")
-@click.option("--place", type=click.Path(path_type=Path), default=PLACE, help="Where 50 GB are free.")
-def main(limit_gib: float, place: Path) -> None:
-    """Lower and save 8, 16 and 32 layers of an 8-billion-parameter decoder."""
-    checkpoint = llama_8b(place / "llama-8b")
+@click.option("--checked", is_flag=True, help="A smaller decoder, checked with --reference offload.")
+@click.option(
+    "--limit-gib", type=float, help="Hard limit of memory, where one can be set; 6 (checked: 3) if not given."
+)
+@click.option("--place", type=click.Path(path_type=Path), default=PLACE, help="Where 50 GB (checked: 15 GB) are free.")
+def main(checked: bool, limit_gib: float | None, place: Path) -> None:
+    """Build 8, 16 and 32 layers of a decoder that is larger than the limit."""
+    name = "memory-checked" if checked else "memory"
+    subject = _SUBJECTS[name]
+    limit = limit_gib or subject.limit_gib
+    checkpoint = llama(subject.sizes, place / name)
     runs: dict[int, Run] = {}
     for depth in _DEPTHS:
         with tempfile.TemporaryDirectory(dir=place) as scratch:
             folder = shallower(checkpoint, depth, Path(scratch) / "checkpoint")
-            runs[depth] = build(folder, Path(scratch) / "out", int(limit_gib * 2**30))
+            runs[depth] = build(folder, Path(scratch) / "out", int(limit * 2**30), subject.reference)
         print(f"{depth} layers: {runs[depth]}", file=sys.stderr)
-    limited = f"hard limit {limit_gib:g} GiB" if _CGROUP.is_dir() else "no limit could be set here"
+    limited = "no limit could be set here"
+    if _CGROUP.is_dir():
+        limited = f"hard limit {limit:g} GiB"
+        _CGROUP.rmdir()
     rows = [
         (str(depth), f"{run.seconds:.0f}", f"{run.anonymous_peak_bytes / 1e9:.2f}", f"{run.written_bytes / 1e9:.1f}")
         for depth, run in runs.items()
     ]
-    plot(runs, RESULTS / "memory.svg")
-    what = f"A checkpoint of Llama-3-8B shape in bf16, lowered and saved unchecked, {limited}"
+    plot(runs, f"{subject.shape} shape, bf16 to fp32, --reference {subject.reference}", RESULTS / f"{name}.svg")
+    what = f"A checkpoint of the shape of {subject.shape} in bf16, --reference {subject.reference}, {limited}"
+    command = "memory --checked" if checked else "memory"
     figures = {str(depth): asdict(run) for depth, run in runs.items()}
-    record("memory", what, ("layers", "seconds", "peak GB, anonymous", "GB written"), rows, figures)
+    record(name, what, ("layers", "seconds", "peak GB, anonymous", "GB written"), rows, figures, command)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,15 @@ from planish.optimizer.manifest import instruction_set, library_versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def record(name: str, what: str, columns: Sequence[str], rows: Sequence[Sequence[str]], figures: Any) -> None:
-    """Write `results/NAME.json` and `results/NAME.md`, and print the table."""
+def record(
+    name: str,
+    what: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    figures: Any,
+    command: str | None = None,
+) -> None:
+    """Write `results/NAME.json` and `results/NAME.md`, and print the table; ``command`` is NAME if not given."""
     RESULTS.mkdir(exist_ok=True)
     head = {
         "what": what,
@@ -27,7 +34,7 @@ def record(name: str, what: str, columns: Sequence[str], rows: Sequence[Sequence
         "libraries": library_versions(),
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(head | {"figures": figures}, indent=1) + "\n", encoding="utf-8")
-    lines = [f"# {what}", "", f"{head['date']}, {machine()}; `python -m benchmarks.{name}`.", ""]
+    lines = [f"# {what}", "", f"{head['date']}, {machine()}; `python -m benchmarks.{command or name}`.", ""]
     lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}", *(f"| {' | '.join(row)} |" for row in rows)]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print_table(what, columns, rows)

@@ -152,6 +152,13 @@ class Backend(abc.ABC):
     def missing(cls) -> str | None:
         """What keeps this machine from opening engines of this backend, in one line; None if nothing does."""
 
+    def mapped(self) -> Self | None:
+        """This target with weights that stay in their file and are never copied, for a model larger than memory.
+
+        None if the runtime must hold all of them.
+        """
+        return None
+
     def load(self, model: ir.Model) -> Engine:
         """An engine of a graph in memory that runs it as it is written: what passes are checked with."""
         raise BadInput(f"target {self.name} cannot run a graph from memory; use onnxruntime for checks")

@@ -26,10 +26,13 @@ from planish.optimizer.manifest import instruction_set
 from planish.optimizer.measure import EngineRef, Timing, Worker, race
 from planish.optimizer.pipeline import Outcome, Pipeline
 from planish.optimizer.program import PAST, Signature
-from planish.optimizer.reference import Reference, References, leading_axis, make_case, quick, thin
+from planish.optimizer.reference import Reference, References, leading_axis, make_case, quick
+from planish.optimizer.resources import demand_memory
 
 NOT_CHECKED = "NOT CHECKED"
 """What is said of an engine that was compared with nothing."""
+OFFLOADED = "weights stay in their files"
+"""Why something was not done that needs all of them in memory."""
 GENERATION = "generation"
 """Where the comparison of continuations stands among those of the components."""
 CHECKER = "onnxruntime"
@@ -106,6 +109,8 @@ class Builder:
     scratch: Path
     reproducers: Path
     stages: Stages
+    offload: bool = False
+    """Weights stay in their files: single passes are not compared, engines are opened `mapped`, nothing is timed."""
     notes: list[str] = field(default_factory=list)
     """What the user should read after the build."""
 
@@ -131,7 +136,7 @@ class Builder:
             raise CheckFailed(
                 "; ".join(violations), where=f"target {target}", advice="the lock does not hold here: remove it"
             )
-        if choice.shipped == "plain" and self.references is not None:  # unchecked, it is what was emitted already
+        if choice.shipped == "plain" and any(outcome.applied.passes for outcome in outcomes.values()):
             fidelity, budgets = self._ship_plain(target, place), self._budgets(dict.fromkeys(outcomes, ()))
             wrong = fidelity.violations(budgets)
             if wrong:
@@ -150,7 +155,7 @@ class Builder:
         load = registry.backend(CHECKER).load
         checks = (
             [instruments.CompareEach(signature, quick(self.inputs[component]), budget_of, load)]
-            if self.references is not None
+            if self.references is not None and not self.offload
             else []
         )
         watchers = [reproducer, *checks, instruments.VerifyEach(), instruments.Timing()]
@@ -160,8 +165,9 @@ class Builder:
         return outcome
 
     def _pipeline(self, target: Backend, component: str, choice: Choice | None) -> Pipeline:
-        """What was asked for or chosen; nothing where a preset can be held against nothing."""
-        if self.references is None and self.request.preset is not None:
+        """What was asked for or chosen; nothing for a preset whose gain cannot be measured."""
+        unmeasured = self.references is None or (self.offload and choice is None)
+        if unmeasured and self.request.preset is not None:
             return Pipeline()
         return self.request.pipelines[target.name] if choice is None else Pipeline.parse(choice.pipelines[component])
 
@@ -199,7 +205,9 @@ class Builder:
         """Run the engine on every reference input, in processes of its own."""
         if self.references is None:
             return Fidelity({}, NOT_CHECKED, 0)
-        return check_engines(target, place, self.lowered.program.signatures, self.references())
+        if self.offload:
+            demand_room(target, sum(path.stat().st_size for path in place.rglob("*") if path.is_file()))
+        return check_engines(target, place, self.lowered.program.signatures, self.references(), mapped=self.offload)
 
     def _choose(
         self, target: Backend, outcomes: Mapping[str, Outcome], place: Path, violations: Sequence[str]
@@ -219,11 +227,15 @@ class Builder:
             machine=instruction_set(),
             measured=[],
         )
-        if self.references is None:
-            shipped = "optimized" if self.request.preset is None else "plain"
-            return base.model_copy(update={"shipped": shipped, "why": f"{NOT_CHECKED}, and not measured"}), {}
-        if violations:
+        if self.references is not None and violations:
             return base.model_copy(update={"shipped": "plain", "why": f"outside the budget: {violations[0]}"}), {}
+        if self.references is None or self.offload:
+            shipped = "optimized" if self.request.preset is None else "plain"
+            why = f"{NOT_CHECKED}, and not measured"
+            if self.offload:
+                passes = ", passes not compared one by one" if any(base.pipelines.values()) else ""
+                why = f"not measured{passes}: {OFFLOADED}"
+            return base.model_copy(update={"shipped": shipped, "why": why}), {}
         missing = target.missing()
         if missing is not None:
             return base.model_copy(update={"why": f"not measured: {missing}"}), {}
@@ -302,15 +314,39 @@ class Fidelity:
         )
 
 
+def runner_of(target: Backend, mapped: bool = False) -> Backend:
+    """What runs an engine of ``target`` here: its own runtime, else the checking backend; ``mapped`` if it can."""
+    runner = target if target.missing() is None else registry.backend(CHECKER)
+    return (runner.mapped() or runner) if mapped else runner
+
+
+def demand_room(target: Backend, weights: int) -> None:
+    """OutOfResources if what checks an engine of ``target`` must hold all its weights (bytes), and they do not fit."""
+    runner = runner_of(target)
+    if runner.mapped() is None:
+        demand_memory(
+            weights,
+            f"{runner.name}, which copies all weights,",
+            "leave this target out, build it on a larger machine, or unchecked with --reference none",
+            where=f"target {target}",
+        )
+
+
 def check_engines(
-    target: Backend, place: Path, signatures: Mapping[str, Signature], references: References
+    target: Backend,
+    place: Path,
+    signatures: Mapping[str, Signature],
+    references: References,
+    *,
+    mapped: bool = False,
 ) -> Fidelity:
     """Compare every component with its reference on every case, each in a process of its own; then the continuations.
 
-    Where the target's own runtime is not here, the checking backend runs its graphs.
+    Where the target's own runtime is not here, the checking backend runs its graphs. With ``mapped``, weights stay in
+    their files where the runtime can leave them there.
     """
     own = target.missing() is None
-    runner = target if own else registry.backend(CHECKER)
+    runner = runner_of(target, mapped)
     found = {
         name: check_engine(
             EngineRef(str(runner), target.path_of(name, place) if own else place / target.file_of(name)),
@@ -324,13 +360,13 @@ def check_engines(
         with Worker(EngineRef(str(runner), place, tuple(signatures))) as worker:
             scores = [worker.follow(continuation) for continuation in references.continuations]
         comparisons[GENERATION] = compare_continuations(zip(references.continuations, scores, strict=True))
-    return Fidelity(comparisons, runner.name, max(memory for _, memory in found.values()))
+    return Fidelity(comparisons, str(runner) if mapped else runner.name, max(memory for _, memory in found.values()))
 
 
 def check_engine(engine: EngineRef, signature: Signature, reference: Reference) -> tuple[Comparison, int]:
     """Compare one graph with the reference on every case; also its peak memory in bytes."""
     with Worker(engine) as worker:
-        outputs = [thin(worker.run(case)) for case in reference.inputs]
+        outputs = [worker.run(case) for case in reference.inputs]
         memory = worker.memory()
     try:
         return compare(signature, reference.inputs, reference.outputs, outputs), memory

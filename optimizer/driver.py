@@ -20,11 +20,22 @@ from typing import Any, Literal
 from planish.optimizer import manifest as records
 from planish.optimizer import presets, registry
 from planish.optimizer.backend import Arrays, Engine
-from planish.optimizer.building import NOT_CHECKED, Builder, Built, Request, Stages, check_engines, pipelines_for
+from planish.optimizer.building import (
+    NOT_CHECKED,
+    OFFLOADED,
+    Builder,
+    Built,
+    Request,
+    Stages,
+    check_engines,
+    demand_room,
+    pipelines_for,
+)
 from planish.optimizer.calibration import read_cases
 from planish.optimizer.compare import Budget, Comparison
 from planish.optimizer.errors import UsageError
 from planish.optimizer.generate import Decoding
+from planish.optimizer.graph import weight_bytes
 from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.lowering.original import Answers
@@ -37,6 +48,7 @@ from planish.optimizer.sites import Expectation, PassSites, check_expectations, 
 
 _PRECISE_CASES = 1
 """The noise floor is estimated on this many of the first reference cases: made ones begin with a small padded batch."""
+ReferenceMode = Literal["full", "offload", "none"]
 Progress = Callable[[str, int, int], None]
 """Told the name of each stage as it begins, how many are done and how many there are."""
 
@@ -80,7 +92,7 @@ def optimize(
     expect: Sequence[str] = (),
     lock: str | Path | None = None,
     adapter: str | Path | None = None,
-    reference: Literal["full", "none"] = "full",
+    reference: ReferenceMode = "full",
     sample_inputs: Mapping[str, Any] | None = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     progress: Progress = lambda *_: None,
@@ -89,18 +101,21 @@ def optimize(
 
     ``preset`` (`exact` by default) and ``pipeline`` exclude each other. ``keep`` are budgets (`cosine>=0.999`),
     ``shapes`` sizes of axes at which engines are timed, ``expect`` how often a pass must fire on every target
-    (`fuse-attention=12`). ``lock`` is used if the file exists and written if it does
-    not. ``adapter`` is the folder of a PEFT adapter that is merged into a checkpoint. With ``reference`` "none" the
-    original is never run, for one that does not fit: nothing is compared and nothing timed, a preset ships the plain
-    lowering, and the manifest says so. A module needs ``sample_inputs`` (tensors by keyword) and ``dynamic_axes``
-    (`{input: {position: name}}`).
+    (`fuse-attention=12`). ``lock`` is used if the file exists and written if it does not. ``adapter`` is the folder of
+    a PEFT adapter that is merged into a checkpoint. ``reference`` "offload" is for a checkpoint that does not fit into
+    memory: its weights, and those of the engines, are read from their files as they are used; engines are compared with
+    it, single passes are not, nothing is timed, and a preset ships the plain lowering. With "none" the original is
+    never run, and nothing is compared either. The manifest says so. A module needs ``sample_inputs`` (tensors by
+    keyword) and ``dynamic_axes`` (`{input: {position: name}}`).
 
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
     request = _request(targets, preset, pipeline, keep, shapes)
     wanted = [Expectation.parse(text) for text in expect]
     known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
-    stages = Stages(progress, 2 + (3 if known else 4) * len(request.targets))
+    offload = reference == "offload"
+    timed = known is None and reference == "full"
+    stages = Stages(progress, 2 + offload + (4 if timed else 3) * len(request.targets))
     with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
         with stages.stage("lowering"), holding_interrupts():
             lowered = lower(
@@ -110,6 +125,7 @@ def optimize(
                 dynamic_axes=dynamic_axes,
                 adapter=None if adapter is None else Path(adapter),
                 background=reference == "full",
+                offload=offload,
             )
             gc.collect()
             gc.freeze()  # a million objects of torch stay as they are: no collection below needs to walk them again
@@ -117,15 +133,15 @@ def optimize(
             known.check_fits(
                 Path(lock), lowered.program.provenance.files, request.described(), [*map(str, request.targets)]
             )
-        inputs = _inputs(lowered, calibration) if reference == "full" else {}
-        references = _references(lowered, inputs) if reference == "full" else None
+        inputs, references = _asked(lowered, request, calibration, reference, stages)
         reproducers = Path(f"{out}.failed")
-        builder = Builder(request, lowered, references, inputs, folder, Path(scratch), reproducers, stages)
+        builder = Builder(request, lowered, references, inputs, folder, Path(scratch), reproducers, stages, offload)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
         check_expectations(wanted, _sites(built))
         with stages.stage("report"):
             made = None if references is None else references()
-            result = _write(folder, request, lowered, made, built, stages, calibration)
+            record = _reference_record(lowered, made, calibration, reference)
+            result = _write(folder, request, lowered, made, record, built, stages)
             result.notes.extend(builder.notes)
     if lock is not None and known is None:
         with staged_file(Path(lock)) as path:
@@ -149,6 +165,27 @@ def _request(
     preset = "exact" if pipeline is None and preset is None else preset
     asked = Budget.parse(keep) if keep else presets.budget(preset)
     return Request(backends, preset, pipelines_for(backends, preset, pipeline), asked, tuple(shapes))
+
+
+def _asked(
+    lowered: Lowered, request: Request, calibration: str | Path | None, reference: ReferenceMode, stages: Stages
+) -> tuple[dict[str, list[Arrays]], Callable[[], References] | None]:
+    """Reference inputs, and the function that waits for the original's outputs; nothing if it shall not run.
+
+    With `offload` it answers now: two who read all weights at once would need twice the memory.
+    """
+    if reference == "none":
+        return {}, None
+    if reference == "offload" and request.preset is not None:  # before anything is read
+        plain = max(weight_bytes(model) for model in lowered.program.components.values())
+        for target in request.targets:
+            demand_room(target, plain)
+    inputs = _inputs(lowered, calibration)
+    references = _references(lowered, inputs)
+    if reference == "offload":
+        with stages.stage("reference"):
+            references()
+    return inputs, references
 
 
 def _inputs(lowered: Lowered, calibration: str | Path | None) -> dict[str, list[Arrays]]:
@@ -194,14 +231,13 @@ def _write(
     request: Request,
     lowered: Lowered,
     references: References | None,
+    record: records.ReferenceRecord,
     built: Sequence[Built],
     stages: Stages,
-    calibration: str | Path | None,
 ) -> Result:
     """Write reference, lock, measurements, report and manifest into a folder that holds the engines."""
     if references is not None:
         references.save(folder / "reference")
-    known = {} if references is None else references.components
     choices = {engine.target.name: engine.choice for engine in built}
     source = dict(lowered.program.provenance.files)
     locked = Lock(source=source, requested=request.described(), targets=choices)
@@ -216,12 +252,7 @@ def _write(
         task=lowered.program.task,
         signatures={n: records.SignatureRecord.of(s) for n, s in lowered.program.signatures.items()},
         requested=request.described(),
-        reference=records.ReferenceRecord(
-            origin=NOT_CHECKED if references is None else lowered.original.description,
-            inputs=_origin_of_inputs(references, calibration),
-            noise={name: dict(reference.noise) for name, reference in known.items()},
-            exact_budget={name: str(reference.exact_budget()) for name, reference in known.items()},
-        ),
+        reference=record,
         targets={engine.target.name: _target_record(engine, folder) for engine in built},
         files={},
     )
@@ -232,10 +263,20 @@ def _write(
     return Result(folder, manifest, measurements)
 
 
-def _origin_of_inputs(references: References | None, calibration: str | Path | None) -> str:
-    if references is None:
-        return "none"
-    return "made from the signature" if calibration is None else "given"
+def _reference_record(
+    lowered: Lowered, references: References | None, calibration: str | Path | None, mode: ReferenceMode
+) -> records.ReferenceRecord:
+    known = {} if references is None else references.components
+    inputs = "made from the signature" if calibration is None else "given"
+    passes = {"full": "compared one by one", "offload": f"not compared one by one: {OFFLOADED}", "none": NOT_CHECKED}
+    return records.ReferenceRecord(
+        mode=mode,
+        passes=passes[mode],
+        origin=NOT_CHECKED if references is None else lowered.original.description,
+        inputs="none" if references is None else inputs,
+        noise={name: dict(reference.noise) for name, reference in known.items()},
+        exact_budget={name: str(reference.exact_budget()) for name, reference in known.items()},
+    )
 
 
 def _sites(built: Sequence[Built]) -> list[PassSites]:
@@ -326,7 +367,8 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Iterable[str]) 
     target = registry.backend(record.target)
     references = References.load(folder / "reference", manifest.reference.noise, manifest.reference.origin)
     signatures = {component: recorded.signature() for component, recorded in manifest.signatures.items()}
-    fidelity = check_engines(target, folder / name, signatures, references)
+    mapped = manifest.reference.mode == "offload"
+    fidelity = check_engines(target, folder / name, signatures, references, mapped=mapped)
     problems = fidelity.violations({c: Budget.parse(text.split()) for c, text in record.budgets.items()})
     here = records.instruction_set()
     notes = [] if here == manifest.instruction_set else [f"built on {manifest.instruction_set}, checked on {here}"]

@@ -86,6 +86,9 @@ class SourceRecord(Record):
 class ReferenceRecord(Record):
     """How the reference outputs were made and how precise they are."""
 
+    mode: Literal["full", "offload", "none"]
+    passes: str
+    """How single passes were checked."""
     origin: str
     inputs: str
     noise: dict[str, dict[str, float]]

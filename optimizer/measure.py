@@ -30,7 +30,7 @@ from planish.optimizer.backend import Arrays
 from planish.optimizer.continuation import follow
 from planish.optimizer.errors import InternalError, PlanishError
 from planish.optimizer.generate import Decoding
-from planish.optimizer.reference import Continuation
+from planish.optimizer.reference import Continuation, thin
 
 CONFIDENCE = 0.95
 _CALLS = 6
@@ -106,7 +106,7 @@ class Worker:
                 stream.close()
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
-        """Outputs of the engine, by name."""
+        """Outputs of the engine, by name, thinned as those of the reference are."""
         from safetensors.numpy import load
 
         self._send("run", inputs)
@@ -292,7 +292,7 @@ def _serve(engine: Any, commands: IO[bytes], replies: IO[bytes]) -> None:
         try:
             if header["command"] == "run":
                 inputs = load(body)
-                found = {name: np.ascontiguousarray(array) for name, array in engine.run(inputs).items()}
+                found = {name: np.ascontiguousarray(array) for name, array in thin(engine.run(inputs)).items()}
                 _answer(replies, save(found))
             elif header["command"] == "follow":
                 _answer(replies, save({"scores": follow(engine, _continuation(load(body), int(header["swap"])))}))

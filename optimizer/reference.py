@@ -352,9 +352,10 @@ def noise_floor(
 def thin(outputs: Case) -> dict[str, np.ndarray]:
     """Outputs, of which huge ones (scores over a large vocabulary) keep evenly spaced entries of the last axis.
 
-    The same output of reference and engine is thinned alike, so the two stay comparable.
+    The same output of reference and engine is thinned alike, so the two stay comparable. What is left out is not kept
+    in memory.
     """
     return {
-        name: array[..., :: -(-array.size // _ELEMENTS)] if array.ndim and array.size > _ELEMENTS else array
+        name: array[..., :: -(-array.size // _ELEMENTS)].copy() if array.ndim and array.size > _ELEMENTS else array
         for name, array in outputs.items()
     }

@@ -29,8 +29,8 @@ from planish.optimizer.cli.options import existing, expect_option, json_flag, pa
 @click.option("--lock", type=existing, help="Build from this lock, or write it if it does not exist.")
 @click.option("--adapter", type=existing, help="A PEFT adapter (LoRA, rsLoRA, DoRA, AdaLoRA) to merge into SOURCE.")
 @click.option(
-    "--reference", type=click.Choice(["full", "none"]), default="full", show_default=True,
-    help="'none': never run the original (one that does not fit); nothing is checked or timed.",
+    "--reference", type=click.Choice(["full", "offload", "none"]), default="full", show_default=True,
+    help="'offload': read weights as they are used, for a checkpoint larger than memory. 'none': check nothing.",
 )  # fmt: skip
 @click.option("--depfile", type=existing, help="Write the files that were read, in make's syntax.")
 @json_flag
@@ -47,7 +47,7 @@ def command(
     expect: tuple[str, ...],
     lock: Path | None,
     adapter: Path | None,
-    reference: Literal["full", "none"],
+    reference: Literal["full", "offload", "none"],
     depfile: Path | None,
     as_json: bool,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.program import Program
@@ -34,13 +34,20 @@ def lower(
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     adapter: Path | None = None,
     background: bool = True,
+    offload: bool = False,
 ) -> Lowered:
     """Lower a checkpoint folder, an `.onnx` file, or an `nn.Module` called with ``sample_inputs`` by keyword.
 
     ``dynamic_axes`` names the axes of a module's inputs that vary. ``adapter`` is the folder of a PEFT adapter to merge
-    into a checkpoint. With ``background`` the original of a checkpoint is
-    loaded by another process meanwhile. Raises BadInput or UsageError.
+    into a checkpoint. With ``background`` the original of a checkpoint is loaded by another process meanwhile; with
+    ``offload`` it is never loaded, its weights are read as they are used. Raises BadInput or UsageError.
     """
+    if offload and not (isinstance(source, str | Path) and Path(source).suffix.lower() != ".onnx"):
+        raise UsageError(
+            "only the weights of a checkpoint folder can stay on the disk",
+            where="--reference offload",
+            advice="use full",
+        )
     if adapter is not None and not (isinstance(source, str | Path) and Path(source).is_dir()):
         raise UsageError("an adapter is merged into a checkpoint folder", where="--adapter", advice="give its base")
     if not isinstance(source, str | Path):
@@ -48,10 +55,12 @@ def lower(
     path = Path(source)
     if path.suffix.lower() == ".onnx" or path.is_file():
         return _lower_file(path, task)
-    return _lower_folder(path, task, adapter, background)
+    return _lower_folder(path, task, adapter, "offload" if offload else "background" if background else "here")
 
 
-def _lower_folder(path: Path, task: str | None, adapter: Path | None, background: bool) -> Lowered:
+def _lower_folder(
+    path: Path, task: str | None, adapter: Path | None, kind: Literal["here", "background", "offload"]
+) -> Lowered:
     if not path.exists():
         raise BadInput(
             "there is no such file or folder",
@@ -62,7 +71,7 @@ def _lower_folder(path: Path, task: str | None, adapter: Path | None, background
     from planish.optimizer.lowering.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path, task, adapter)
-    program, original = assemble.lower(checkpoint, background=background)
+    program, original = assemble.lower(checkpoint, kind)
     return Lowered(program, original, path, tuple(checkpoint.companions()))
 
 

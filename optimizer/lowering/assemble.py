@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from planish.optimizer.lowering import decoder, encoder, encoder_decoder
 from planish.optimizer.lowering.checkpoint import Checkpoint, bind, loaded, skeleton
 from planish.optimizer.lowering.component import Describe, lower_component
 from planish.optimizer.lowering.limits import limit_axes
-from planish.optimizer.lowering.original import CheckpointOriginal, TorchOriginal
+from planish.optimizer.lowering.original import CheckpointOriginal, OffloadedOriginal, TorchOriginal
 from planish.optimizer.lowering.tasks import TASKS, Family
 from planish.optimizer.program import Program, Provenance
+from planish.optimizer.resources import demand_memory
 
 _DESCRIPTIONS: Mapping[Family, Sequence[Describe]] = {
     Family.ENCODER: (encoder.describe,),
@@ -21,16 +24,13 @@ _DESCRIPTIONS: Mapping[Family, Sequence[Describe]] = {
 """The components that serve a family of tasks, in the order in which they run."""
 
 
-def lower(checkpoint: Checkpoint, *, background: bool = True) -> tuple[Program, TorchOriginal]:
-    """Lower a checkpoint: the program, and its original in PyTorch.
+def lower(checkpoint: Checkpoint, kind: Literal["here", "background", "offload"]) -> tuple[Program, TorchOriginal]:
+    """Lower a checkpoint: the program, and its original in PyTorch, which is loaded `here` if it is asked anything.
 
-    With ``background`` the original is loaded by a process of its own meanwhile.
+    In the `background` it is loaded by a process of its own meanwhile: OutOfResources if it does not fit. With
+    `offload` its weights stay on the disk.
     """
-    original = (
-        CheckpointOriginal(checkpoint.folder, checkpoint.task, checkpoint.adapter)
-        if background
-        else TorchOriginal(lambda: loaded(checkpoint))
-    )
+    original = _original(checkpoint, kind)
     model = skeleton(checkpoint)
     binding = bind(model, checkpoint)
     program = Program({}, {}, checkpoint.task, Provenance("checkpoint", type(model).__name__, checkpoint.hashes()))
@@ -41,3 +41,19 @@ def lower(checkpoint: Checkpoint, *, background: bool = True) -> tuple[Program, 
         program.signatures[component.name] = replace(signature, axes=axes)
         original.ask_for(component.name, component.call, [tensor.name for tensor in signature.outputs])
     return program, original
+
+
+def _original(checkpoint: Checkpoint, kind: str) -> TorchOriginal:
+    where = checkpoint.folder, checkpoint.task, checkpoint.adapter
+    if kind == "here":
+        return TorchOriginal(lambda: loaded(checkpoint))
+    if kind == "offload":
+        return OffloadedOriginal(*where)
+    elements = sum(math.prod(stored.stored_shape) for stored in checkpoint.weights.values())
+    demand_memory(
+        4 * elements,
+        "the original model in float32",
+        "check it with --reference offload, which reads weights as they are used, or not at all with --reference none",
+        where=checkpoint.folder,
+    )
+    return CheckpointOriginal(*where)

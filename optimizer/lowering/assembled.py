@@ -4,19 +4,19 @@ The files hold one tensor for each expert where the module has one parameter for
 queries, keys and values where the module has three. Which becomes which, the converters of transformers say, as
 operations on loaded tensors. Here they run on stand-ins that have a shape and no data: what comes out tells where each
 piece of a parameter is stored. Stand-ins know how tensors are stacked, concatenated, cut and transposed; a converter
-that asks for anything else gives nothing, and its parameters come from the loaded model.
+that asks for anything else is applied to the tensors themselves when its parameter is read (`conversion`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
+from planish.optimizer.lowering.conversion import Part, apply, convert
 from planish.optimizer.lowering.weights import Box, Stored, Weight, boxes, numpy_type
 
 
@@ -73,13 +73,17 @@ class Assembled(Weight):
     def read(self) -> np.ndarray:
         """Its values in an array of its own; at no time is there more than that array and one strip."""
         found = np.empty(self.shape, numpy_type(self.dtype))
+        self.read_into(found)
+        return found
+
+    def read_into(self, found: np.ndarray) -> None:
+        """Write its values into an array, piece by piece and strip by strip."""
         turned = found.transpose(np.argsort(self.order))
         for piece in self.pieces:
             array = piece.mapped()
             target = turned[tuple(slice(a, a + size) for a, size in zip(piece.start, array.shape, strict=True))]
             for box in boxes(array.shape):
                 target[box] = array[box]
-        return found
 
     def strips(self) -> Iterator[np.ndarray]:
         """Its values piece by piece, each read from where it is stored."""
@@ -209,30 +213,28 @@ class Assembly:
 
     converters: Sequence[Any]
     model: Any
-    waiting: dict[str, Any] = field(default_factory=dict)
-    """A converter for each first parameter that it makes, holding what is stored for it."""
+    collected: dict[str, list[Part]] = field(default_factory=dict)
+    """What is stored for the first parameter that a converter makes, in the natural order of names."""
 
     def add(self, target: str, key: str, pattern: str, tensor: Stored) -> None:
-        """Hand a stored tensor, in the natural order of names, to the converter that has this pattern."""
-        if target not in self.waiting:
-            rules = {source: rule for rule in self.converters for source in rule.source_patterns}
-            self.waiting[target] = deepcopy(rules[pattern])
-        shape = tensor.shape
-        window, axes = tuple((0, size) for size in shape), tuple(range(len(shape)))
-        whole = Assembled(shape, (Piece(tensor, window, axes, (0,) * len(shape)),), dtype=tensor.dtype)
-        self.waiting[target].add_tensor(target, key, pattern, StandIn(whole))
+        """Hand over a stored tensor, in the natural order of names, for the converter that has this pattern."""
+        self.collected.setdefault(target, []).append((pattern, key, tensor))
 
-    def finish(self) -> tuple[dict[str, Weight], bool]:
-        """The parameters that were put together, and whether there are others that could not be followed."""
+    def finish(self) -> dict[str, Weight]:
+        """The parameters that were put together, by name."""
+        rules = {source: rule for rule in self.converters for source in rule.source_patterns}
         found: dict[str, Weight] = {}
-        followed = True
-        for target, converter in self.waiting.items():
+        for target, parts in self.collected.items():
+            rule = rules[parts[0][0]]
+            stand_ins = [(pattern, key, StandIn(_whole(tensor))) for pattern, key, tensor in parts]
             try:
-                made = converter.convert(target, model=self.model, config=self.model.config)
+                made = apply(rule, self.model, target, stand_ins)
+                found |= {name: stand_in.weight for name, stand_in in made.items()}
             except (NotFollowedError, TypeError):  # arithmetic on a stand-in is a TypeError
-                followed = False
-                continue
-            for name, result in made.items():
-                one = result[0] if isinstance(result, list) else result
-                found[name] = one.weight
-        return found, not followed
+                found |= convert(rule, self.model, target, parts)
+        return found
+
+
+def _whole(tensor: Stored) -> Assembled:
+    window, axes = tuple((0, size) for size in tensor.shape), tuple(range(len(tensor.shape)))
+    return Assembled(tensor.shape, (Piece(tensor, window, axes, (0,) * len(axes)),), dtype=tensor.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -150,15 +151,18 @@ def _refuse_unknown_rope(config: Any, path: Path) -> None:
         )
 
 
-def skeleton(checkpoint: Checkpoint) -> Any:
-    """The model with its parameters on the meta device and its buffers computed: structure without weights."""
+def skeleton(checkpoint: Checkpoint, experts: str | None = _EXPERTS) -> Any:
+    """The model with its parameters on the meta device and its buffers computed: structure without weights.
+
+    ``experts`` is how experts are computed; None leaves it to transformers.
+    """
     from accelerate import init_empty_weights
 
     cls = tasks.head_class(checkpoint.task, checkpoint.config, checkpoint.architecture, checkpoint.folder)
     with init_empty_weights(include_buffers=False), quiet():
         model = _from_config(cls, checkpoint)
-    if getattr(model, "_can_set_experts_implementation", lambda: False)():
-        model.set_experts_implementation(_EXPERTS)
+    if experts is not None and getattr(model, "_can_set_experts_implementation", lambda: False)():
+        model.set_experts_implementation(experts)
     return model.eval()
 
 
@@ -212,8 +216,8 @@ class Binding:
 def bind(model: Any, checkpoint: Checkpoint) -> Binding:
     """Which stored tensor each parameter and buffer of ``model`` is, by the renaming rules of transformers.
 
-    BadInput if one has another shape. Parameters that transformers computes from several stored tensors in a way that
-    cannot be followed are in neither list: their values come from the loaded original.
+    BadInput if one has another shape. Parameters that transformers neither loads nor misses, for it computes them from
+    the configuration, are in neither list: see `initial`.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -237,13 +241,25 @@ def bind(model: Any, checkpoint: Checkpoint) -> Binding:
             assembly.add(target, key, pattern, tensor.widened())
         elif target in state:
             bound[target] = tensor.widened()
-    assembled, computed = assembly.finish()
-    bound |= {name: weight for name, weight in assembled.items() if name in state}
+    bound |= {name: weight for name, weight in assembly.finish().items() if name in state}
     _follow_ties(model, bound)
     _check_shapes(state, bound, checkpoint)
     if checkpoint.adapter is not None:
         bound = adapter_files.merge_adapter(bound, checkpoint.adapter, model)
-    return Binding(bound, frozenset() if computed else _absent(model, bound))
+    return Binding(bound, _absent(model, bound))
+
+
+def initial(model: Any, name: str) -> Any:
+    """A parameter that no checkpoint holds, such as a table of sines, as transformers initializes it."""
+    import torch
+
+    path, _, own = name.rpartition(".")
+    parents = [model.get_submodule(".".join(path.split(".")[:depth])) for depth in range(path.count(".") + 2)]
+    maker = next(parent for parent in reversed(parents) if hasattr(parent, "_init_weights"))
+    module = copy.deepcopy(model.get_submodule(path)).to_empty(device="cpu", recurse=False)
+    with torch.no_grad(), quiet():
+        maker._init_weights(module)
+    return module.get_parameter(own).detach()
 
 
 def _follow_ties(model: Any, bound: dict[str, Weight]) -> None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering import module as exporter
 from planish.optimizer.lowering.calls import CALLS
-from planish.optimizer.lowering.checkpoint import Binding, Checkpoint, loaded, quiet, tensors_of
+from planish.optimizer.lowering.checkpoint import Binding, Checkpoint, initial, quiet, tensors_of
 from planish.optimizer.lowering.depth import cut, find_stacks, grow
 from planish.optimizer.program import PAST, SUM, Axis, Role, Signature, TensorSpec, guess_role
 
@@ -45,7 +45,7 @@ def lower_component(
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     used = exporter.parameters_of(graph)
     binding.refuse_absent(used, model, checkpoint)
-    computed = _computed(used & (parameters - binding.stored.keys() - binding.absent), checkpoint)
+    computed = _computed(model, used & (parameters - binding.stored.keys() - binding.absent))
     exporter.adopt_weights(graph, tensors_of(binding.stored) | computed, parameters)
     exporter.fold_stored_transposes(graph)
     return component, graph, Signature(_used(component.inputs, graph), _outputs(graph, component.role), ranges)
@@ -125,12 +125,9 @@ def probing(model: Any, checkpoint: Checkpoint, failure: str | None = None) -> I
             module._buffers.update(buffers)
 
 
-def _computed(absent: set[str], checkpoint: Checkpoint) -> dict[str, ir.TensorProtocol]:
-    """Parameters that no stored tensor is, alone: transformers computes them, so its loaded model is asked."""
-    if not absent:
-        return {}
-    state = loaded(checkpoint).state_dict()
-    return {name: ir.tensor(np.array(state[name].float().numpy()), name=name) for name in absent if name in state}
+def _computed(model: Any, names: set[str]) -> dict[str, ir.TensorProtocol]:
+    """Parameters that are in no checkpoint, for transformers computes them."""
+    return {name: ir.tensor(np.array(initial(model, name).numpy()), name=name) for name in names}
 
 
 def _used(inputs: tuple[TensorSpec, ...], graph: ir.Model) -> tuple[TensorSpec, ...]:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,9 +20,10 @@ from planish.optimizer import errors
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput, InternalError, OutOfResources, PlanishError
 from planish.optimizer.lowering.calls import CALLS
-from planish.optimizer.lowering.checkpoint import loaded, open_checkpoint, quiet
+from planish.optimizer.lowering.checkpoint import Checkpoint, loaded, open_checkpoint, quiet
 from planish.optimizer.lowering.continuing import continue_greedily
 from planish.optimizer.lowering.module import to_torch
+from planish.optimizer.lowering.offload import offloaded
 from planish.optimizer.reference import (
     Continuation,
     Prompt,
@@ -88,18 +90,22 @@ class TorchOriginal(Original):
         import torch
 
         module = self._load()
-        outputs = {name: [thin(self._call(module, name, case)) for case in own] for name, own in cases.items()}
-        with torch.no_grad(), quiet():
-            continued = [continue_greedily(module, prompt, swap) for prompt, swap in prompts]
+        places = [(name, index) for name, own in cases.items() for index in range(len(own))]
+        calls = [partial(self._thinned, module, name, cases[name][index]) for name, index in places]
+        writers = [partial(_continued, module, prompt, swap) for prompt, swap in prompts]
+        results: list[Any] = _side_by_side(module, [*calls, *writers])
+        outputs = _by_component(places, results)
+        continued = results[len(calls) :]
+        few = [(name, index) for name, index in places if index < precise]
+        again = [partial(self._thinned, module, name, cases[name][index], torch.float64) for name, index in few]
         with _double_precision(module):
             try:
-                doubled = {
-                    name: [thin(self._call(module, name, case, torch.float64)) for case in own[:precise]]
-                    for name, own in cases.items()
-                }
+                return Answers(outputs, _by_component(few, _side_by_side(module, again)), continued)
             except RuntimeError:  # operands of two types: some code names float32
                 return Answers(outputs, None, continued)
-        return Answers(outputs, doubled, continued)
+
+    def _thinned(self, module: Any, component: str, case: Case, dtype: Any = None) -> dict[str, np.ndarray]:
+        return thin(self._call(module, component, case, dtype))
 
     def _call(self, module: Any, component: str, case: Case, dtype: Any = None) -> dict[str, np.ndarray]:
         import torch
@@ -120,6 +126,26 @@ class TorchOriginal(Original):
         return {name: results[name].numpy() for name in outputs}
 
 
+def _continued(module: Any, prompt: Case, swap: int) -> Continuation:
+    import torch
+
+    with torch.no_grad(), quiet():
+        return continue_greedily(module, prompt, swap)
+
+
+def _side_by_side(module: Any, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of all calls: together where weights must be read for each, else one after the other."""
+    reader = getattr(module, "weight_reader", None)
+    return [call() for call in calls] if reader is None else reader.turnstile.together(calls)
+
+
+def _by_component(places: Sequence[tuple[str, int]], results: Sequence[Any]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {name: [] for name, _ in places}
+    for (name, _), result in zip(places, results, strict=False):  # continuations come after them
+        found[name].append(result)
+    return found
+
+
 class CheckpointOriginal(TorchOriginal):
     """A checkpoint as transformers loads it, in a process of its own: beside other work, and gone with its memory.
 
@@ -127,13 +153,19 @@ class CheckpointOriginal(TorchOriginal):
     shall be called is said later, in `ask_for`.
     """
 
+    kind = "loaded"
+
     def __init__(self, folder: Path, task: str, adapter: Path | None = None) -> None:
-        super().__init__(lambda: loaded(open_checkpoint(folder, task, adapter)))
-        where = [str(folder), task, *([] if adapter is None else [str(adapter)])]
+        super().__init__(lambda: _KINDS[self.kind](open_checkpoint(folder, task, adapter)))
+        self._where = [self.kind, str(folder), task, *([] if adapter is None else [str(adapter)])]
         self._scratch = tempfile.TemporaryDirectory(prefix="planish-reference-")
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start the process."""
         with (Path(self._scratch.name) / "log").open("wb") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "planish.optimizer.lowering.original", self._scratch.name, *where],
+                [sys.executable, "-m", "planish.optimizer.lowering.original", self._scratch.name, *self._where],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -161,6 +193,28 @@ class CheckpointOriginal(TorchOriginal):
                 return _collect(folder, self._child.returncode, list(cases))
 
         return finish
+
+
+class OffloadedOriginal(CheckpointOriginal):
+    """A checkpoint whose weights are read as the model's code asks for them, in a process that starts when it is asked.
+
+    Until then nothing is done and no memory taken.
+    """
+
+    kind = "offloaded"
+    description = "PyTorch eager, float32, each weight read from the checkpoint when it is used"
+
+    def _begin(self) -> None:
+        """Not yet."""
+
+    def start(self, cases: Cases, precise: int, prompts: Sequence[Prompt] = ()) -> Callable[[], Answers]:
+        """Start the process and hand the cases to it."""
+        super()._begin()
+        return super().start(cases, precise, prompts)
+
+
+_KINDS: Mapping[str, Callable[[Checkpoint], Any]] = {"loaded": loaded, "offloaded": offloaded}
+"""Ways to come by the module of a checkpoint."""
 
 
 def _stdin(child: subprocess.Popen[bytes]) -> IO[bytes]:
@@ -196,7 +250,7 @@ def _double_precision(module: Any) -> Iterator[None]:
     """Compute in float64 inside: the whole module if it is small, else each layer only while it runs."""
     import torch
 
-    size = sum(parameter.nbytes for parameter in module.parameters())
+    size = sum(parameter.nbytes for parameter in module.parameters() if not parameter.is_meta)
     default = torch.get_default_dtype()
     kept = {id(tensor): tensor.data for tensor in [*module.parameters(), *module.buffers()]}
     torch.set_default_dtype(torch.float64)
@@ -231,9 +285,10 @@ def _widen_as_they_run(module: Any, kept: Mapping[int, Any]) -> list[Any]:
 
 def main() -> None:
     """What the process of a `CheckpointOriginal` does: load, wait for the word, answer, write."""
-    folder, checkpoint, task, *adapters = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
+    scratch, kind, checkpoint, task, *adapters = sys.argv[1:]
+    folder = Path(scratch)
     try:
-        module = loaded(open_checkpoint(checkpoint, str(task), *map(Path, adapters)))
+        module = _KINDS[kind](open_checkpoint(Path(checkpoint), task, *map(Path, adapters)))
         line = sys.stdin.readline()
         if not line:
             return  # nobody waits for an answer any more

@@ -69,6 +69,10 @@ class Weight(ABC):
     def read(self) -> np.ndarray:
         """Its values, permuted; a read-only view of a file if nothing changes."""
 
+    def read_into(self, found: np.ndarray) -> None:
+        """Write its values into an array of its shape and of any type that holds them."""
+        found[...] = self.read()
+
     def strips(self) -> Iterator[np.ndarray]:
         """Its values piece by piece, in the order in which they lie in memory."""
         yield self.read()
@@ -107,10 +111,14 @@ class Stored(Weight):
         if self.permutation is None and self.dtype is self.stored:
             return array
         found = np.empty(self.shape, numpy_type(self.dtype))
-        turned = found.transpose(np.argsort(self.order))
+        self.read_into(found)
+        return found
+
+    def read_into(self, found: np.ndarray) -> None:
+        """Write its values into an array, strip by strip."""
+        array, turned = self.mapped(), found.transpose(np.argsort(self.order))
         for box in boxes(array.shape):
             turned[box] = array[box]
-        return found
 
     def strips(self) -> Iterator[np.ndarray]:
         """Its values piece by piece; the whole at once where rows of it are columns in the file."""

@@ -13,6 +13,7 @@ import torch
 from planish.optimizer.lowering import weights
 from planish.optimizer.lowering.assembled import Assembled, Assembly
 from planish.optimizer.lowering.checkpoint import bind, loaded, open_checkpoint, skeleton
+from planish.optimizer.lowering.conversion import Converted
 from planish.optimizer.lowering.weights import Weight, boxes, read_header
 from tests.zoo import Species, build
 
@@ -76,7 +77,7 @@ def _tensors(folder: Path, shape: tuple[int, ...], count: int) -> dict[str, np.n
     return tensors
 
 
-def _assembled(folder: Path, operations: list[Any], targets: list[str]) -> tuple[dict[str, Weight], bool]:
+def _assembled(folder: Path, operations: list[Any], targets: list[str]) -> dict[str, Weight]:
     from transformers.core_model_loading import WeightConverter, dot_natural_key
 
     rule = WeightConverter(["experts.*.w"], targets, operations=operations)
@@ -96,24 +97,29 @@ def test_operations_are_followed_whatever_they_are_called(tmp_path: Path) -> Non
 
     merge, turn = MergeModulelist(dim=1), Transpose(0, 2)
     merge.get_target_pattern = turn.get_target_pattern = lambda *_: "experts.*.w"  # neither is the last of the chain
-    made, unknown = _assembled(tmp_path, [merge, turn, Chunk(dim=0)], ["a", "b", "c"])
+    made = _assembled(tmp_path, [merge, turn, Chunk(dim=0)], ["a", "b", "c"])
     stacked = torch.stack([torch.from_numpy(array).float() for array in tensors.values()], 1).transpose(0, 2)
-    assert not unknown
     for name, chunk in zip("abc", torch.chunk(stacked, 3, dim=0), strict=True):
         np.testing.assert_array_equal(made[name].read(), chunk.numpy())
         np.testing.assert_array_equal(_put_together(made[name]), chunk.numpy())
 
 
-def test_what_cannot_be_followed_is_left_to_the_loaded_model(tmp_path: Path) -> None:
+def test_what_cannot_be_followed_is_computed_when_it_is_read(tmp_path: Path) -> None:
+    """Arithmetic, and an operation that looks at values: both are applied to the tensors themselves."""
     from transformers.core_model_loading import Interleave
 
     class Scaled:
         def convert(self, input_dict: Any, *_: Any, target_patterns: list[str], **__: Any) -> Any:
             return {target_patterns[0]: input_dict["experts.*.w"][0] * 2}
 
-    _tensors(tmp_path, (6, 10), 1)
+    tensors = _tensors(tmp_path, (6, 10), 1)
+    array = tensors["experts.0.w"].astype(np.float32)
+    wanted = {Scaled: array * 2, Interleave: array.reshape(3, 2, 10).transpose(1, 0, 2).reshape(6, 10)}
     for operation in (Interleave(dim=0), Scaled()):
-        assert _assembled(tmp_path, [operation], ["merged"]) == ({}, True)
+        weight = _assembled(tmp_path, [operation], ["merged"])["merged"]
+        assert isinstance(weight, Converted)
+        np.testing.assert_array_equal(weight.read(), wanted[type(operation)])
+        np.testing.assert_array_equal(weight.transposed((1, 0)).read(), wanted[type(operation)].T)
 
 
 def test_a_merged_parameter_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +127,7 @@ def test_a_merged_parameter_is_never_whole_in_memory(tmp_path: Path, monkeypatch
 
     tensors = _tensors(tmp_path, (200, 100), 40)
     monkeypatch.setattr(weights, "_STRIP", 1000)
-    weight = _assembled(tmp_path, [MergeModulelist(dim=0)], ["merged"])[0]["merged"]
+    weight = _assembled(tmp_path, [MergeModulelist(dim=0)], ["merged"])["merged"]
     tensor = weight.transposed((0, 2, 1)).tensor("merged")
     assert tensor.nbytes == 40 * 200 * 100 * 4
     with (tmp_path / "written").open("wb") as file:
