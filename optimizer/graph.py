@@ -109,6 +109,18 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorPro
     return value
 
 
+def remove_dead(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
+    """Remove ``node`` if nothing reads it, and then whatever only it read."""
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current.graph is not graph or any(out.uses() or out.is_graph_output() for out in current.outputs):
+            continue
+        sources = [value.producer() for value in current.inputs if value is not None]
+        graph.remove(current, safe=True)
+        pending += [source for source in sources if source is not None]
+
+
 def allow_plain_initializers(model: ir.Model) -> None:
     """Raise the IR version to the first in which a constant need not be an input as well, if there is such a one."""
     plain = any(not value.is_graph_input() for graph in model.graphs() for value in graph.initializers.values())

@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ _COMMON: dict[str, Any] = {
     "vocab_size": 16, "hidden_size": 8, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 12,
     "max_position_embeddings": 16, "type_vocab_size": 2, "pad_token_id": 0, "use_cache": False,
 }  # fmt: skip
-_GPT = {"n_embd": 8, "n_layer": LAYERS, "n_head": 2, "n_positions": 16}
+_GPT = {"n_embd": 16, "n_layer": LAYERS, "n_head": 2, "n_positions": 16}
 _GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
 
 
@@ -97,7 +97,7 @@ BLOCKS = [
     Block(
         "gptj",
         {"Attention": LAYERS, "LayerNormalization": LAYERS + 1, "Gelu": LAYERS, "RotaryEmbedding": 2 * LAYERS},
-        {**_GPT, "rotary_dim": 2},
+        {**_GPT, "rotary_dim": 4},
         spelled=True,
     ),
     Block(
@@ -113,17 +113,19 @@ BLOCKS = [
         "falcon",
         {"Attention": LAYERS, "LayerNormalization": LAYERS + 1, "Gelu": LAYERS, "RotaryEmbedding": 2 * LAYERS},
         {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False, "bias": False},
+        unknown=("dynamo 23 sdpa",),
     ),
     _llama("llama"),
     _llama("mistral", sliding_window=4),
     _llama("qwen2"),
     _llama("qwen3", norms=4 * LAYERS + 1),
     _llama("gemma", num_key_value_heads=1),
-    _llama("gemma2", norms=4 * LAYERS + 1, sliding_window=4, query_pre_attn_scalar=4),
+    replace(_llama("gemma2", norms=4 * LAYERS + 1, sliding_window=4, query_pre_attn_scalar=4), spelled=True),
     Block(
         "t5",
         {"Attention": LAYERS, "RMSNormalization": 2 * LAYERS + 1},
         {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": LAYERS, "num_heads": 2},
+        unknown=("dynamo 18 sdpa", "dynamo 20 sdpa", "dynamo 23 sdpa"),
     ),
     Block(
         "deberta-v2",
@@ -142,10 +144,13 @@ def build(block: Block, attention: str) -> Any:
 
     config = AutoConfig.for_model(block.model_type, **{**_COMMON, **block.config})
     torch.manual_seed(0)
-    kind = {} if block.spelled else {"attn_implementation": attention}
-    if block.model_type == "t5":
-        return T5EncoderModel._from_config(config, **kind).eval()
-    return AutoModel.from_config(config, **kind).eval()
+    kind: dict[str, Any] = {} if block.spelled else {"attn_implementation": attention}
+    cls = T5EncoderModel._from_config if block.model_type == "t5" else AutoModel.from_config
+    model = cls(config, **kind).eval()
+    with torch.no_grad():  # fresh norms and biases are equal, and would be shared
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def export(block: Block, exporter: Exporter, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import (
@@ -35,12 +36,26 @@ class SimplifyShapes(Pass):
     3. A ``Softmax`` over the last axis, between a ``Flatten`` that keeps that axis and the ``Reshape`` that undoes it,
        reads the tensor as it is (what the softmax of opset 12 becomes in later opsets).
     4. Any other small integer tensor whose entries are all numbers becomes a constant.
+
+    Constants make more shapes known, and these more constants: it goes on until nothing is learned.
     """
 
     name: ClassVar[str] = "simplify-shapes"
 
     def call(self, model: ir.Model) -> PassResult:
         """Simplify the main graph; subgraphs keep what they compute."""
+        sites: list[str] = []
+        while True:
+            found, refusals = self._once(model)
+            sites += found
+            if not found:
+                break
+            allow_plain_initializers(model)
+            common.ShapeInferencePass()(model)
+        return PassResult(model, bool(sites), sites=sites, refusals=refusals)
+
+    def _once(self, model: ir.Model) -> tuple[list[str], list[Refusal]]:
+        """Sites and refusals of one walk through the graph."""
         known = Followed()
         sites: list[str] = []
         refusals: list[Refusal] = []
@@ -53,9 +68,7 @@ class SimplifyShapes(Pass):
             elif (numbers := _numbers(known, node)) is not None and admitted():
                 _replace(model.graph, node, numbers)
                 sites.append(location_of(node))
-        if sites:
-            allow_plain_initializers(model)
-        return PassResult(model, bool(sites), sites=sites, refusals=refusals)
+        return sites, refusals
 
     def _reshape(
         self, graph: ir.Graph, node: ir.Node, known: Followed, sites: list[str], refusals: list[Refusal]

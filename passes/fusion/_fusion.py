@@ -22,6 +22,7 @@ from planish.optimizer.graph import (
     location_of,
     opset_of,
     rank_of,
+    remove_dead,
     scalar_of,
     sole_user,
 )
@@ -118,18 +119,6 @@ def _inherit(source: ir.Node, nodes: list[ir.Node]) -> None:
         for output in node.outputs:
             if output.name is None:
                 output.name = f"{source.outputs[0].name}_{node.op_type}_{index}"
-
-
-def remove_dead(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
-    """Remove ``node`` if nothing reads it, and then whatever only it read."""
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current.graph is not graph or any(out.uses() or out.is_graph_output() for out in current.outputs):
-            continue
-        sources = [value.producer() for value in current.inputs if value is not None]
-        graph.remove(current, safe=True)
-        pending += [source for source in sources if source is not None]
 
 
 def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:

@@ -78,6 +78,8 @@ class FuseAttention(Fusion[Attention]):
         probabilities = _guarded(node.outputs[0])
         readers = [use.node for use in probabilities.uses() if use.node.op_type == "MatMul" and use.idx == 0]
         scores = None if node.inputs[0] is None else _scores(node.inputs[0])
+        if not readers and _flattened(probabilities):
+            raise NearMiss("its probabilities are reshaped before they meet the values", probabilities)
         if not readers and scores is not None and scores.transposed.const_value is None:
             raise NearMiss("its probabilities are not multiplied, from the left, with a matrix", probabilities)
         return Attention(node, probabilities, readers[0], scores) if readers else None
@@ -124,6 +126,12 @@ def _guarded(probabilities: ir.Value) -> ir.Value:
         if test is not None and test.inputs[2] is probabilities and scalar_of(test.inputs[1]) == 0.0:
             return test.outputs[0]
     return probabilities
+
+
+def _flattened(probabilities: ir.Value) -> bool:
+    """Whether heads and texts are put into one axis in front of the product with the values."""
+    reshape = used_by(probabilities, "Reshape")
+    return reshape is not None and used_by(reshape.outputs[0], "MatMul") is not None
 
 
 def _scores(value: ir.Value) -> Scores | None:

@@ -83,44 +83,55 @@ def _erf_arguments(curve: ir.Node) -> Iterator[ir.Value]:
 
 
 def _tanh_arguments(curve: ir.Node) -> Iterator[ir.Value]:
-    """x of tanh(√(2/π) · (x + 0.044715 · x³)), or of tanh(√(2/π) · x · (1 + 0.044715 · x²))."""
-    for value, number in with_constant(made_by(curve.inputs[0], "Mul")):
-        if _near(number, math.sqrt(2 / math.pi)):
-            yield from _sum_arguments(value)
-            yield from _factored_arguments(value)
+    """x of tanh(√(2/π) · (x + 0.044715 · x³)), in whatever order sums and products are taken."""
+    slope = math.sqrt(2 / math.pi)
+    wanted = (0.0, slope, 0.0, slope * _CUBE)
+    for x in _below(curve.inputs[0]):
+        found = _polynomial(curve.inputs[0], x)
+        if found is not None and all(_near(a, b) if b else a == 0.0 for a, b in zip(found, wanted, strict=True)):
+            yield x
 
 
-def _sum_arguments(value: ir.Value) -> Iterator[ir.Value]:
-    add = made_by(value, "Add")
-    for x in () if add is None else add.inputs:
-        other = None if add is None or x is None else other_operand(add, x)
-        for cube, number in with_constant(made_by(other, "Mul")):
-            if x is not None and _near(number, _CUBE) and _is_power(cube, x, 3):
-                yield x
+def _below(value: ir.Value | None, depth: int = 5) -> list[ir.Value]:
+    """The values that sums, products and powers are taken of, nearest first, each once."""
+    node = made_by(value, "Add", "Mul", "Pow")
+    inputs = [v for v in (() if node is None or depth == 0 else node.inputs) if v is not None and scalar_of(v) is None]
+    deeper = [found for v in inputs for found in _below(v, depth - 1)]
+    return list({id(found): found for found in (*inputs, *deeper)}.values())
 
 
-def _factored_arguments(value: ir.Value) -> Iterator[ir.Value]:
-    product = made_by(value, "Mul")
-    for x in () if product is None else product.inputs:
-        other = None if product is None or x is None else other_operand(product, x)
-        for scaled, one in with_constant(made_by(other, "Add")):
-            squares = with_constant(made_by(scaled, "Mul"))
-            if x is not None and one == 1.0 and any(_near(n, _CUBE) and _is_power(s, x, 2) for s, n in squares):
-                yield x
+_Coefficients = tuple[float, float, float, float]
 
 
-def _is_power(value: ir.Value, x: ir.Value, exponent: int) -> bool:
-    """Whether ``value`` is x to the power of 2 or 3, by Pow or by products."""
-    power = made_by(value, "Pow")
-    if power is not None:
-        return power.inputs[0] is x and scalar_of(power.inputs[1]) == exponent
-    product = made_by(value, "Mul")
-    if product is None:
-        return False
-    if exponent == 2:
-        return product.inputs[0] is x and product.inputs[1] is x
-    rest = other_operand(product, x)
-    return rest is not None and _is_power(rest, x, 2)
+def _polynomial(value: ir.Value | None, x: ir.Value) -> _Coefficients | None:
+    """Coefficients of 1, x, x² and x³ in ``value``; None if it is no polynomial of x of that degree."""
+    if value is x:
+        return (0.0, 1.0, 0.0, 0.0)
+    number = scalar_of(value)
+    if number is not None:
+        return (number, 0.0, 0.0, 0.0)
+    node = made_by(value, "Add", "Mul", "Pow")
+    left = None if node is None else _polynomial(node.inputs[0], x)
+    if node is None or left is None:
+        return None
+    if node.op_type == "Pow":
+        exponent = scalar_of(node.inputs[1])
+        return _times(left, left if exponent == 2 else _times(left, left)) if exponent in (2, 3) else None
+    right = _polynomial(node.inputs[1], x)
+    if node.op_type == "Mul":
+        return _times(left, right)
+    return None if right is None else (left[0] + right[0], left[1] + right[1], left[2] + right[2], left[3] + right[3])
+
+
+def _times(left: _Coefficients, right: _Coefficients | None) -> _Coefficients | None:
+    """The product, if it is of degree three at most."""
+    if right is None:
+        return None
+    found = [0.0] * 7
+    for i, a in enumerate(left):
+        for j, b in enumerate(right):
+            found[i + j] += a * b
+    return None if any(found[4:]) else (found[0], found[1], found[2], found[3])
 
 
 def _product(curve: ir.Value, x: ir.Value) -> ir.Value | None:

@@ -1,0 +1,176 @@
+"""Multiply text by text and head by head where a graph puts both into one axis and takes them apart again.
+
+Before:  a3 = Reshape (a, {-1,s,8});  b3 = Reshape (b, {-1,8,t});  p = MatMul (a3, b3);  m = Mul (p, 0.5)
+         r = Reshape (m, {2,3,s,t})                       a has shape (2,3,s,8), b has shape (2,3,8,t)
+After:   q = MatMul (a, b);  r = Mul (q, 0.5)
+
+`torch.bmm` and `torch.baddbmm` take three dimensions, so attention that is written with them merges and splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.base import Pass, PassResult, admitted
+from planish.optimizer.graph import location_of, rank_of, remove_dead, scalar_of
+
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
+_Dims = list[int | str]
+
+
+@dataclass(frozen=True)
+class UnmergeBatches(Pass):
+    """Keep two leading axes apart through products, transpositions, sums and softmaxes of what merges them.
+
+    1. What is merged: a ``Reshape`` of (a, b, m, n) to (a·b, m, n), or of (a, b, n) to (a·b, 1, n).
+    2. What is followed: ``MatMul``, ``Transpose`` of the last two axes, ``Softmax`` over the last axis, and ``Add``,
+       ``Sub``, ``Mul``, ``Div`` with a number or with another such tensor.
+    3. What ends it: a ``Reshape`` back to (a, b, m, n). If there is none, nothing is changed.
+    """
+
+    name: ClassVar[str] = "unmerge-batches"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Follow the main graph once."""
+        followed = _Unmerged()
+        sites: list[str] = []
+        for node in list(model.graph):
+            if node.domain != "" or not node.outputs or node.graph is None:
+                continue
+            apart = followed.split_again(node)
+            if apart is not None and not node.outputs[0].is_graph_output() and admitted():
+                sites.append(location_of(node))
+                model.graph.insert_before(node, followed.needed_by(apart))
+                ir.convenience.replace_all_uses_with(node.outputs[0], apart)
+                remove_dead(model.graph, node)
+            else:
+                followed.visit(node)
+        return PassResult(model, bool(sites), sites=sites)
+
+
+@dataclass
+class _Unmerged:
+    """For each value of merged axes, one that keeps them apart; its nodes are in no graph until somebody needs them."""
+
+    table: dict[int, ir.Value] = field(default_factory=dict)
+
+    def split_again(self, node: ir.Node) -> ir.Value | None:
+        """The value with the axes apart that a Reshape brings about, if it is one."""
+        apart = self._of(node.inputs[0]) if node.op_type == "Reshape" else None
+        wanted = _dims(node.outputs[0])
+        known = None if apart is None else _dims(apart)
+        if known is None or wanted is None or len(wanted) != 4:
+            return None
+        equal = [a == b for a, b in zip(known, wanted, strict=True)]
+        return apart if sum(equal) >= 3 else None  # of the same number of elements: three tell the fourth
+
+    def needed_by(self, value: ir.Value) -> list[ir.Node]:
+        """The nodes that make ``value`` and are in no graph yet, in order."""
+        node = value.producer()
+        if node is None or node.graph is not None:
+            return []
+        before = [made for source in node.inputs if source is not None for made in self.needed_by(source)]
+        return list({id(made): made for made in (*before, node)}.values())
+
+    def visit(self, node: ir.Node) -> None:
+        """Follow one node."""
+        made = self._merged(node) if node.op_type == "Reshape" else self._carried(node)
+        if made is not None:
+            self.table[id(node.outputs[0])] = made
+
+    def _of(self, value: ir.Value | None) -> ir.Value | None:
+        return None if value is None else self.table.get(id(value))
+
+    def _merged(self, node: ir.Node) -> ir.Value | None:
+        """Case 1."""
+        source = node.inputs[0]
+        before, after = _dims(source), _dims(node.outputs[0])
+        if source is None or before is None or after is None or len(after) != 3:
+            return None
+        if len(before) == 4 and after[1:] == before[2:]:
+            return source
+        if len(before) == 3 and after[1:] == [1, before[2]]:
+            constant = ir.node("Constant", [], {"value": ir.tensor(np.array([2], np.int64))})
+            return _made(node, "Unsqueeze", [source, constant.outputs[0]], [*before[:2], 1, before[2]], "unmerged")
+        return None
+
+    def _carried(self, node: ir.Node) -> ir.Value | None:
+        """Case 2."""
+        if node.op_type == "Transpose":
+            return self._transposed(node)
+        if node.op_type == "Softmax":
+            return self._normalized(node)
+        if node.op_type == "MatMul":
+            return self._multiplied(node)
+        return self._combined(node) if node.op_type in _ELEMENTWISE else None
+
+    def _transposed(self, node: ir.Node) -> ir.Value | None:
+        source, perm = self._of(node.inputs[0]), node.attributes.get("perm")
+        dims = None if source is None else _dims(source)
+        if source is None or dims is None or perm is None or list(perm.as_ints()) != [0, 2, 1]:
+            return None
+        return _made(node, "Transpose", [source], [dims[0], dims[1], dims[3], dims[2]], "unmerged", perm=[0, 1, 3, 2])
+
+    def _normalized(self, node: ir.Node) -> ir.Value | None:
+        source, axis = self._of(node.inputs[0]), node.attributes.get("axis")
+        dims = None if source is None else _dims(source)
+        if source is None or dims is None or (axis is not None and axis.as_int() not in (-1, 2)):
+            return None
+        return _made(node, "Softmax", [source], dims, "unmerged", axis=-1)
+
+    def _multiplied(self, node: ir.Node) -> ir.Value | None:
+        left, right = (self._of(value) for value in node.inputs)
+        one, other = (None if value is None else _dims(value) for value in (left, right))
+        if left is None or right is None or one is None or other is None or one[:2] != other[:2]:
+            return None
+        return _made(node, "MatMul", [left, right], [*one[:3], other[3]], "unmerged")
+
+    def _combined(self, node: ir.Node) -> ir.Value | None:
+        operands = [value if scalar_of(value) is not None else self._of(value) for value in node.inputs]
+        shapes = [_dims(value) for value in operands if value is not None and scalar_of(value) is None]
+        if None in operands or not shapes or any(dims is None or dims[:2] != (shapes[0] or [])[:2] for dims in shapes):
+            return None
+        if any((rank_of(value) or 0) > 1 for value in operands if scalar_of(value) is not None):
+            return None
+        dims = _broadcast([dims for dims in shapes if dims is not None])
+        return None if dims is None else _made(node, node.op_type, operands, dims, "unmerged")
+
+
+def _dims(value: ir.Value | None) -> _Dims | None:
+    """Dimensions, all of them numbers or names."""
+    if value is None or value.shape is None:
+        return None
+    dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+    return None if None in dims else [dim for dim in dims if dim is not None]
+
+
+def _broadcast(shapes: Sequence[_Dims]) -> _Dims | None:
+    """The shape of an elementwise result; None where two dimensions differ and none is one."""
+    found: _Dims = []
+    for dims in zip(*shapes, strict=True):
+        others = {dim for dim in dims if dim != 1}
+        if len(others) > 1:
+            return None
+        found.append(next(iter(others), 1))
+    return found
+
+
+def _made(
+    like: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], dims: _Dims, suffix: str, **attributes: object
+) -> ir.Value:
+    """The output of a new node in place of another, which it takes its module from."""
+    name = f"{like.outputs[0].name}_{suffix}"
+    node = ir.node(op_type, inputs, attributes, name=name, metadata_props=dict(like.metadata_props))
+    output = node.outputs[0]
+    output.name, output.shape, output.type = name, ir.Shape(dims), like.outputs[0].type
+    for source in inputs:
+        made = None if source is None else source.producer()
+        if made is not None and made.graph is None and made.op_type == "Constant":
+            made.name = f"{name}_axis"
+            made.outputs[0].name = made.name
+    return output
