@@ -1,8 +1,9 @@
 """The ecosystem's own loaders open our engine folders: `make interop`.
 
-`build` makes engines of every architecture that generates and of some that see, and writes down what PyTorch gives:
-greedy and beam-search tokens of a padded batch, outputs for a batch of images. `check` runs in an environment with optimum-onnx or optimum-intel, which cannot be installed
-beside transformers 5, and imports nothing of ours.
+`build` makes engines of every architecture that generates and of some that read or see, and writes down what PyTorch
+gives: greedy and beam-search tokens of a padded batch, outputs of encoders for a batch of texts or images. `check` runs
+in an environment with optimum-onnx or optimum-intel, which cannot be installed beside transformers 5, and imports
+nothing of ours.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 _NEW = 20
 _BEAMS = 3
 _SEEN = {"vit", "deit", "swin", "convnext", "resnet"}
-"""Model types of images that are tried; a loader has one class for each task, whatever the type."""
+_READ = {"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "albert", "mpnet", "deberta-v2"}
+"""Encoders of images and texts that are tried; a loader has one class for each task, whatever the type."""
 _CLOSE = 1e-4
 _OPTIONS: dict[str, dict[str, Any]] = {
     "onnxruntime": {},
@@ -43,14 +45,13 @@ def signals(*shape: int) -> list[Any]:
     return made
 
 
-def seen(model: Any, batch: dict[str, list[Any]]) -> list[Any]:
-    """The output for a batch of images, as nested lists."""
+def given(model: Any, batch: dict[str, list[Any]], names: list[str]) -> dict[str, list[Any]]:
+    """The outputs of an encoder for a batch, as nested lists by name."""
     import torch
 
     with torch.inference_mode():
         outputs = model(**{name: torch.tensor(rows) for name, rows in batch.items()})
-    found: list[Any] = outputs[0].tolist()
-    return found
+    return {name: outputs[name].tolist() for name in names}
 
 
 def written(model: Any, batch: dict[str, list[Any]], beams: int) -> list[list[int]]:
@@ -68,13 +69,14 @@ def build(folder: Path, *only: str) -> None:
 
     from planish.optimizer import optimize
     from planish.optimizer.measure import Timing
-    from tests.zoo import GENERATORS, IMAGES
+    from tests.zoo import GENERATORS, IMAGES, ZOO
     from tests.zoo import build as make
 
     faster = [Timing(1, 1, 1, 1, 1), Timing(1, 2, 2, 2, 1)]
     images = [s for s in IMAGES if s.model_type in _SEEN and s.task == "image-classification"]
-    for species in [*GENERATORS, *images]:
-        place = folder / (species.name if species in images else species.model_type)
+    texts = [s for s in ZOO if s.model_type in _READ]
+    for species in [*GENERATORS, *texts, *images]:
+        place = folder / (species.model_type if species in GENERATORS else species.name)
         if (place / "expected.json").is_file() or (only and species.model_type not in only):
             continue
         checkpoint = make(species, place / "checkpoint")
@@ -89,31 +91,46 @@ def expectation(checkpoint: Path, task: str) -> dict[str, Any]:
     """What PyTorch gives for a batch of what the task takes."""
     from optimum.exporters.tasks import TasksManager
 
-    from planish.optimizer.lowering.tasks import TASKS
+    from planish.optimizer.lowering.tasks import TASKS, Family
 
     auto = TasksManager.get_model_class_for_task(task, model_class_name=TASKS[task].auto)
     model = auto.from_pretrained(checkpoint).eval()
-    name = model.main_input_name
-    if name == "pixel_values":
+    if TASKS[task].family is not Family.ENCODER:
+        batch = generating_batch(model, task)
+        tokens = {str(beams): written(model, batch, beams) for beams in (1, _BEAMS)}
+        return {"task": task, "batch": batch, "tokens": tokens}
+    batch = encoding_batch(model, task)
+    return {"task": task, "batch": batch, "outputs": given(model, batch, list(TASKS[task].outputs))}
+
+
+def generating_batch(model: Any, task: str) -> dict[str, list[Any]]:
+    """Prompts, padded on the side that the task asks for, or recordings."""
+    if task != "automatic-speech-recognition":
+        return {**prompts(task == "text-generation")}
+    return {model.main_input_name: signals(model.config.num_mel_bins, 2 * model.config.max_source_positions)}
+
+
+def encoding_batch(model: Any, task: str) -> dict[str, list[Any]]:
+    """Texts, two of which are the choices of each question where there are any, or images."""
+    if model.main_input_name == "pixel_values":
         sides = model.config.image_size
-        images = {
-            name: signals(model.config.num_channels, *(sides if isinstance(sides, list | tuple) else [sides] * 2))
-        }
-        return {"task": task, "batch": images, "outputs": seen(model, images)}
-    spectra = task == "automatic-speech-recognition"
-    batch: dict[str, list[Any]] = {}
-    if spectra:
-        batch[name] = signals(model.config.num_mel_bins, 2 * model.config.max_source_positions)
-    else:
-        batch = {**prompts(task == "text-generation")}
-    return {"task": task, "batch": batch, "tokens": {str(beams): written(model, batch, beams) for beams in (1, _BEAMS)}}
+        size = sides if isinstance(sides, list | tuple) else [sides] * 2
+        return {"pixel_values": signals(model.config.num_channels, *size)}
+    texts = prompts(padded_left=False)
+    return {name: [rows, rows[::-1]] if task == "multiple-choice" else rows for name, rows in texts.items()}
 
 
 _LOADERS = {
     "automatic-speech-recognition": "ModelForSpeechSeq2Seq",
+    "feature-extraction": "ModelForFeatureExtraction",
+    "fill-mask": "ModelForMaskedLM",
     "image-classification": "ModelForImageClassification",
+    "multiple-choice": "ModelForMultipleChoice",
+    "question-answering": "ModelForQuestionAnswering",
+    "text-classification": "ModelForSequenceClassification",
     "text-generation": "ModelForCausalLM",
     "text2text-generation": "ModelForSeq2SeqLM",
+    "token-classification": "ModelForTokenClassification",
 }
 """The end of the name of the loader's class for a task."""
 
@@ -134,11 +151,11 @@ def check(folder: Path, target: str) -> int:
         expected = json.loads((place / "expected.json").read_text())
         try:
             model = loader(target, expected["task"]).from_pretrained(place / "out" / target, **_OPTIONS[target])
-            said = compared_images(model, expected) if "outputs" in expected else compared_tokens(model, expected)
+            said = compared_outputs(model, expected) if "outputs" in expected else compared_tokens(model, expected)
         except Exception as error:  # noqa: BLE001 - whatever a loader of somebody else raises is told
             said = f"FAILED {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         wrong += "OTHER" in said or "FAILED" in said
-        print(f"{target:12} {place.name:10} {said}", flush=True)
+        print(f"{target:12} {place.name:32} {said}", flush=True)
     return wrong
 
 
@@ -148,13 +165,24 @@ def compared_tokens(model: Any, expected: dict[str, Any]) -> str:
     return " ".join(f"beams {b}: {'same' if found[b] == t else 'OTHER'}" for b, t in expected["tokens"].items())
 
 
-def compared_images(model: Any, expected: dict[str, Any]) -> str:
-    """How far outputs are from PyTorch's."""
+def compared_outputs(model: Any, expected: dict[str, Any]) -> str:
+    """How far outputs are from PyTorch's, where the mask does not hide them."""
     import numpy as np
 
-    found, wanted = np.array(seen(model, expected["batch"])), np.array(expected["outputs"])
-    error = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")
+    wanted = {name: np.array(rows) for name, rows in expected["outputs"].items()}
+    found = {name: np.array(rows) for name, rows in given(model, expected["batch"], list(wanted)).items()}
+    if any(found[name].shape != wanted[name].shape for name in wanted):
+        return "OTHER shapes"
+    mask = np.array(expected["batch"].get("attention_mask", 1))
+    error = max(float(np.abs(_shown(found[name] - wanted[name], mask)).max()) for name in wanted)
     return f"{'same' if error <= _CLOSE else 'OTHER'} up to {error:.1e}"
+
+
+def _shown(differences: Any, mask: Any) -> Any:
+    """Differences at positions that the mask shows, if there is one for each position of the mask."""
+    if differences.shape[: mask.ndim] != mask.shape or not mask.ndim:
+        return differences
+    return differences * mask.reshape(mask.shape + (1,) * (differences.ndim - mask.ndim))
 
 
 if __name__ == "__main__":

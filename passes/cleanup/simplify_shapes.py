@@ -25,6 +25,9 @@ from planish.optimizer.graph import (
 )
 from planish.optimizer.shapes import Entry, Followed, dims_of
 
+_MADE_UP = "unk__"
+"""How the inference of ONNX begins the names of dimensions that it knows nothing of."""
+
 
 @dataclass(frozen=True)
 class SimplifyShapes(Pass):
@@ -51,7 +54,7 @@ class SimplifyShapes(Pass):
             if not found:
                 break
             allow_plain_initializers(model)
-            common.ShapeInferencePass()(model)
+            _infer(model)
         return PassResult(model, bool(sites), sites=sites, refusals=refusals)
 
     def _once(self, model: ir.Model) -> tuple[list[str], list[Refusal]]:
@@ -95,6 +98,18 @@ class SimplifyShapes(Pass):
         node.replace_input_with(1, value)
         node.attributes.pop("allowzero", None)
         sites.append(location_of(node))
+
+
+def _infer(model: ir.Model) -> None:
+    """Find shapes again: what an earlier inference called by a name that it made up may be known by now."""
+    for value in (value for graph in model.graphs() for node in graph for value in node.outputs):
+        if value.shape is not None and not value.is_graph_output():
+            value.shape = ir.Shape([None if _is_made_up(dim) else dim for dim in value.shape])
+    common.ShapeInferencePass()(model)
+
+
+def _is_made_up(dim: int | ir.SymbolicDim) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and (dim.value or "").startswith(_MADE_UP)
 
 
 def _unflatten(graph: ir.Graph, softmax: ir.Node) -> bool:

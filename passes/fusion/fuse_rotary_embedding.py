@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import constant_of, rank_of, scalar_of
+from planish.optimizer.graph import constant_of, rank_of
 from planish.passes.fusion._fusion import (
     Declined,
     Fusion,
@@ -211,21 +211,29 @@ def _equal_halves(array: np.ndarray) -> bool:
 
 
 def _repeated(value: ir.Value) -> Angles | None:
-    """Angles of which each was written twice in a row: Reshape (Expand (Unsqueeze (angles, last axis)))."""
+    """Angles of which each was written twice in a row: an axis more at the end, repeated, and flattened."""
     joined = made_by(value, "Reshape")
-    expanded = made_by(None if joined is None else joined.inputs[0], "Expand")
-    paired = made_by(None if expanded is None else expanded.inputs[0], "Unsqueeze")
+    paired = made_by(None if joined is None else joined.inputs[0], "Expand", "Tile")
     raised = made_by(None if paired is None else paired.inputs[0], "Unsqueeze")
-    if joined is None or expanded is None or paired is None or raised is None or raised.inputs[0] is None:
+    before, between, after = (None if node is None else node.outputs[0].shape for node in (raised, paired, joined))
+    if raised is None or before is None or between is None or after is None or len(before) != len(after) + 1:
         return None
-    last, axis = scalar_of(paired.inputs[1]), scalar_of(raised.inputs[1])
-    before, after = paired.inputs[0], joined.outputs[0]
-    if before is None or before.shape is None or after.shape is None or expanded.outputs[0].shape is None:
-        return None
-    once, twice = before.shape[-1], after.shape[-1]
-    doubles = isinstance(once, int) and twice == 2 * once and expanded.outputs[0].shape[-1] == 2
-    same_rank = len(before.shape) == len(after.shape) and last in (-1, len(before.shape))
-    return Angles(raised.inputs[0], None if axis is None else int(axis), False) if doubles and same_rank else None
+    once = before[-2]
+    doubles = isinstance(once, int) and after[-1] == 2 * once and (before[-1], between[-1]) == (1, 2)
+    source, axes = _raised_along(raised)
+    inner = [axis for axis in axes if axis not in (-1, len(after))]
+    return Angles(source, inner[0] if len(inner) == 1 else None, False) if doubles and source is not None else None
+
+
+def _raised_along(node: ir.Node) -> tuple[ir.Value | None, list[int]]:
+    """What one or two Unsqueezes in a row were made of, and the axes that they added."""
+    axes = constant_of(node.inputs[1])
+    found = [] if axes is None else [int(axis) for axis in axes.reshape(-1)]
+    inner = made_by(node.inputs[0], "Unsqueeze") if len(found) == 1 else None
+    if inner is None:
+        return node.inputs[0], found
+    more = constant_of(inner.inputs[1])
+    return inner.inputs[0], [*([] if more is None else [int(axis) for axis in more.reshape(-1)]), *found]
 
 
 def _once(angles: Angles, half: int, nodes: list[ir.Node]) -> ir.Value:
