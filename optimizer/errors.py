@@ -6,6 +6,9 @@ the command line returns for it.
 
 from __future__ import annotations
 
+import errno
+import re
+
 
 class PlanishError(Exception):
     """The root of every error that Planish raises on purpose.
@@ -66,3 +69,13 @@ class InternalError(PlanishError):
     """A bug of ours; the message names the file that reproduces it."""
 
     exit_code = 70
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")
+"""What numpy says, and gives no number for, when it could write only a part of an array."""
+
+
+def is_no_room(error: OSError) -> bool:
+    """Whether an error means that a disk, a quota or a limit on files is used up."""
+    return error.errno in _NO_ROOM or (error.errno is None and _SHORT_WRITE.match(str(error)) is not None)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.base import Pass, PassResult
 from planish.optimizer.compare import Budget, Comparison, compare
-from planish.optimizer.errors import CheckFailed, PlanishError
+from planish.optimizer.errors import CheckFailed, OutOfResources, PlanishError
 from planish.optimizer.graph import without_weights
 from planish.optimizer.program import Signature
 from planish.optimizer.verifier import faults_of, verify
@@ -183,6 +183,8 @@ class Reproducer(Instrument):
 
     def failed(self, step: Step, error: Exception) -> None:
         """Write `before.onnx`, the remaining pipeline and the command; put the command into the error."""
+        if isinstance(error, OSError | MemoryError | OutOfResources):
+            return  # the machine failed, not the pass, and there may be no room for a reproducer either
         if self.bugs_only and isinstance(error, CheckFailed) and not step.pass_.exact:
             return
         folder = self.folder / step.pass_.name

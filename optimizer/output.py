@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
 import shutil
 import signal
 import tempfile
@@ -21,12 +20,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from planish.optimizer.errors import BadInput, OutOfResources
+from planish.optimizer.errors import BadInput, OutOfResources, is_no_room
 
 MANIFEST = "planish.json"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")
-"""What numpy says, and gives no number for, when it could write only a part of an array."""
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -80,11 +76,6 @@ def _check_replaceable(destination: Path) -> None:
             where=destination,
             advice="choose another, or remove it",
         )
-
-
-def is_no_room(error: OSError) -> bool:
-    """Whether an error means that a disk, a quota or a limit on files is used up."""
-    return error.errno in _NO_ROOM or (error.errno is None and _SHORT_WRITE.match(str(error)) is not None)
 
 
 @contextmanager

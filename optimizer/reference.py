@@ -7,6 +7,8 @@ by computing them in double precision as well; tolerances of exact rewrites foll
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,11 +143,18 @@ def _flat(one: Continuation) -> Mapping[str, np.ndarray]:
 
 
 def save_cases(cases: Sequence[Case], path: Path) -> None:
-    """Write cases as one safetensors file; tensors are called `<case>/<name>`."""
+    """Write cases as one safetensors file; tensors are called `<case>/<name>`. OSError if they cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     flat = {f"{index}/{name}": np.ascontiguousarray(a) for index, case in enumerate(cases) for name, a in case.items()}
-    save_file(flat, path)
+    try:
+        save_file(flat, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def load_cases(path: Path) -> list[dict[str, np.ndarray]]:

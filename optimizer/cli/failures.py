@@ -9,8 +9,7 @@ from pathlib import Path
 
 import click
 
-from planish.optimizer.errors import InternalError, OutOfResources, PlanishError, UsageError
-from planish.optimizer.output import is_no_room
+from planish.optimizer.errors import InternalError, OutOfResources, PlanishError, UsageError, is_no_room
 
 INTERRUPTED = 130
 """What shells return for a command that Ctrl-C ended."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from planish.optimizer import errors
 from planish.optimizer.compare import Case
-from planish.optimizer.errors import BadInput, InternalError, OutOfResources, PlanishError
+from planish.optimizer.errors import BadInput, InternalError, OutOfResources, PlanishError, is_no_room
 from planish.optimizer.lowering.calls import CALLS
 from planish.optimizer.lowering.checkpoint import Checkpoint, loaded, open_checkpoint, quiet
 from planish.optimizer.lowering.continuing import continue_greedily
@@ -241,7 +241,7 @@ def _failure(folder: Path, code: int) -> PlanishError:
         kind: type[PlanishError] = getattr(errors, said.pop("kind"))
         return kind(**said)
     last = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-    kind = OutOfResources if code < 0 else InternalError
+    kind = OutOfResources if code < 0 or code == OutOfResources.exit_code else InternalError
     return kind(f"the process that runs the original model ended with code {code}: {''.join(last)[:300]}")
 
 
@@ -298,11 +298,19 @@ def main() -> None:
             original.ask_for(name, call, outputs)
         cases = {name: load_cases(folder / f"{name}.inputs.safetensors") for name in job["calls"]}
         prompts = zip(load_cases(folder / "prompts.safetensors"), job["swaps"], strict=True)
-        answers = original.answer(cases, job["precise"], list(prompts))
+        _write(original.answer(cases, job["precise"], list(prompts)), folder)
+    except OSError as error:
+        if not is_no_room(error):
+            raise
+        print(f"there is no room to write its outputs ({error.strerror})", file=sys.stderr)
+        sys.exit(OutOfResources.exit_code)
     except PlanishError as error:
         said = {"kind": type(error).__name__, "what": error.what, "where": error.where, "advice": error.advice}
         (folder / "error.json").write_text(json.dumps(said), encoding="utf-8")
         sys.exit(error.exit_code)
+
+
+def _write(answers: Answers, folder: Path) -> None:
     for kind, found in (("outputs", answers.outputs), ("precise", answers.precise or {})):
         for name, own in found.items():
             save_cases(own, folder / f"{name}.{kind}.safetensors")

@@ -445,3 +445,15 @@ def test_a_disk_that_fills_while_weights_are_streamed(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
     assert "there is no room to write" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [2_000, 300])
+def test_a_disk_that_fills_while_engines_are_built(limit: int, tmp_path: Path) -> None:
+    """In the process of the original, which writes its outputs, and in our own."""
+    planish = Path(sys.executable).with_name("planish")
+    command = f"ulimit -f {limit}; exec {planish} optimize {MODELS / 'writer'} -o {tmp_path / 'out' / 'w'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
+    assert "there is no room to write" in done.stderr.splitlines()[-1]
+    assert list((tmp_path / "out").iterdir()) == []
