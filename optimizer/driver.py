@@ -280,11 +280,13 @@ def _reference_record(
 
 
 def _sites(built: Sequence[Built]) -> list[PassSites]:
+    """Sites of the passes whose work is in the engines: a build from a lock has no others."""
     return [
         PassSites.of(engine.target.name, component, report)
         for engine in built
         for component, outcome in engine.outcomes.items()
         for report in outcome.reports
+        if report.rolled_back is None
     ]
 
 

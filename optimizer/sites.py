@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from planish.optimizer import registry
 from planish.optimizer.base import Refusal
 from planish.optimizer.errors import BadInput, CheckFailed, UsageError
+from planish.optimizer.manifest import Manifest, RolledBack
 from planish.optimizer.pipeline import PassReport
 
 SITES = "sites.json"
@@ -38,6 +39,11 @@ class PassSites:
     def of(cls, target: str, component: str, report: PassReport) -> PassSites:
         """The sites of a pass report."""
         return cls(target, component, report.text, tuple(report.sites), tuple(report.refusals), report.rolled_back)
+
+    @classmethod
+    def undone(cls, target: str, record: RolledBack) -> PassSites:
+        """A pass of which nothing is left, as the manifest has it."""
+        return cls(target, record.component, record.text, (), (), record.reason)
 
     @property
     def name(self) -> str:
@@ -64,16 +70,17 @@ def write_sites(folder: Path, found: Sequence[PassSites]) -> None:
 
 
 def read_sites(folder: Path) -> list[PassSites]:
-    """Read `sites.json` of an output; BadInput if it is not there or not of this version."""
-    path = folder / SITES
+    """What `sites.json` of an output holds, and the passes that were undone; BadInput if it is no such output."""
+    path, manifest = folder / SITES, Manifest.read(folder)
     if not path.is_file():
-        raise BadInput(f"there is no {SITES}", where=folder, advice="give an output of this version, or an .onnx file")
+        raise BadInput(f"there is no {SITES}", where=folder, advice="build it again with this version")
     try:
-        return _RECORDS.validate_json(path.read_bytes())
+        kept = _RECORDS.validate_json(path.read_bytes())
     except ValidationError as error:
         raise BadInput(
             f"cannot be read: {error.errors()[0]['msg']}", where=path, advice="build it again with this version"
         ) from None
+    return [*kept, *(PassSites.undone(name, one) for name, t in manifest.targets.items() for one in t.rolled_back)]
 
 
 @dataclass(frozen=True)

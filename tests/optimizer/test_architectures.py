@@ -16,10 +16,17 @@ EVERY_DAY = {
     "whisper-automatic-speech-recognition", "vit-image-classification", "convnext-feature-extraction",
 }  # fmt: skip
 """Species of the fast suite; CI runs them all."""
+SEEN = {"vit", "deit", "swin", "convnext", "resnet", "clip_vision_model", "segformer"}
+"""Model types of images that stand for the others."""
 
 
 def marked(zoo: Sequence[Species]) -> list[Any]:
-    return [pytest.param(s, marks=() if s.name in EVERY_DAY else pytest.mark.slow, id=s.name) for s in zoo]
+    def mark(species: Species) -> Any:
+        if species.name in EVERY_DAY:
+            return ()
+        return pytest.mark.breadth if zoo is IMAGES and species.model_type not in SEEN else pytest.mark.slow
+
+    return [pytest.param(species, marks=mark(species), id=species.name) for species in zoo]
 
 
 @pytest.mark.parametrize("species", marked(GENERATORS))

@@ -51,11 +51,11 @@ TURNS = {
 """What takes turns, and how many layers are then traced."""
 
 
-EVERY_DAY = {"windows"}
+EVERY_DAY = {"windows", "experts every second time"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in EVERY_DAY else pytest.mark.slow) for name in TURNS]
+    "name", [pytest.param(name, marks=() if name in EVERY_DAY else pytest.mark.breadth) for name in TURNS]
 )
 def test_copies_compute_what_the_whole_trace_computes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

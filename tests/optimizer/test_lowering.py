@@ -28,14 +28,43 @@ EVERY_DAY = {
     *("distilbert-question-answering", "modernbert-fill-mask", "deberta-v2-token-classification"),
 }
 """Species of the fast suite; CI runs them all."""
+ALIKE = {
+    *(
+        "camembert",
+        "xlm-roberta",
+        "ernie",
+        "data2vec-text",
+        "xmod",
+        "roc_bert",
+        "megatron-bert",
+        "flaubert",
+        "markuplm",
+    ),
+    *(
+        "lilt",
+        "luke",
+        "splinter",
+        "mra",
+        "yoso",
+        "nystromformer",
+        "ibert",
+        "rembert",
+        "layoutlm",
+        "convbert",
+        "big_bird",
+    ),
+}
+"""Model types whose blocks are those of another, or that few people have."""
 REFUSED_BY = {("fnet-text-classification", "openvino"): "OpenVINO 2026.4 computes its Fourier transform wrongly"}
 
 
 def params() -> list[Any]:
-    return [
-        pytest.param(species, marks=() if species.name in EVERY_DAY else pytest.mark.slow, id=species.name)
-        for species in ZOO
-    ]
+    def mark(species: Species) -> Any:
+        if species.name in EVERY_DAY:
+            return ()
+        return pytest.mark.breadth if species.model_type in ALIKE else pytest.mark.slow
+
+    return [pytest.param(species, marks=mark(species), id=species.name) for species in ZOO]
 
 
 def reference_of(lowered: Lowered) -> Reference:
