@@ -117,8 +117,8 @@ def optimize(
     timed = known is None and reference == "full"
     stages = Stages(progress, 2 + offload + (4 if timed else 3) * len(request.targets))
     with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
-        with stages.stage("lowering"), holding_interrupts():
-            lowered = lower(
+        with stages.stage("lowering"):
+            lowered = _lowered(
                 source,
                 task,
                 sample_inputs=sample_inputs,
@@ -127,8 +127,6 @@ def optimize(
                 background=reference == "full",
                 offload=offload,
             )
-            gc.collect()
-            gc.freeze()  # a million objects of torch stay as they are: no collection below needs to walk them again
         if known is not None and lock is not None:
             known.check_fits(
                 Path(lock), lowered.program.provenance.files, request.described(), [*map(str, request.targets)]
@@ -137,7 +135,7 @@ def optimize(
         reproducers = Path(f"{out}.failed")
         builder = Builder(request, lowered, references, inputs, folder, Path(scratch), reproducers, stages, offload)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
-        check_expectations(wanted, _sites(built))
+        check_expectations(wanted, _sites(built), [t.name for t in request.targets])
         with stages.stage("report"):
             made = None if references is None else references()
             record = _reference_record(lowered, made, calibration, reference)
@@ -147,6 +145,15 @@ def optimize(
         with staged_file(Path(lock)) as path:
             path.write_text((Path(out) / LOCK).read_text(encoding="utf-8"), encoding="utf-8")
     return replace(result, folder=Path(out))
+
+
+def _lowered(source: str | Path | Any, task: str | None, **options: Any) -> Lowered:
+    """Lower, and spare the collector a million objects of torch that stay as they are."""
+    with holding_interrupts():
+        lowered = lower(source, task, **options)
+        gc.collect()
+        gc.freeze()
+    return lowered
 
 
 def _request(
@@ -280,13 +287,11 @@ def _reference_record(
 
 
 def _sites(built: Sequence[Built]) -> list[PassSites]:
-    """Sites of the passes whose work is in the engines: a build from a lock has no others."""
     return [
         PassSites.of(engine.target.name, component, report)
         for engine in built
         for component, outcome in engine.outcomes.items()
         for report in outcome.reports
-        if report.rolled_back is None
     ]
 
 

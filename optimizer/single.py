@@ -16,7 +16,6 @@ from planish.optimizer.output import staged_file
 from planish.optimizer.pipeline import PassReport, Pipeline
 from planish.optimizer.reference import Reference, make_inputs, noise_floor, quick
 from planish.optimizer.sites import Expectation, PassSites, check_expectations, read_sites
-from planish.optimizer.spec import did_you_mean
 
 
 def optimize_file(
@@ -52,7 +51,7 @@ def optimize_file(
         watchers.append(instruments.PrintIR("after" if print_after else "after-change"))
     watchers += _checks(lowered, asked) if check else []
     outcome = steps.run(lowered.program.sole()[0], [*watchers, instruments.Timing()])
-    check_expectations(wanted, [PassSites.of(name, "model", report) for report in outcome.reports])
+    check_expectations(wanted, [PassSites.of(name, "model", report) for report in outcome.reports], [name])
     with staged_file(out) as path:
         onnx_io.save(outcome.model, path)
     return outcome.reports
@@ -64,27 +63,17 @@ def explain(
     pipeline: str | None = None,
     preset: str | None = None,
     target: str = "onnxruntime",
-    only: str | None = None,
 ) -> list[PassSites]:
-    """The sites of every pass (or of the one called ``only``): of an output as it was built, or of a pipeline that is
-    tried on an ONNX file, whose result is thrown away.
-
-    UsageError if ``only`` is in no pipeline, or a pipeline is given for an output.
+    """The sites of every pass: of an output as it was built, or of a pipeline that is tried on an ONNX file, whose
+    result is thrown away. UsageError if a pipeline is given for an output.
     """
     if source.is_dir():
         if pipeline is not None or preset is not None:
             raise UsageError("an output keeps what its own pipeline did", advice="give an .onnx file to try another")
-        found = read_sites(source)
-    else:
-        name = registry.backend(target).name
-        reports = _steps(pipeline, preset, name).run(lower(source).program.sole()[0]).reports
-        found = [PassSites.of(name, "model", report) for report in reports]
-    if only is None:
-        return found
-    names = list(dict.fromkeys(sites.name for sites in found))
-    if only not in names:
-        raise UsageError(f"{only!r} is in no pipeline here{did_you_mean(only, names)}", where="--pass")
-    return [sites for sites in found if sites.name == only]
+        return read_sites(source)
+    name = registry.backend(target).name
+    reports = _steps(pipeline, preset, name).run(lower(source).program.sole()[0]).reports
+    return [PassSites.of(name, "model", report) for report in reports]
 
 
 def _steps(pipeline: str | None, preset: str | None, target: str) -> Pipeline:

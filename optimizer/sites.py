@@ -16,6 +16,7 @@ from planish.optimizer.base import Refusal
 from planish.optimizer.errors import BadInput, CheckFailed, UsageError
 from planish.optimizer.manifest import Manifest, RolledBack
 from planish.optimizer.pipeline import PassReport
+from planish.optimizer.spec import did_you_mean
 
 SITES = "sites.json"
 
@@ -65,8 +66,17 @@ _RECORDS = TypeAdapter(list[PassSites])
 
 
 def write_sites(folder: Path, found: Sequence[PassSites]) -> None:
-    """Write `sites.json`."""
-    (folder / SITES).write_bytes(_RECORDS.dump_json(list(found), indent=1) + b"\n")
+    """Write `sites.json`: of the passes whose work is in the engines, for a build from a lock has no others."""
+    kept = [sites for sites in found if sites.rolled_back is None]
+    (folder / SITES).write_bytes(_RECORDS.dump_json(kept, indent=1) + b"\n")
+
+
+def of_pass(found: Sequence[PassSites], name: str) -> list[PassSites]:
+    """The sites of one pass; UsageError if it is in no pipeline."""
+    names = list(dict.fromkeys(sites.name for sites in found))
+    if name not in names:
+        raise UsageError(f"{name!r} is in no pipeline here{did_you_mean(name, names)}", where="--pass")
+    return [sites for sites in found if sites.name == name]
 
 
 def read_sites(folder: Path) -> list[PassSites]:
@@ -115,8 +125,8 @@ class Expectation:
         )
 
 
-def check_expectations(wanted: Sequence[Expectation], found: Sequence[PassSites]) -> None:
-    """Hold every expectation against every target; CheckFailed names the first that does not hold."""
-    for target in dict.fromkeys(sites.target for sites in found):
+def check_expectations(wanted: Sequence[Expectation], found: Sequence[PassSites], targets: Iterable[str]) -> None:
+    """Hold every expectation against every target, one without passes too; CheckFailed names the first that fails."""
+    for target in targets:
         for expectation in wanted:
             expectation.check([sites for sites in found if sites.target == target])

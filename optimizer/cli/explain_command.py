@@ -35,15 +35,16 @@ def command(
 ) -> None:
     """Say where each pass fired on SOURCE (an output, or an .onnx file), where it refused, and why."""
     from planish.optimizer.single import explain
-    from planish.optimizer.sites import Expectation, check_expectations
+    from planish.optimizer.sites import Expectation, check_expectations, of_pass
 
     wanted = [Expectation.parse(text) for text in expect]
-    found = explain(source, pipeline=pipeline, preset=preset, target=target, only=only)
+    found = explain(source, pipeline=pipeline, preset=preset, target=target)
+    shown = found if only is None else of_pass(found, only)
     if as_json:
-        print_json([asdict(sites) for sites in found])
+        print_json([asdict(sites) for sites in shown])
     else:
-        _print(source, found, fired=only is not None)
-    check_expectations(wanted, found)
+        _print(source, shown, fired=only is not None)
+    check_expectations(wanted, found, dict.fromkeys(sites.target for sites in found) or [target])
 
 
 def _print(source: Path, found: Sequence[PassSites], *, fired: bool) -> None:

@@ -11,7 +11,7 @@ import pytest
 from planish.optimizer import optimize
 from planish.optimizer.errors import CheckFailed, UsageError
 from planish.optimizer.single import explain
-from planish.optimizer.sites import SITES, Expectation, read_sites
+from planish.optimizer.sites import SITES, Expectation, of_pass, read_sites
 from tests.conftest import Planish
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -50,7 +50,7 @@ def test_explain_says_in_three_lines_why_an_attention_does_not_match(model: Path
 
 
 def test_explain_counts_what_fired_what_was_refused_and_what_was_near(model: Path) -> None:
-    (sites,) = explain(model, only="fuse-attention")
+    (sites,) = of_pass(explain(model), "fuse-attention")
     assert (len(sites.fired), len(sites.refused), len(sites.near_misses)) == (1, 1, 0)
 
 
@@ -68,7 +68,7 @@ def test_an_output_keeps_its_sites(model: Path, tmp_path: Path, planish: Planish
     found = read_sites(out)
     assert {sites.target for sites in found} == {"onnxruntime", "openvino"}
     assert SITES in result.manifest.files
-    assert [sites for sites in found if sites.name == "fuse-attention"] == explain(out, only="fuse-attention")
+    assert [sites for sites in found if sites.name == "fuse-attention"] == of_pass(explain(out), "fuse-attention")
     done = planish("explain", out)
     assert "openvino" in done.stdout
     assert done.stdout.count("because    its keys are not seen to be transposed: turned") == 2
@@ -79,6 +79,13 @@ def test_an_output_keeps_its_sites(model: Path, tmp_path: Path, planish: Planish
 def test_a_fusion_that_stops_firing_fails_the_build(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match=r"fired at 1 sites, 2 were expected.*its keys are not seen to be transposed"):
         optimize(model, tmp_path / "out", expect=["fuse-attention=2"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_build_without_passes_misses_what_is_expected(tiny: Path, tmp_path: Path) -> None:
+    """A preset that nothing can be held against runs no pass: that is not silence."""
+    with pytest.raises(CheckFailed, match="fuse-gelu fired at 0 sites, 1 were expected; no pipeline has that pass"):
+        optimize(tiny, tmp_path / "out", reference="none", expect=["fuse-gelu=1"])
     assert not (tmp_path / "out").exists()
 
 
