@@ -20,7 +20,7 @@ from planish.optimizer.backend import Arrays
 from planish.optimizer.base import Pass, PassResult, at_most
 from planish.optimizer.building import CHECKER
 from planish.optimizer.compare import Budget, compare
-from planish.optimizer.errors import CheckFailed, PlanishError
+from planish.optimizer.errors import BadInput, CheckFailed, PlanishError
 from planish.optimizer.lowering import lower
 from planish.optimizer.output import staged_file
 from planish.optimizer.pipeline import Pipeline
@@ -70,6 +70,10 @@ class Trial:
     @classmethod
     def of(cls, source: Path, asked: Budget) -> tuple[ir.Model, Trial]:
         """The model in an ONNX file, and the trial that it passes itself."""
+        if source.is_dir():
+            raise BadInput(
+                "this is a folder", where=source, advice="give an .onnx file, such as that of an engine in it"
+            )
         lowered = lower(source)
         model, signature = lowered.program.sole()
         trial = cls(signature, file_reference(lowered), asked)

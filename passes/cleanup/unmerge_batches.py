@@ -96,7 +96,7 @@ class _Unmerged:
             return source
         if len(before) == 3 and after[1:] == [1, before[2]]:
             constant = ir.node("Constant", [], {"value": ir.tensor(np.array([2], np.int64))})
-            return _made(node, "Unsqueeze", [source, constant.outputs[0]], [*before[:2], 1, before[2]], "unmerged")
+            return _made(node, "Unsqueeze", [source, constant.outputs[0]], [*before[:2], 1, before[2]])
         return None
 
     def _carried(self, node: ir.Node) -> ir.Value | None:
@@ -114,21 +114,21 @@ class _Unmerged:
         dims = None if source is None else _dims(source)
         if source is None or dims is None or perm is None or list(perm.as_ints()) != [0, 2, 1]:
             return None
-        return _made(node, "Transpose", [source], [dims[0], dims[1], dims[3], dims[2]], "unmerged", perm=[0, 1, 3, 2])
+        return _made(node, "Transpose", [source], [dims[0], dims[1], dims[3], dims[2]], perm=[0, 1, 3, 2])
 
     def _normalized(self, node: ir.Node) -> ir.Value | None:
         source, axis = self._of(node.inputs[0]), node.attributes.get("axis")
         dims = None if source is None else _dims(source)
         if source is None or dims is None or (axis is not None and axis.as_int() not in (-1, 2)):
             return None
-        return _made(node, "Softmax", [source], dims, "unmerged", axis=-1)
+        return _made(node, "Softmax", [source], dims, axis=-1)
 
     def _multiplied(self, node: ir.Node) -> ir.Value | None:
         left, right = (self._of(value) for value in node.inputs)
         one, other = (None if value is None else _dims(value) for value in (left, right))
         if left is None or right is None or one is None or other is None or one[:2] != other[:2]:
             return None
-        return _made(node, "MatMul", [left, right], [*one[:3], other[3]], "unmerged")
+        return _made(node, "MatMul", [left, right], [*one[:3], other[3]])
 
     def _combined(self, node: ir.Node) -> ir.Value | None:
         operands = [value if scalar_of(value) is not None else self._of(value) for value in node.inputs]
@@ -138,7 +138,7 @@ class _Unmerged:
         if any((rank_of(value) or 0) > 1 for value in operands if scalar_of(value) is not None):
             return None
         dims = _broadcast([dims for dims in shapes if dims is not None])
-        return None if dims is None else _made(node, node.op_type, operands, dims, "unmerged")
+        return None if dims is None else _made(node, node.op_type, operands, dims)
 
 
 def _dims(value: ir.Value | None) -> _Dims | None:
@@ -161,10 +161,10 @@ def _broadcast(shapes: Sequence[_Dims]) -> _Dims | None:
 
 
 def _made(
-    like: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], dims: _Dims, suffix: str, **attributes: object
+    like: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], dims: _Dims, **attributes: object
 ) -> ir.Value:
     """The output of a new node in place of another, which it takes its module from."""
-    name = f"{like.outputs[0].name}_{suffix}"
+    name = f"{like.outputs[0].name}_unmerged"
     node = ir.node(op_type, inputs, attributes, name=name, metadata_props=dict(like.metadata_props))
     output = node.outputs[0]
     output.name, output.shape, output.type = name, ir.Shape(dims), like.outputs[0].type

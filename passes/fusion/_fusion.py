@@ -182,6 +182,15 @@ def _times(factor: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     return None if product is None or numerator is None else (numerator, product.outputs[0])
 
 
+def check_mean(mean: ir.Node, x: ir.Value) -> None:
+    """Raise Declined unless a mean is over the last axis of ``x`` and keeps it."""
+    axes, keeps = axes_of(mean), mean.attributes.get("keepdims")
+    if axes not in ([-1], [(rank_of(x) or 0) - 1]):
+        raise Declined(f"its mean is over axes {axes}, not the last one", mean)
+    if keeps is not None and not keeps.as_int():
+        raise Declined("its mean drops the axis", mean)
+
+
 def axes_of(reduction: ir.Node) -> list[int] | None:
     """Axes of a reduction, from its attribute (before opset 18) or its input."""
     attribute = reduction.attributes.get("axes")

@@ -19,7 +19,7 @@ from planish.passes.fusion._fusion import (
     Declined,
     Fusion,
     NearMiss,
-    axes_of,
+    check_mean,
     made_by,
     other_operand,
     quotient_by,
@@ -69,11 +69,7 @@ class FuseLayerNorm(Fusion[LayerNorm]):
     def check(self, match: LayerNorm) -> None:
         """Means over the last axis that keep it; a scale and a bias of one dimension."""
         for mean in match.means:
-            if axes_of(mean) not in ([-1], [(rank_of(match.x) or 0) - 1]):
-                raise Declined(f"its mean is over axes {axes_of(mean)}, not the last one", mean)
-            keeps = mean.attributes.get("keepdims")
-            if keeps is not None and not keeps.as_int():
-                raise Declined("its mean drops the axis", mean)
+            check_mean(mean, match.x)
         for name, value in (("scale", match.scale), ("bias", match.bias)):
             if value is not None and rank_of(value) != 1:
                 raise Declined(f"its {name} is not of one dimension", value)

@@ -20,7 +20,7 @@ from planish.passes.fusion._fusion import (
     Declined,
     Fusion,
     NearMiss,
-    axes_of,
+    check_mean,
     other_operand,
     quotient_by,
     squared,
@@ -62,11 +62,7 @@ class FuseRmsNorm(Fusion[RmsNorm]):
 
     def check(self, match: RmsNorm) -> None:
         """A mean over the last axis that keeps it, and a constant scale of one dimension."""
-        if axes_of(match.mean) not in ([-1], [(rank_of(match.x) or 0) - 1]):
-            raise Declined(f"its mean is over axes {axes_of(match.mean)}, not the last one", match.mean)
-        keeps = match.mean.attributes.get("keepdims")
-        if keeps is not None and not keeps.as_int():
-            raise Declined("its mean drops the axis", match.mean)
+        check_mean(match.mean, match.x)
         if match.scale is None:
             raise Declined("it has no constant scale of one dimension", match.normalized)
         if match.scale.dtype is not None and match.x.dtype is not None and match.scale.dtype != match.x.dtype:

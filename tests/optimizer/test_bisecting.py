@@ -156,3 +156,5 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "in.onnx").write_text("no")
     with pytest.raises(BadInput):
         bisect(tmp_path / "in.onnx", "fold-constants", tmp_path / "found.onnx")
+    with pytest.raises(BadInput, match="this is a folder"):
+        bisect(tmp_path, "fold-constants", tmp_path / "found.onnx")
