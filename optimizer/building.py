@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +21,7 @@ from planish.optimizer.base import Pass
 from planish.optimizer.compare import Budget, Clause, Comparison, compare
 from planish.optimizer.continuation import compare_continuations
 from planish.optimizer.errors import CheckFailed
-from planish.optimizer.lock import Choice, LockedPass, Speed
+from planish.optimizer.lock import Choice, LockedPass, Speed, Trial
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.manifest import instruction_set
 from planish.optimizer.measure import EngineRef, Timing, Worker, race
@@ -54,11 +55,31 @@ class Request:
     asked: Budget
     """What `--keep` says; without it, the default of the preset."""
     shapes: tuple[Mapping[str, int], ...]
+    extras: Mapping[str, Pipeline] = field(default_factory=dict)
+    """By the name of the target: passes that are tried behind its pipeline, and kept where that is faster."""
 
     def described(self) -> dict[str, str]:
         """The request as texts, for lock and manifest."""
         what = {"preset": self.preset} if self.preset else {"pipeline": str(next(iter(self.pipelines.values())))}
         return what | {"budget": str(self.asked)}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine that may be shipped: what made it, where it stands, and how it compares with the reference."""
+
+    outcomes: Mapping[str, Outcome]
+    """By component."""
+    extra: str
+    """The passes that were tried behind the pipeline; nothing for the pipeline alone."""
+    place: Path
+    budgets: Mapping[str, Budget]
+    fidelity: Fidelity
+
+    @property
+    def violations(self) -> list[str]:
+        """What of the budgets does not hold."""
+        return self.fidelity.violations(self.budgets)
 
 
 @dataclass
@@ -116,39 +137,70 @@ class Builder:
 
     def build(self, target: Backend, choice: Choice | None) -> Built:
         """Build the engine of one target; ``choice`` says what to do if it was decided before."""
-        with self.stages.stage(f"{target.name}: passes"):
-            outcomes = {name: self._run_passes(target, name, choice) for name in self.lowered.program.components}
         place = self.folder / target.name
-        with self.stages.stage(f"{target.name}: emission"):
-            self._emit(target, {name: outcome.model for name, outcome in outcomes.items()}, place)
-        with self.stages.stage(f"{target.name}: check"):
-            budgets = self._budgets({name: outcome.applied.passes for name, outcome in outcomes.items()})
-            fidelity = self._check(target, place)
-        violations = fidelity.violations(budgets)
-        if violations and self.request.preset is None:
+        contenders = self._contenders(target, choice, place)
+        first = contenders[0]
+        if first.violations and self.request.preset is None:
             raise CheckFailed(
-                "; ".join(violations), where=f"target {target}", advice="choose other passes or a wider budget"
+                "; ".join(first.violations), where=f"target {target}", advice="choose other passes or a wider budget"
             )
         timings: Mapping[str, Mapping[str, Timing]] = {}
+        best = first
         if choice is None:
-            choice, timings = self._choose(target, outcomes, place, violations)
-        elif violations and choice.shipped == "optimized":
+            best, choice, timings = self._choose(target, contenders)
+        elif first.violations and choice.shipped == "optimized":
             raise CheckFailed(
-                "; ".join(violations), where=f"target {target}", advice="the lock does not hold here: remove it"
+                "; ".join(first.violations), where=f"target {target}", advice="the lock does not hold here: remove it"
             )
-        if choice.shipped == "plain" and any(outcome.applied.passes for outcome in outcomes.values()):
-            fidelity, budgets = self._ship_plain(target, place), self._budgets(dict.fromkeys(outcomes, ()))
-            wrong = fidelity.violations(budgets)
-            if wrong:
-                raise CheckFailed("; ".join(wrong), where=f"the plain lowering for {target}")
+        if choice.shipped == "plain" and any(outcome.applied.passes for outcome in best.outcomes.values()):
+            best = self._plain_instead(target, best, place)
+        elif best.place != place:
+            _replace(best.place, place)
         for name in self.lowered.companions:
             self._copy_companion(name, place)
-        return Built(target, outcomes, choice, budgets, fidelity, timings)
+        return Built(target, best.outcomes, choice, best.budgets, best.fidelity, timings)
+
+    def _contenders(self, target: Backend, choice: Choice | None, place: Path) -> list[Contender]:
+        """The engine of the pipeline, in its place; behind it that with the extra passes, if they are to be tried."""
+        with self.stages.stage(f"{target.name}: passes"):
+            ways = {"": {name: self._run_passes(target, name, choice) for name in self.lowered.program.components}}
+            extra = self.request.extras.get(target.name, Pipeline())
+            if extra.passes and choice is None and not self._unmeasured(target):
+                further = {name: self._run_further(name, outcome, extra) for name, outcome in ways[""].items()}
+                changed = any(report.modified for o in further.values() for report in o.reports[-len(extra.passes) :])
+                ways |= {str(extra): further} if changed else {}
+        places = {text: self.scratch / f"{target.name}-extra" if text else place for text in ways}
+        with self.stages.stage(f"{target.name}: emission"):
+            for text, outcomes in ways.items():
+                self._emit(target, {name: outcome.model for name, outcome in outcomes.items()}, places[text])
+        with self.stages.stage(f"{target.name}: check"):
+            return [
+                Contender(
+                    outcomes,
+                    text,
+                    places[text],
+                    self._budgets({name: outcome.applied.passes for name, outcome in outcomes.items()}),
+                    self._check(target, places[text]),
+                )
+                for text, outcomes in ways.items()
+            ]
+
+    def _unmeasured(self, target: Backend) -> bool:
+        """Whether nothing can be timed."""
+        return self.references is None or self.offload or target.missing() is not None
 
     def _run_passes(self, target: Backend, component: str, choice: Choice | None) -> Outcome:
         """Run the pipeline over a copy of a component; presets undo passes that leave the budget, locks never do."""
-        pipeline = self._pipeline(target, component, choice)
         undo = self.request.preset is not None and choice is None
+        model = self.lowered.program.components[component].clone()
+        return self._run(component, model, self._pipeline(target, component, choice), undo=undo)
+
+    def _run_further(self, component: str, outcome: Outcome, extra: Pipeline) -> Outcome:
+        """Go on with a copy of what a pipeline made of a component."""
+        found = self._run(component, outcome.model.clone(), extra, undo=True)
+        return Outcome(found.model, [*outcome.reports, *found.reports])
+
+    def _run(self, component: str, model: ir.Model, pipeline: Pipeline, *, undo: bool) -> Outcome:
         reproducer = instruments.Reproducer(self.reproducers, onnx_io.save, bugs_only=undo)
         signature = self.lowered.program.signatures[component]
         budget_of = functools.partial(self._budget_of, component)
@@ -159,7 +211,6 @@ class Builder:
             else []
         )
         watchers = [reproducer, *checks, instruments.VerifyEach(), instruments.Timing()]
-        model = self.lowered.program.components[component].clone()
         outcome = pipeline.run(model, watchers, on_failure="rollback" if undo else "raise")
         self.notes += [f"an exact pass was undone, which is a bug; reproduce with: {c}" for c in reproducer.commands]
         return outcome
@@ -210,63 +261,54 @@ class Builder:
         return check_engines(target, place, self.lowered.program.signatures, self.references(), mapped=self.offload)
 
     def _choose(
-        self, target: Backend, outcomes: Mapping[str, Outcome], place: Path, violations: Sequence[str]
-    ) -> tuple[Choice, Mapping[str, Mapping[str, Timing]]]:
+        self, target: Backend, contenders: Sequence[Contender]
+    ) -> tuple[Contender, Choice, Mapping[str, Mapping[str, Timing]]]:
         """Decide by the budget first, then by the clock, against the plain lowering on the same target."""
-        base = Choice(
-            target=str(target),
-            pipelines={name: str(outcome.applied) for name, outcome in outcomes.items()},
-            rolled_back=[
-                LockedPass(component=name, text=report.text, reason=report.rolled_back)
-                for name, outcome in outcomes.items()
-                for report in outcome.reports
-                if report.rolled_back is not None
-            ],
-            shipped="optimized",
-            why="",
-            machine=instruction_set(),
-            measured=[],
-        )
-        if self.references is not None and violations:
-            return base.model_copy(update={"shipped": "plain", "why": f"outside the budget: {violations[0]}"}), {}
+        first = contenders[0]
+        sound = [contender for contender in contenders if not contender.violations]
+        if self.references is not None and not sound:
+            return first, _choice(target, first, "plain", f"outside the budget: {first.violations[0]}"), {}
         if self.references is None or self.offload:
-            shipped = "optimized" if self.request.preset is None else "plain"
-            why = f"{NOT_CHECKED}, and not measured"
+            choice = _choice(target, first, "optimized", f"{NOT_CHECKED}, and not measured")
             if self.offload:
-                passes = ", passes not compared one by one" if any(base.pipelines.values()) else ""
-                why = f"not measured{passes}: {OFFLOADED}"
-            return base.model_copy(update={"shipped": shipped, "why": why}), {}
+                passes = ", passes not compared one by one" if any(choice.pipelines.values()) else ""
+                choice = choice.model_copy(update={"why": f"not measured{passes}: {OFFLOADED}"})
+            shipped = "optimized" if self.request.preset is None else "plain"
+            return first, choice.model_copy(update={"shipped": shipped}), {}
         missing = target.missing()
         if missing is not None:
-            return base.model_copy(update={"why": f"not measured: {missing}"}), {}
+            return first, _choice(target, first, "optimized", f"not measured: {missing}"), {}
         with self.stages.stage(f"{target.name}: measurement"):
-            timings = self._measure(target, place)
-        speeds = [
-            Speed(
-                shape=shape,
-                speedup=_short(t["optimized"].speedup),
-                low=_short(t["optimized"].low),
-                high=_short(t["optimized"].high),
-            )
-            for shape, t in timings.items()
-        ]
-        faster = math.prod(timing["optimized"].low for timing in timings.values()) > 1
+            found = self._measure(target, [contender.place for contender in sound])
+        plain, *others = found
+        best = _fastest(others)
+        faster = math.prod(timing.low for timing in others[best].values()) > 1
         why = "faster than the plain lowering" if faster else "not measurably faster than the plain lowering"
-        shipped = "optimized" if faster else "plain"
-        return base.model_copy(update={"shipped": shipped, "why": why, "measured": speeds}), timings
+        choice = _choice(target, sound[best], "optimized" if faster else "plain", why)
+        trials = [
+            Trial(passes=contender.extra, kept=contender is sound[best] and faster, measured=_speeds(timings))
+            for contender, timings in zip(sound, others, strict=True)
+            if contender.extra
+        ]
+        choice = choice.model_copy(update={"measured": _speeds(others[best]), "tried": trials})
+        return sound[best], choice, {s: {"plain": plain[s], "optimized": others[best][s]} for s in plain}
 
-    def _measure(self, target: Backend, place: Path) -> dict[str, dict[str, Timing]]:
-        """Each component at each shape; where there are several, the text of the shape begins with its name."""
-        plain = self._plain(target)
+    def _measure(self, target: Backend, places: Sequence[Path]) -> list[dict[str, Timing]]:
+        """For the plain lowering and then each of ``places``: a timing of each component at each shape.
+
+        Where there are several components, the text of the shape begins with its name.
+        """
+        folders = [self._plain(target), *places]
         signatures = self.lowered.program.signatures
-        found = {}
+        found: list[dict[str, Timing]] = [{} for _ in folders]
         for component, signature in signatures.items():
-            engines = [EngineRef(str(target), target.path_of(component, folder)) for folder in (plain, place)]
+            engines = [EngineRef(str(target), target.path_of(component, folder)) for folder in folders]
             for sizes in self.request.shapes or default_shapes(signature):
                 case, shape = sized_case(signature, sizes)
                 label = shape if len(signatures) == 1 else f"{component} {shape}"
-                if label not in found:
-                    found[label] = dict(zip(("plain", "optimized"), race(engines, [case, case]), strict=True))
+                if label not in found[0]:
+                    for own, timing in zip(found, race(engines, [case] * len(engines)), strict=True):
+                        own[label] = timing
         return found
 
     def _plain(self, target: Backend) -> Path:
@@ -276,16 +318,59 @@ class Builder:
             self._emit(target, {name: model.clone() for name, model in self.lowered.program.components.items()}, place)
         return place
 
-    def _ship_plain(self, target: Backend, place: Path) -> Fidelity:
-        plain = self._plain(target)
-        shutil.rmtree(place)
-        shutil.copytree(plain, place)
-        return self._check(target, place)
+    def _plain_instead(self, target: Backend, optimized: Contender, place: Path) -> Contender:
+        """Put the plain lowering where an engine stands; CheckFailed if it is outside the budget itself."""
+        _replace(self._plain(target), place)
+        budgets = self._budgets(dict.fromkeys(optimized.outcomes, ()))
+        plain = replace(optimized, place=place, budgets=budgets, fidelity=self._check(target, place))
+        if plain.violations:
+            raise CheckFailed("; ".join(plain.violations), where=f"the plain lowering for {target}")
+        return plain
 
     def _copy_companion(self, name: Path, place: Path) -> None:
         if self.lowered.folder is not None:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             onnx_io.copy_file(self.lowered.folder / name, place / name)
+
+
+def _choice(target: Backend, engine: Contender, shipped: Literal["optimized", "plain"], why: str) -> Choice:
+    """A choice for which nothing was measured."""
+    return Choice(
+        target=str(target),
+        pipelines={name: str(outcome.applied) for name, outcome in engine.outcomes.items()},
+        rolled_back=[
+            LockedPass(component=name, text=report.text, reason=report.rolled_back)
+            for name, outcome in engine.outcomes.items()
+            for report in outcome.reports
+            if report.rolled_back is not None
+        ],
+        shipped=shipped,
+        why=why,
+        machine=instruction_set(),
+        measured=[],
+    )
+
+
+def _fastest(engines: Sequence[Mapping[str, Timing]]) -> int:
+    """The first, unless another is faster with its whole interval, over all shapes together."""
+    best = 0
+    for index, timings in enumerate(engines):
+        low = math.prod(timing.low for timing in timings.values())
+        best = index if low > math.prod(timing.speedup for timing in engines[best].values()) else best
+    return best
+
+
+def _speeds(timings: Mapping[str, Timing]) -> list[Speed]:
+    return [
+        Speed(shape=shape, speedup=_short(found.speedup), low=_short(found.low), high=_short(found.high))
+        for shape, found in timings.items()
+    ]
+
+
+def _replace(source: Path, place: Path) -> None:
+    """Let a copy of a folder take the place of another."""
+    shutil.rmtree(place)
+    shutil.copytree(source, place)
 
 
 @dataclass(frozen=True)
@@ -411,6 +496,16 @@ def pipelines_for(targets: Sequence[Backend], preset: str | None, text: str | No
         target.name: Pipeline.parse(text if text is not None else presets.pipeline_text(preset or "exact", target.name))
         for target in targets
     }
+
+
+def extras_for(
+    targets: Sequence[Backend], preset: str | None, shapes: Sequence[Mapping[str, int]]
+) -> dict[str, Pipeline]:
+    """What is tried behind the pipelines of a preset, by target: where several texts are timed at once, some of them
+    are padded."""
+    several = any(sizes.get("batch", 1) > 1 for sizes in shapes)
+    texts = {target.name: presets.extra_text(preset, target.name) for target in targets} if several and preset else {}
+    return {name: Pipeline.parse(text) for name, text in texts.items() if text}
 
 
 def _short(value: float) -> float:

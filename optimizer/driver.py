@@ -29,6 +29,7 @@ from planish.optimizer.building import (
     Stages,
     check_engines,
     demand_room,
+    extras_for,
     pipelines_for,
 )
 from planish.optimizer.calibration import read_cases
@@ -48,6 +49,8 @@ from planish.optimizer.sites import Expectation, PassSites, check_expectations, 
 
 _PRECISE_CASES = 1
 """The noise floor is estimated on this many of the first reference cases: made ones begin with a small padded batch."""
+_COLLECT_SELDOM = (200_000, 50, 1_000)
+"""Thresholds of the collector while tracing: a twentieth of its time goes into looking at what stays."""
 ReferenceMode = Literal["full", "offload", "none"]
 Progress = Callable[[str, int, int], None]
 """Told the name of each stage as it begins, how many are done and how many there are."""
@@ -148,11 +151,16 @@ def optimize(
 
 
 def _lowered(source: str | Path | Any, task: str | None, **options: Any) -> Lowered:
-    """Lower, and spare the collector a million objects of torch that stay as they are."""
-    with holding_interrupts():
-        lowered = lower(source, task, **options)
-        gc.collect()
-        gc.freeze()
+    """Lower, and spare the collector the objects of torch: few die meanwhile, and a million stay as they are after."""
+    usual = gc.get_threshold()
+    gc.set_threshold(*_COLLECT_SELDOM)
+    try:
+        with holding_interrupts():
+            lowered = lower(source, task, **options)
+    finally:
+        gc.set_threshold(*usual)
+    gc.collect()
+    gc.freeze()
     return lowered
 
 
@@ -171,7 +179,8 @@ def _request(
         raise UsageError(f"each target must be given once, got {names}", advice="build two folders for two variants")
     preset = "exact" if pipeline is None and preset is None else preset
     asked = Budget.parse(keep) if keep else presets.budget(preset)
-    return Request(backends, preset, pipelines_for(backends, preset, pipeline), asked, tuple(shapes))
+    extras = extras_for(backends, preset, shapes)
+    return Request(backends, preset, pipelines_for(backends, preset, pipeline), asked, tuple(shapes), extras)
 
 
 def _asked(

@@ -39,6 +39,15 @@ class Speed(BaseModel):
     """95 % confidence interval of the speed-up over the plain lowering."""
 
 
+class Trial(BaseModel):
+    """Passes that were tried behind the pipeline, and what came of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    passes: str
+    kept: bool
+    measured: list[Speed]
+
+
 class Choice(BaseModel):
     """What was chosen for one target."""
 
@@ -52,6 +61,7 @@ class Choice(BaseModel):
     machine: str
     """Instruction set of the machine that measured."""
     measured: list[Speed]
+    tried: list[Trial] = []
 
 
 class Lock(BaseModel):

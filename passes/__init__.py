@@ -21,6 +21,7 @@ PASSES = {
         ("memory", "order-for-memory", "OrderForMemory"),
         ("memory", "share-transposed-weights", "ShareTransposedWeights"),
         ("pruning", "prune-ffn", "PruneFfn"),
+        ("pruning", "remove-padding", "RemovePadding"),
         ("quantization", "quantize-int8", "QuantizeInt8"),
     )
 }

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from planish.optimizer.driver import Progress
-from planish.optimizer.lock import Choice
+from planish.optimizer.lock import Choice, Speed
 from planish.optimizer.manifest import Manifest
 
 
@@ -69,7 +69,6 @@ def print_result(manifest: Manifest, choices: Mapping[str, Choice], latencies: M
     """The result table of a build: one row for each engine and timed shape."""
     rows: list[tuple[str, ...]] = []
     for name, record in manifest.targets.items():
-        speeds = choices[name].measured
         rows.append(
             (
                 record.target,
@@ -77,14 +76,20 @@ def print_result(manifest: Manifest, choices: Mapping[str, Choice], latencies: M
                 f"{record.size_bytes / 1e6:.1f} MB",
                 fidelity_text(record.comparison) or record.checked_with,
                 record.asked() or "none asked",
-                "\n".join(f"{s.speedup:.2f}x [{s.low:.2f}, {s.high:.2f}] at {s.shape}" for s in speeds)
-                or "not measured",
+                _speeds(choices[name].measured) or "not measured",
                 _latency(latencies.get(name, {})),
             )
         )
         rows += [("", f"rolled back {undone.text}: {undone.reason}", *[""] * 5) for undone in record.rolled_back]
+        for trial in choices[name].tried:
+            what = f"tried {trial.passes}: {'kept' if trial.kept else 'not kept'}"
+            rows.append(("", what, *[""] * 3, _speeds(trial.measured), ""))
     columns = ("target", "shipped", "size", "fidelity", "budget", "speed-up over plain", "median ms")
     print_table(f"{manifest.source.architecture}, {manifest.task}", columns, rows)
+
+
+def _speeds(measured: Sequence[Speed]) -> str:
+    return "\n".join(f"{s.speedup:.2f}x [{s.low:.2f}, {s.high:.2f}] at {s.shape}" for s in measured)
 
 
 def _latency(shapes: Mapping[str, Any]) -> str:

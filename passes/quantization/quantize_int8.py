@@ -102,13 +102,16 @@ class _Writer:
             return
         stored, scale = self._stored(weight)
         if self.activations == "runtime":
-            node.replace_input_with(1, self._add(node, "weight", "DequantizeLinear", [stored, scale], {"axis": 1}))
+            real = self._add(node, "weight", "DequantizeLinear", [stored, scale], {"axis": 1}, shape=weight.shape)
+            node.replace_input_with(1, real)
             return
         rows, size = self._rows(node, data)
-        sums = self._add(node, "int32", "MatMulInteger", [rows, stored, self.zero_points[id(data)]])
-        real = self._add(node, "float", "Cast", [sums], {"to": ir.DataType.FLOAT})
-        columns = self._add(node, "columns", "Mul", [real, self._channel_scale(scale)])
-        self._take_over(node, self._add(node, "rows", "Mul", [columns, size]))
+        shape = node.outputs[0].shape
+        integers = [rows, stored, self.zero_points[id(data)]]
+        sums = self._add(node, "int32", "MatMulInteger", integers, shape=shape, dtype=ir.DataType.INT32)
+        real = self._add(node, "float", "Cast", [sums], {"to": ir.DataType.FLOAT}, shape=shape)
+        columns = self._add(node, "columns", "Mul", [real, self._channel_scale(scale)], shape=shape)
+        self._take_over(node, self._add(node, "rows", "Mul", [columns, size], shape=shape))
 
     def _take_over(self, node: ir.Node, product: ir.Value) -> None:
         old = node.outputs[0]
@@ -153,6 +156,9 @@ class _Writer:
 
     def _per_tensor(self, node: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value]:
         quantize = self._insert(node, ("uint8", "scale", "zero_point"), "DynamicQuantizeLinear", [data])
+        kinds = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
+        for output, shape, dtype in zip(quantize.outputs, (data.shape, ir.Shape([]), ir.Shape([])), kinds, strict=True):
+            output.shape, output.type = shape, ir.TensorType(dtype)
         self.zero_points[id(data)] = quantize.outputs[2]
         return quantize.outputs[0], quantize.outputs[1]
 
@@ -161,13 +167,15 @@ class _Writer:
         axes = self._constant("int8_axes", np.array([-1], np.int64))
         tiny = self._constant("int8_tiny", np.array(_TINY, np.float32))
         step = self._constant("int8_step", np.array(1 / _LEVELS, np.float32))
-        largest = self._add(node, "largest", "ReduceMax", [data, axes], {"keepdims": 1})
-        smallest = self._add(node, "smallest", "ReduceMin", [data, axes], {"keepdims": 1})
-        lowest = self._add(node, "lowest", "Neg", [smallest])  # two reductions cost less than |x| in full size
-        size = self._add(node, "size", "Max", [largest, lowest, tiny])
-        unit = self._add(node, "unit", "Div", [data, size])
+        row = None if data.shape is None else ir.Shape([*data.shape[:-1], 1])
+        largest = self._add(node, "largest", "ReduceMax", [data, axes], {"keepdims": 1}, shape=row)
+        smallest = self._add(node, "smallest", "ReduceMin", [data, axes], {"keepdims": 1}, shape=row)
+        lowest = self._add(node, "lowest", "Neg", [smallest], shape=row)  # two reductions cost less than |x| in full
+        size = self._add(node, "size", "Max", [largest, lowest, tiny], shape=row)
+        unit = self._add(node, "unit", "Div", [data, size], shape=data.shape)
         self.zero_points[id(data)] = zero
-        return self._add(node, "uint8", "QuantizeLinear", [unit, step, zero]), size
+        rows = self._add(node, "uint8", "QuantizeLinear", [unit, step, zero], shape=data.shape, dtype=ir.DataType.UINT8)
+        return rows, size
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
         if name not in self.constants:
@@ -182,8 +190,13 @@ class _Writer:
         op_type: str,
         inputs: list[ir.Value | None],
         attributes: dict[str, int] | None = None,
+        *,
+        shape: ir.Shape | None,
+        dtype: ir.DataType = ir.DataType.FLOAT,
     ) -> ir.Value:
-        return self._insert(node, (what,), op_type, inputs, attributes).outputs[0]
+        output = self._insert(node, (what,), op_type, inputs, attributes).outputs[0]
+        output.shape, output.type = shape, ir.TensorType(dtype)
+        return output
 
     def _insert(
         self,
