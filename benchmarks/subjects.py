@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,18 @@ def bert_base() -> Path:
 
         torch.manual_seed(0)
         BertModel(BertConfig(architectures=["BertModel"]), add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+def distilbert() -> Path:
+    """A checkpoint of the shape of DistilBERT with random weights: 6 layers, 768 wide, 66 million parameters."""
+    folder = PLACE / "distilbert"
+    if not folder.exists():
+        import torch
+        from transformers import DistilBertConfig, DistilBertModel
+
+        torch.manual_seed(0)
+        DistilBertModel(DistilBertConfig(architectures=["DistilBertModel"])).save_pretrained(folder)
     return folder
 
 
@@ -110,18 +123,21 @@ def torch_export(checkpoint: Path, path: Path, *, dynamo: bool) -> None:
     import torch
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(checkpoint, add_pooling_layer=False).eval()
-    sample = {name: torch.ones(2, 16, dtype=torch.long) for name in _INPUTS}
-    names: dict[str, Any] = {"input_names": list(_INPUTS), "output_names": ["last_hidden_state"]}
+    model = AutoModel.from_pretrained(checkpoint).eval()
+    if hasattr(model, "pooler"):
+        model.pooler = None
+    inputs = [name for name in _INPUTS if name in inspect.signature(model.forward).parameters]
+    sample = {name: torch.ones(2, 16, dtype=torch.long) for name in inputs}
+    names: dict[str, Any] = {"input_names": inputs, "output_names": ["last_hidden_state"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if dynamo:
             axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-            shapes = dict.fromkeys(_INPUTS, axes)
+            shapes = dict.fromkeys(inputs, axes)
             torch.onnx.export(model, kwargs=sample, f=path, dynamic_shapes=shapes, verbose=False, **names)
         else:  # the older exporter takes inputs by position only
-            flat = wrap(model, plain, _INPUTS, ["last_hidden_state"])
-            dynamic = {name: {0: "batch", 1: "sequence"} for name in (*_INPUTS, "last_hidden_state")}
+            flat = wrap(model, plain, inputs, ["last_hidden_state"])
+            dynamic = {name: {0: "batch", 1: "sequence"} for name in (*inputs, "last_hidden_state")}
             torch.onnx.export(flat, tuple(sample.values()), path, dynamo=False, dynamic_axes=dynamic, **names)
 
 

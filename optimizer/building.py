@@ -451,12 +451,11 @@ def check_engines(
 def check_engine(engine: EngineRef, signature: Signature, reference: Reference) -> tuple[Comparison, int]:
     """Compare one graph with the reference on every case; also its peak memory in bytes."""
     with Worker(engine) as worker:
-        outputs = [worker.run(case) for case in reference.inputs]
-        memory = worker.memory()
-    try:
-        return compare(signature, reference.inputs, reference.outputs, outputs), memory
-    except ValueError as error:
-        raise CheckFailed(str(error), where=engine.path) from error
+        try:
+            found = compare(signature, reference.inputs, reference.outputs, map(worker.run, reference.inputs))
+        except ValueError as error:
+            raise CheckFailed(str(error), where=engine.path) from error
+        return found, worker.memory()
 
 
 def default_shapes(signature: Signature) -> tuple[Mapping[str, int], ...]:

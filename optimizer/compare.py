@@ -131,9 +131,11 @@ Case = Mapping[str, np.ndarray]
 
 
 def compare(
-    signature: Signature, inputs: Sequence[Case], expected: Sequence[Case], actual: Sequence[Case]
+    signature: Signature, inputs: Sequence[Case], expected: Sequence[Case], actual: Iterable[Case]
 ) -> Comparison:
     """Compare the outputs of several cases; every sequence has one entry per case, arrays by name.
+
+    Of ``actual`` one case is held at a time.
 
     ValueError if an output is missing or has another shape than expected.
     """

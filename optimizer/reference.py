@@ -7,6 +7,7 @@ by computing them in double precision as well; tolerances of exact rewrites foll
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -158,18 +159,27 @@ def save_cases(cases: Sequence[Case], path: Path) -> None:
 
 
 def load_cases(path: Path) -> list[dict[str, np.ndarray]]:
-    """Read cases back; BadInput if the file is missing or broken."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    """Read cases back, arrays as parts of the mapped file; BadInput if the file is missing or broken.
+
+    Writing to an array changes it in memory, not in the file.
+    """
+    from safetensors import SafetensorError, safe_open
 
     try:
-        flat = load_file(path)
+        with safe_open(path, framework="numpy"):  # checks that the header describes the file
+            raw = np.memmap(path, np.uint8, mode="c")
     except (OSError, SafetensorError) as error:
         raise BadInput(f"these cases cannot be read ({error})", where=path) from error
+    start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+    header = json.loads(raw[8:start].tobytes())
+    header.pop("__metadata__", None)
     cases: dict[int, dict[str, np.ndarray]] = {}
-    for key, array in flat.items():
+    for key, entry in header.items():
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        kind = entry["dtype"]
+        dtype = "?" if kind == "BOOL" else f"{kind[0].lower()}{int(kind[1:]) // 8}"
         index, _, name = key.partition("/")
-        cases.setdefault(int(index), {})[name] = array
+        cases.setdefault(int(index), {})[name] = np.asarray(raw[begin:end]).view(dtype).reshape(entry["shape"])
     return [cases[index] for index in sorted(cases)]
 
 

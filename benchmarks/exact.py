@@ -1,0 +1,366 @@
+"""Exact engines beside every peer's fp32 files, over models and shapes: `python -m benchmarks.exact`.
+
+For each model, shape and runtime all files run in one alternation. Batches of eight are padded to mixed lengths, evenly
+from a quarter of the longest; decoders are padded on the left. Calls behind a cache hand tensors of the runtime in and
+get them back, as IO binding does. Our engines are built for one text, and again for eight.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks.record import record
+from benchmarks.subjects import (
+    PEERS,
+    PLACE,
+    TARGETS,
+    bert_base,
+    distilbert,
+    gpt2,
+    minilm,
+    optimum_export,
+    qwen2,
+    t5_small,
+    torch_export,
+)
+from planish.optimizer import optimize, registry
+from planish.optimizer.backend import Arrays
+from planish.optimizer.errors import PlanishError
+from planish.optimizer.manifest import Manifest
+from planish.optimizer.measure import EngineRef, Worker, alternate, timing
+from planish.optimizer.program import PAST, Role, Signature
+
+_SHAPES = ((1, 16), (1, 128), (8, 128))
+"""Texts and tokens; behind a cache, texts and tokens in the cache."""
+_OPTIMUM_INTEL = Path("build") / "interop" / "openvino-env"
+_LEVELS = ("O1", "O2", "O3")
+_PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FullyConnected")
+_OURS = "planish exact"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, how peers are asked for it, and the parts that are timed."""
+
+    name: str
+    make: Callable[[], Path]
+    task: str
+    family: str
+    """What ONNX Runtime's optimizer of transformers calls it; nothing if it knows no such type."""
+    parts: Mapping[str, tuple[str, bool]]
+    """What is timed -> its component, and whether that goes on behind a cache."""
+
+
+_ENCODER = {"encoder": ("model", False)}
+_DECODER = {"prefill": ("model", False), "decode": ("model", True)}
+MODELS = {
+    model.name: model
+    for model in (
+        Model("bert-base", bert_base, "feature-extraction", "bert", _ENCODER),
+        Model("minilm", minilm, "feature-extraction", "bert", _ENCODER),
+        Model("distilbert", distilbert, "feature-extraction", "bert", _ENCODER),
+        Model("gpt2", gpt2, "text-generation-with-past", "gpt2", _DECODER),
+        Model(
+            "t5-small",
+            t5_small,
+            "text2text-generation-with-past",
+            "t5",
+            {"encoder": ("encoder_model", False), "decode": ("decoder_with_past_model", True)},
+        ),
+        Model("qwen2-0.5b", qwen2, "text-generation-with-past", "", _DECODER),
+    )
+}
+
+
+class Refused(Exception):
+    """What a peer said when it was asked for a file."""
+
+
+def run(command: Sequence[object]) -> None:
+    """Run a peer's command; Refused with its last line if it fails."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Refused((done.stderr or done.stdout).strip().splitlines()[-1][:120])
+
+
+def peers_of(model: Model) -> dict[str, tuple[str, Callable[[], Path]]]:
+    """Label -> target, and what makes the folder or file that holds the components."""
+    folder = PLACE / "plain" / model.name
+    plain = folder / "optimum"
+    found: dict[str, tuple[str, Callable[[], Path]]] = {
+        "optimum export": (TARGETS[0], partial(_made, plain, lambda: _optimum(model, plain)))
+    }
+    for level in _LEVELS:
+        place = folder / f"optimum-{level}"
+        found[f"optimum {level}"] = (TARGETS[0], partial(_made, place, partial(_optimum_level, plain, level, place)))
+    fused, scripted, dynamo = (folder / name for name in ("ort-transformers", "onnxscript", "dynamo"))
+    found["onnxruntime.transformers"] = (TARGETS[0], partial(_made, fused, lambda: _transformers(model, plain, fused)))
+    found["torch.onnx.export"] = (TARGETS[0], partial(_made, dynamo, lambda: _dynamo(model, dynamo)))
+    found["onnxscript's fusions"] = (TARGETS[0], partial(_made, scripted, lambda: _onnxscript(dynamo, scripted)))
+    intel = folder / "optimum-intel"
+    found["optimum-intel"] = (TARGETS[1], partial(_made, intel, lambda: _optimum_intel(model, intel)))
+    found["torch.onnx.export, openvino"] = (TARGETS[1], partial(_made, dynamo, lambda: _dynamo(model, dynamo)))
+    return found
+
+
+def _made(place: Path, make: Callable[[], None]) -> Path:
+    """``place``, made once; a refusal is kept and raised again."""
+    said = place.with_name(f"{place.name}.refused")
+    if said.exists():
+        raise Refused(said.read_text(encoding="utf-8"))
+    if not place.exists():
+        print(f"making {place}", file=sys.stderr)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            make()
+        except Refused as refused:
+            shutil.rmtree(place, ignore_errors=True)
+            said.write_text(str(refused), encoding="utf-8")
+            raise
+    return place
+
+
+def _optimum(model: Model, place: Path) -> None:
+    optimum_export(model.make(), place, model.task)
+
+
+def _optimum_level(plain: Path, level: str, place: Path) -> None:
+    run([PEERS / "bin" / "optimum-cli", "onnxruntime", "optimize", "--onnx_model", plain, "-o", place, f"-{level}"])
+    for path in place.glob("*_optimized.onnx"):  # the loaders' names again
+        path.rename(path.with_name(path.name.replace("_optimized", "")))
+
+
+def _transformers(model: Model, plain: Path, place: Path) -> None:
+    if not model.family:
+        raise Refused("it knows no model of this type")
+    config = json.loads((model.make() / "config.json").read_text(encoding="utf-8"))
+    heads = config.get("num_attention_heads") or config.get("n_heads") or config.get("n_head") or config["num_heads"]
+    width = config.get("hidden_size") or config.get("dim") or config.get("n_embd") or config["d_model"]
+    place.mkdir()
+    for part in sorted({component for component, _ in model.parts.values()}):
+        command = [sys.executable, "-m", "onnxruntime.transformers.optimizer", "--model_type", model.family]
+        sizes = ["--num_heads", heads, "--hidden_size", width, "--opt_level", 0]
+        run([*command, "--input", plain / f"{part}.onnx", "--output", place / f"{part}.onnx", *sizes])
+
+
+def _dynamo(model: Model, place: Path) -> None:
+    """PyTorch's exporter: of an encoder as a user calls it, of what has a cache by way of our unchanged lowering."""
+    place.mkdir()
+    if model.parts == _ENCODER:
+        torch_export(model.make(), place / "model.onnx", dynamo=True)
+        return
+    with tempfile.TemporaryDirectory(dir=PLACE) as scratch:
+        optimize(model.make(), f"{scratch}/out", targets=TARGETS[:1], pipeline="", reference="none")
+        shutil.copytree(f"{scratch}/out/onnxruntime", place, dirs_exist_ok=True)
+
+
+def _onnxscript(plain: Path, place: Path) -> None:
+    import onnx_ir as ir
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    place.mkdir()
+    for source in sorted(plain.glob("*.onnx")):
+        try:
+            fused, _ = optimize_for_ort(ir.load(source))
+        except Exception as error:
+            raise Refused(f"{type(error).__name__}: {error}"[:120]) from error
+        ir.save(fused, place / source.name, external_data=f"{source.name}.data")
+
+
+def _optimum_intel(model: Model, place: Path) -> None:
+    if not _OPTIMUM_INTEL.exists():
+        subprocess.run(["make", str(_OPTIMUM_INTEL)], check=True)
+    exporter = [_OPTIMUM_INTEL / "bin" / "python", "-m", "optimum.commands.optimum_cli", "export", "openvino"]
+    options = ["--library", "transformers", "--task", model.task, "--weight-format", "fp32"]
+    run([*exporter, "--model", model.make(), *options, place])
+
+
+def ours(model: Model, texts: int) -> Path:
+    """Our engines, built for this many texts: at the usual shapes for one."""
+    folder = PLACE / "ours" / f"{model.name}-exact-{texts}"
+    if not folder.exists():
+        print(f"building {folder}", file=sys.stderr)
+        cached = any(behind for _, behind in model.parts.values())
+        shapes: list[dict[str, int]] = [] if texts == 1 else _sizes(texts, 128, cached)
+        optimize(model.make(), folder, targets=TARGETS, preset="exact", shapes=shapes)
+    return folder
+
+
+def _sizes(texts: int, tokens: int, cached: bool) -> list[dict[str, int]]:
+    prefill = {"batch": texts, "sequence": tokens, "encoder_sequence": tokens}
+    return [prefill | {PAST: 0}, prefill | {"sequence": 1, PAST: tokens}] if cached else [prefill]
+
+
+def case_of(signature: Signature, texts: int, tokens: int, behind: bool) -> Arrays:
+    """Inputs of a component: ids, the mask, and a cache that is empty or holds ``tokens``."""
+    rng = np.random.default_rng(0)
+    lengths = np.linspace(tokens, max(1, tokens // 4), texts).round().astype(np.int64)
+    counts = np.arange(tokens)[None] < lengths[:, None]
+    new = 1 if behind else tokens
+    left = signature.cached and any(tensor.name == "attention_mask" for tensor in signature.inputs)
+    mask = np.concatenate([counts[:, ::-1] if left else counts, np.ones((texts, int(behind)), bool)], axis=1)
+    made: dict[str, np.ndarray] = {}
+    for tensor in signature.inputs:
+        if tensor.role is Role.TOKENS:
+            made[tensor.name] = rng.integers(5, tensor.bound or 30_000, (texts, new))
+        elif tensor.role is Role.MASK:  # an encoder's does not run over the decoder's tokens
+            made[tensor.name] = (mask if left or not behind else counts).astype(np.int64)
+        elif tensor.role is Role.CACHE:
+            sizes = (texts, int(tensor.shape[1]), tokens if behind else 0, int(tensor.shape[3]))
+            made[tensor.name] = rng.standard_normal(sizes).astype(np.float32)
+    return made
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, shape and runtime: turns of every engine, in milliseconds, and what refused."""
+
+    turns: Mapping[str, Sequence[float]]
+    refused: Mapping[str, str]
+    products: float
+    """Share of the time of our engine that the runtime spends in matrix products, from its own profile."""
+
+    def best(self) -> str:
+        """The fastest peer."""
+        return min((label for label in self.turns if label != _OURS), key=lambda la: statistics.median(self.turns[la]))
+
+
+def measure(model: Model, part: str, shape: tuple[int, int], target: str, seconds: float) -> Cell:
+    """Everything that runs on a runtime, in one alternation."""
+    component, behind = model.parts[part]
+    texts, tokens = shape
+    folder = ours(model, texts)
+    backend = registry.backend(target)
+    case = case_of(Manifest.read(folder).signatures[component].signature(), texts, tokens, behind)
+    racing = {_OURS: backend.path_of(component, folder / backend.name)}
+    refused: dict[str, str] = {}
+    for label, (where, make) in peers_of(model).items():
+        if where != target:
+            continue
+        try:
+            racing[label] = _file(make(), component, target)
+        except Refused as reason:
+            refused[label] = str(reason)
+    engines: dict[str, EngineRef] = {}
+    for label, path in racing.items():
+        engine = EngineRef(target, path)
+        try:
+            with Worker(engine) as worker:
+                worker.run(case)
+        except PlanishError as error:
+            if label == _OURS:
+                raise
+            refused[label] = f"does not run: {error}"[:160]
+        else:
+            engines[label] = engine
+    turns = alternate(list(engines.values()), [case] * len(engines), seconds=seconds)
+    share = _share_of_products(target, racing[_OURS], case)
+    return Cell(dict(zip(engines, turns, strict=True)), refused, share)
+
+
+def _file(folder: Path, component: str, target: str) -> Path:
+    """The file of a component in a peer's folder."""
+    if target == TARGETS[1] and not (folder / f"{component}.onnx").exists():
+        stateful = folder / "openvino_decoder_model.xml"  # holds both steps of an encoder-decoder
+        own = folder / f"openvino_{component}.xml"
+        return own if own.exists() else stateful
+    return folder / f"{component}.onnx"
+
+
+def _share_of_products(target: str, path: Path, case: Arrays) -> float:
+    """Time in matrix products over the time in all operators, over ten calls."""
+    spent = _onnxruntime_profile(path, case) if target == TARGETS[0] else _openvino_profile(target, path, case)
+    return sum(time for kind, time in spent.items() if kind in _PRODUCTS) / sum(spent.values())
+
+
+def _onnxruntime_profile(path: Path, case: Arrays) -> dict[str, float]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.enable_profiling = 2, True
+    with tempfile.TemporaryDirectory() as scratch:
+        options.profile_file_prefix = f"{scratch}/profile"
+        file = path / "model.onnx" if path.is_dir() else path
+        session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        wanted = {port.name for port in session.get_inputs()}
+        feeds = {name: array for name, array in case.items() if name in wanted}
+        feeds |= {name: np.zeros_like(case["input_ids"]) for name in wanted - feeds.keys()}
+        for _ in range(10):
+            session.run(None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    spent: dict[str, float] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            kind = event["args"]["op_name"]
+            spent[kind] = spent.get(kind, 0.0) + event["dur"]
+    return spent
+
+
+def _openvino_profile(target: str, path: Path, case: Arrays) -> dict[str, float]:
+    import openvino as ov
+
+    backend: Any = registry.backend(target)
+    file = path / backend.model_file if path.is_dir() else path
+    compiled = ov.Core().compile_model(str(file), "CPU", {**backend._config(), "PERF_COUNT": True})
+    engine: Any = type(backend.open(path))(ov, compiled)
+    spent: dict[str, float] = {}
+    for _ in range(10):
+        engine.prepare(case)()
+        for node in engine._request.profiling_info:
+            spent[node.node_type] = spent.get(node.node_type, 0.0) + node.real_time.total_seconds()
+    return spent
+
+
+@click.command()
+@click.option("--model", "names", multiple=True, type=click.Choice(list(MODELS)), help="Only this; all if none.")
+@click.option("--seconds", default=25.0, show_default=True, help="Longest time for one model, shape and runtime.")
+@click.option("--keep", is_flag=True, help="Measure the engines that were built before.")
+def main(names: tuple[str, ...], seconds: float, keep: bool) -> None:
+    """Time our engines beside the peers', and say how far the best of them is."""
+    if not keep:
+        for folder in (PLACE / "ours").glob("*-exact-[18]"):
+            shutil.rmtree(folder)
+    rows, figures = [], {}
+    ratios: dict[str, list[float]] = {}
+    for model in map(MODELS.__getitem__, names or MODELS):
+        for part in model.parts:
+            for shape in _SHAPES:
+                for target in TARGETS:
+                    cell = measure(model, part, shape, target, seconds)
+                    runtime, best = target.partition("{")[0], cell.best()
+                    found = timing(cell.turns[best], cell.turns[_OURS])
+                    ratios.setdefault(runtime, []).append(found.speedup)
+                    what = f"{model.name} {part}", f"{shape[0]} x {shape[1]}", runtime
+                    span = f"{found.speedup:.2f} [{found.low:.2f}, {found.high:.2f}]"
+                    theirs = f"{best}, {statistics.median(cell.turns[best]):.2f}"
+                    rows.append((*what, f"{found.median_ms:.2f}", theirs, span, f"{cell.products:.0%}"))
+                    print(*rows[-1], sep=" | ", file=sys.stderr)
+                    medians = {label: statistics.median(turns) for label, turns in cell.turns.items()}
+                    figures[", ".join(what)] = {
+                        "median_ms": medians,
+                        "ours_over_best": found.__dict__,
+                        "refused": dict(cell.refused),
+                        "share_of_products": cell.products,
+                    }
+    for runtime, own in ratios.items():
+        rows.append(("geometric mean", "", runtime, "", "", f"{statistics.geometric_mean(own):.2f}", ""))
+    title = "Exact engines in fp32 beside the best of the peers, two threads: medians, ratios with 95 % intervals"
+    columns = ("what", "texts x tokens", "runtime", "ours, ms", "best peer, ms", "times as fast", "in products")
+    record("exact", title, columns, rows, figures)
+
+
+if __name__ == "__main__":
+    main()
