@@ -30,6 +30,8 @@ METRICS = ("max_abs", "max_rel", "cosine", "cosine_min", "top1", "kl", "greedy")
 _ERRORS = ("max_abs", "max_rel", "kl")
 """Metrics of which less is better."""
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
+_BLOCK = 1 << 16
+"""Elements that are compared at a time."""
 _ABSURD = 1e20
 """Magnitudes that stand for minus infinity in masked scores; they do not set the scale of an output."""
 
@@ -201,7 +203,17 @@ class _Tally:
         """Take in one case."""
         if expected.shape != actual.shape:
             raise ValueError(f"output {self.tensor.name!r} has shape {actual.shape}, expected {expected.shape}")
-        shown = np.broadcast_to(True if visible is None else visible, expected.shape)
+        if not expected.size:
+            return
+        width = expected.shape[-1] if expected.ndim else 1
+        wanted, got = expected.reshape(-1, width), actual.reshape(-1, width)
+        shown = np.broadcast_to(True if visible is None else visible, expected.shape).reshape(-1, width)
+        step = max(1, _BLOCK // width)
+        for rows in (slice(start, start + step) for start in range(0, len(wanted), step)):
+            self._add_rows(wanted[rows], got[rows], shown[rows], vectors=expected.ndim > 0)
+
+    def _add_rows(self, expected: np.ndarray, actual: np.ndarray, shown: np.ndarray, *, vectors: bool) -> None:
+        """Take in a few rows, as many as stay in the processor's cache."""
         wanted = np.where(shown, expected, 0).astype(np.float64, copy=False)
         got = np.where(shown, actual, 0).astype(np.float64, copy=False)
         same = (wanted == got) | (np.isnan(wanted) & np.isnan(got))  # also equal infinities
@@ -210,12 +222,12 @@ class _Tally:
         self.max_abs = max(self.max_abs, float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0)))
         ordinary = np.abs(wanted[np.isfinite(wanted) & (np.abs(wanted) < _ABSURD)])
         self.scale = max(self.scale, float(ordinary.max(initial=0.0)))
-        if wanted.ndim:
+        if vectors:
             self._add_vectors(wanted, got, shown)
 
     def _add_vectors(self, wanted: np.ndarray, got: np.ndarray, shown: np.ndarray) -> None:
-        kept = shown.any(axis=-1).reshape(-1)
-        rows = [array.reshape(-1, array.shape[-1])[kept] for array in (wanted, got, shown)]
+        kept = shown.any(axis=-1)
+        rows = [array[kept] for array in (wanted, got, shown)]
         self.cosines.append(_cosines(rows[0], rows[1]))
         if self.tensor.role is Role.LOGITS and wanted.shape[-1] > 1:
             best = [np.where(rows[2], row, -np.inf).argmax(axis=-1) for row in rows[:2]]

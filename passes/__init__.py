@@ -18,6 +18,7 @@ PASSES = {
         ("fusion", "pack-projections", "PackProjections"),
         ("fusion", "share-key-heads", "ShareKeyHeads"),
         ("legalize", "legalize-onnxruntime", "LegalizeOnnxRuntime"),
+        ("legalize", "legalize-openvino", "LegalizeOpenVino"),
         ("memory", "order-for-memory", "OrderForMemory"),
         ("memory", "share-transposed-weights", "ShareTransposedWeights"),
         ("pruning", "prune-ffn", "PruneFfn"),

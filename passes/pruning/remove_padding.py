@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import constant_of, is_weight_matrix, location_of, rank_of
+from planish.optimizer.graph import constant_of, is_weight_matrix, location_of, rank_of, sole_user
 from planish.optimizer.program import Role, guess_role
 
 # fmt: off
@@ -185,6 +185,8 @@ class _Tokens:
         if node.op_type == "Attention" and node.domain == "":
             hides = len(node.inputs) > 3 and place < 3 and self._comes_from_mask(node.inputs[3])
             return None if hides else node
+        if node.op_type == "MatMul" and node.domain == "" and self._spelled_out(node, place):
+            return None
         moves = node.op_type in _MOVES | _UNARY | _BROADCAST and node.domain == ""
         follows = node.graph is self.graph and (moves or self._treats_rows(node))
         if not follows or any(output.is_graph_output() and not self.hold(output) for output in node.outputs):
@@ -192,6 +194,25 @@ class _Tokens:
         readers = [use for output in node.outputs for use in output.uses()]
         found = (self._unmasked(use.node, use.idx, inside) for use in readers)
         return next((reader for reader in found if reader is not None), None)
+
+    def _spelled_out(self, product: ir.Node, place: int) -> bool:
+        """Whether this is queries times keys with a mask added to the scores, or what such a softmax weighs."""
+        weights = None if product.inputs[0] is None else product.inputs[0].producer()
+        if place == 1 and weights is not None and weights.op_type == "Softmax":
+            return self._hides(weights.inputs[0])
+        masked = sole_user(product.outputs[0])
+        softmax = None if masked is None else sole_user(masked.outputs[0])
+        return softmax is not None and softmax.op_type == "Softmax" and self._hides(softmax.inputs[0])
+
+    def _hides(self, scores: ir.Value | None) -> bool:
+        """Whether something that comes from the mask is added to scores."""
+        add = None if scores is None else scores.producer()
+        if add is None or add.op_type != "Add":
+            return False
+        makers = [(value, None if value is None else value.producer()) for value in add.inputs]
+        return any(
+            self._comes_from_mask(value) for value, maker in makers if maker is None or maker.op_type != "MatMul"
+        )
 
     def _comes_from_mask(self, value: ir.Value | None) -> bool:
         pending, seen = [value], set()
