@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.record import record
+from benchmarks.record import record, settle_memory
 from benchmarks.subjects import (
     PEERS,
     PLACE,
@@ -269,6 +269,7 @@ def measure(model: Model, part: str, shape: tuple[int, int], target: str, second
         else:
             engines[label] = engine, own
     refs, cases = zip(*engines.values(), strict=True)
+    settle_memory()
     turns = alternate(refs, cases, seconds=seconds)
     share = _share_of_products(target, racing[_OURS], case)
     return Cell(dict(zip(engines, turns, strict=True)), refused, share)

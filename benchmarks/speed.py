@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.record import record
+from benchmarks.record import record, settle_memory
 from benchmarks.subjects import CHECKPOINTS, TARGETS, dynamic_int8, forget_ours, our_engines, ours, plain_exports
 from planish.optimizer.building import sized_case
 from planish.optimizer.cli.options import parse_shapes
@@ -30,6 +30,7 @@ def measure(name: str, shape: dict[str, int], seconds: float) -> dict[str, dict[
     signature = Manifest.read(ours(name, "exact")).signatures["model"].signature()
     case, _ = sized_case(signature, shape)
     engines = [EngineRef(target, path) for target, path in racing.values()]
+    settle_memory()
     turns = dict(zip(racing, alternate(engines, [case] * len(engines), seconds=seconds), strict=True))
     bases = [f"{way} on onnxruntime" for way in plain_exports(name)]
     return {label: {base: timing(turns[base], own) for base in bases} for label, own in turns.items()}
