@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,28 @@ class Cell:
         return min((label for label in self.turns if label != _OURS), key=lambda la: statistics.median(self.turns[la]))
 
 
+@cache
+def field(name: str, part: str, target: str) -> tuple[dict[str, Path], dict[str, str]]:
+    """Files of the peers that run on a runtime, and what the others said."""
+    model = MODELS[name]
+    component, behind = model.parts[part]
+    signature = Manifest.read(ours(model, 1)).signatures[component].signature()
+    case = case_of(signature, *_SHAPES[0], behind)
+    running: dict[str, Path] = {}
+    refused: dict[str, str] = {}
+    for label, (where, make) in peers_of(model).items():
+        if where != target:
+            continue
+        try:
+            path = _file(make(), component, target)
+            with Worker(EngineRef(target, path)) as worker:
+                worker.run(_as_taken(case, path, model))
+            running[label] = path
+        except (Refused, PlanishError) as reason:
+            refused[label] = str(reason)[:160]
+    return running, refused
+
+
 def measure(model: Model, part: str, shape: tuple[int, int], target: str, seconds: float) -> Cell:
     """Everything that runs on a runtime, in one alternation."""
     component, behind = model.parts[part]
@@ -247,32 +269,13 @@ def measure(model: Model, part: str, shape: tuple[int, int], target: str, second
     folder = ours(model, texts)
     backend = registry.backend(target)
     case = case_of(Manifest.read(folder).signatures[component].signature(), texts, tokens, behind)
-    racing = {_OURS: backend.path_of(component, folder / backend.name)}
-    refused: dict[str, str] = {}
-    for label, (where, make) in peers_of(model).items():
-        if where != target:
-            continue
-        try:
-            racing[label] = _file(make(), component, target)
-        except Refused as reason:
-            refused[label] = str(reason)
-    engines: dict[str, tuple[EngineRef, Arrays]] = {}
-    for label, path in racing.items():
-        engine, own = EngineRef(target, path), _recomputing(case, model) if path.name == _STATEFUL else case
-        try:
-            with Worker(engine) as worker:
-                worker.run(own)
-        except PlanishError as error:
-            if label == _OURS:
-                raise
-            refused[label] = f"does not run: {error}"[:160]
-        else:
-            engines[label] = engine, own
-    refs, cases = zip(*engines.values(), strict=True)
+    peers, refused = field(model.name, part, target)
+    racing = {_OURS: backend.path_of(component, folder / backend.name), **peers}
     settle_memory()
-    turns = alternate(refs, cases, seconds=seconds)
+    engines = [EngineRef(target, path) for path in racing.values()]
+    turns = alternate(engines, [_as_taken(case, path, model) for path in racing.values()], seconds=seconds)
     share = _share_of_products(target, racing[_OURS], case)
-    return Cell(dict(zip(engines, turns, strict=True)), refused, share)
+    return Cell(dict(zip(racing, turns, strict=True)), refused, share)
 
 
 def _file(folder: Path, component: str, target: str) -> Path:
@@ -283,8 +286,10 @@ def _file(folder: Path, component: str, target: str) -> Path:
     return folder / f"{component}.onnx"
 
 
-def _recomputing(case: Arrays, model: Model) -> Arrays:
-    """What a decoder takes that keeps its own cache and computes that of the encoder anew in every step."""
+def _as_taken(case: Arrays, path: Path, model: Model) -> Arrays:
+    """Inputs as a file takes them: optimum-intel's decoder behind an encoder computes its keys anew in every step."""
+    if path.name != _STATEFUL:
+        return case
     width = json.loads((model.make() / "config.json").read_text(encoding="utf-8"))["d_model"]
     states = np.zeros((*case["encoder_attention_mask"].shape, width), np.float32)
     return {name: array for name, array in case.items() if ".encoder." not in name} | {"encoder_hidden_states": states}
@@ -336,7 +341,7 @@ def _openvino_profile(target: str, path: Path, case: Arrays) -> dict[str, float]
 
 @click.command()
 @click.option("--model", "names", multiple=True, type=click.Choice(list(MODELS)), help="Only this; all if none.")
-@click.option("--seconds", default=25.0, show_default=True, help="Longest time for one model, shape and runtime.")
+@click.option("--seconds", default=10.0, show_default=True, help="Longest time for one model, shape and runtime.")
 @click.option("--keep", is_flag=True, help="Measure the engines that were built before.")
 def main(names: tuple[str, ...], seconds: float, keep: bool) -> None:
     """Time our engines beside the peers', and say how far the best of them is."""

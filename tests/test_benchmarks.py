@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
-from benchmarks import speed, subjects
+from benchmarks import exact, speed, subjects
 from planish.optimizer.manifest import Manifest
+from planish.optimizer.program import Role, Signature, TensorSpec
 
 
 class Kept:
@@ -33,3 +35,16 @@ def test_an_engine_that_won_nothing_is_called_plain(monkeypatch: pytest.MonkeyPa
         "planish fast on onnxruntime",
         "planish fast on openvino",
     ]
+
+
+def test_batches_are_padded_to_mixed_lengths_on_the_side_that_a_decoder_wants() -> None:
+    ids = TensorSpec("input_ids", ir.DataType.INT64, ("batch", "sequence"), Role.TOKENS, bound=50)
+    mask = TensorSpec("attention_mask", ir.DataType.INT64, ("batch", "sequence"), Role.MASK)
+    past = TensorSpec("past_key_values.0.key", ir.DataType.FLOAT, ("batch", 2, "past", 4), Role.CACHE)
+    read = exact.case_of(Signature((ids, mask), ()), 3, 8, behind=False)
+    assert read["attention_mask"].sum(axis=1).tolist() == [8, 5, 2]
+    assert read["attention_mask"][:, 0].tolist() == [1, 1, 1]
+    written = exact.case_of(Signature((ids, mask, past), ()), 3, 8, behind=True)
+    assert written["attention_mask"].sum(axis=1).tolist() == [9, 6, 3]
+    assert written["attention_mask"][:, 0].tolist() == [1, 0, 0]
+    assert written["past_key_values.0.key"].shape == (3, 2, 8, 4)
