@@ -87,7 +87,7 @@ class Worker:
             stdout=subprocess.DEVNULL,  # what runtimes print there is not for our users
             stderr=self._said,
             pass_fds=(theirs,),
-            env={**os.environ, **(environment or {})},
+            env={**(environment or {}), **os.environ},
         )
         os.close(theirs)
         self._replies = os.fdopen(ours, "rb")

@@ -15,9 +15,9 @@ An output at a padded place holds a copy of another token's: it means as little 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -44,6 +44,7 @@ _MOVES = frozenset({
 })
 # fmt: on
 _DOMAINS = frozenset(("", "com.microsoft"))
+_NAME = "remove_padding"
 _TOKENS = "tokens"
 """The axis of the tokens of all texts, one after the other."""
 
@@ -272,7 +273,7 @@ class _Packing:
 
         The first token of each text counts always: then there is one, and what reads the first of each text is right.
         """
-        tape = _Tape()
+        tape = _Tape(_NAME)
         boolean, whole = {"to": int(ir.DataType.BOOL)}, {"to": int(ir.DataType.INT64)}
         zero, one, end, line = (tape.constant([n]) for n in (0, 1, np.iinfo(np.int64).max, -1))
         first = tape.op("Slice", [mask, zero, one, one])
@@ -290,7 +291,7 @@ class _Packing:
         """(batch, sequence, …) as (1, tokens, …)."""
         if id(value) not in self._packed and value.shape is not None:
             rest = [dim for dim in value.shape[2:] if isinstance(dim, int)]
-            tape = _Tape()
+            tape = _Tape(f"{value.name}_pack")
             flat = tape.op("Reshape", [value, tape.constant([1, -1, *rest])])
             packed = tape.op("Gather", [flat, self._places], {"axis": 1})
             packed.shape, packed.type = ir.Shape([1, _TOKENS, *rest]), value.type
@@ -307,7 +308,7 @@ class _Packing:
         value.shape = ir.Shape([1, _TOKENS, *padded[2:]])
         if not outside and not value.is_graph_output():
             return
-        tape = _Tape()
+        tape = _Tape(f"{value.name}_unpack")
         restored = tape.op("Squeeze", [tape.op("Gather", [value, self._ranks], {"axis": 1}), tape.constant([0])])
         restored.shape, restored.type = padded, value.type
         self._graph.insert_after(maker, tape.nodes)
@@ -321,7 +322,20 @@ class _Packing:
 
 
 class _Tape(ir.tape.Tape):
-    """New nodes in order, not yet in a graph."""
+    """New nodes in order, not yet in a graph. Their names depend on nothing that happened to the graph before."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix = prefix
+
+    def op(self, op_type: str, inputs: Sequence[ir.Value | None], *rest: Any, **options: Any) -> ir.Value:
+        """The output of a new node."""
+        made = super().op(op_type, inputs, *rest, **options)
+        made.name = f"{self._prefix}_{len(self.nodes)}"
+        node = made.producer()
+        if node is not None:
+            node.name = made.name
+        return made
 
     def constant(self, numbers: int | list[int]) -> ir.Value:
         """A whole number, or a line of them."""

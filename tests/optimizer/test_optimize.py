@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import pytest
 
 from planish.optimizer import errors, optimize, presets
 from planish.optimizer.driver import verify
+from planish.optimizer.lock import Lock
 from planish.optimizer.manifest import MEASUREMENTS, Manifest
 from planish.optimizer.measure import Timing
 from tests.conftest import Planish
@@ -200,6 +202,29 @@ def test_only_what_is_faster_is_shipped(
     domains = [node.op_type for node in onnx.load(tmp_path / "out" / "onnxruntime" / "model.onnx").graph.node]
     assert ("Sum" in domains) == (shipped == "optimized")  # the mark of legalize-onnxruntime
     assert f'shipped = "{shipped}"' in (tmp_path / "out" / "planish.lock").read_text()
+
+
+@pytest.mark.parametrize(("low", "kept"), [(1.5, True), (1.05, False)])
+def test_padding_is_removed_where_that_is_faster(
+    low: float, kept: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = [Timing(2.0, 1.0, 1.0, 1.0, 20), Timing(1.8, 1.1, 1.08, 1.2, 20), Timing(1.2, 1.6, low, 1.7, 20)]
+    monkeypatch.setattr("planish.optimizer.building.race", lambda engines, inputs: timings[: len(engines)])
+    build = functools.partial(
+        optimize, tiny, preset="exact", shapes=[{"batch": 4, "sequence": 8}], lock=tmp_path / "lock"
+    )
+    result = build(tmp_path / "out")
+    record = result.manifest.targets["onnxruntime"]
+    assert ("remove-padding" in record.pipelines["model"]) == kept
+    (trial,) = Lock.read(tmp_path / "lock").targets["onnxruntime"].tried
+    assert (trial.passes, trial.kept, trial.measured[0].low) == ("remove-padding", kept, low)
+    operators = [node.op_type for node in onnx.load(tmp_path / "out" / "onnxruntime" / "model.onnx").graph.node]
+    assert ("CumSum" in operators) == kept
+    build(tmp_path / "again")
+    built = [(tmp_path / name / "onnxruntime" / "model.onnx").read_bytes() for name in ("out", "again")]
+    assert built[0] == built[1]
+    single = optimize(tiny, tmp_path / "single", preset="exact", shapes=[{"batch": 1, "sequence": 8}])
+    assert not Lock.read(single.folder / "planish.lock").targets["onnxruntime"].tried
 
 
 def test_a_pass_that_misses_what_was_asked_for_is_undone(
