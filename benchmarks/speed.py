@@ -8,10 +8,10 @@ import click
 
 from benchmarks.record import record, settle_memory
 from benchmarks.subjects import CHECKPOINTS, TARGETS, dynamic_int8, forget_ours, our_engines, ours, plain_exports
-from planish.optimizer.building import sized_case
 from planish.optimizer.cli.options import parse_shapes
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.measure import EngineRef, Timing, alternate, timing
+from planish.optimizer.reference import sized_case
 
 
 def field(name: str) -> dict[str, tuple[str, Path]]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planish.optimizer import registry
-from planish.optimizer.building import default_shapes, sized_case
 from planish.optimizer.errors import BadInput
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.measure import EngineRef, Timing, race
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.program import Axis, Signature, TensorSpec
+from planish.optimizer.reference import default_shapes, sized_case
 
 _BY_SUFFIX = {".onnx": "onnxruntime", ".xml": "openvino"}
 

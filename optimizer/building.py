@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer import instruments, onnx_io, presets, registry
@@ -26,8 +25,8 @@ from planish.optimizer.lowering import Lowered
 from planish.optimizer.manifest import instruction_set
 from planish.optimizer.measure import EngineRef, Timing, Worker, race
 from planish.optimizer.pipeline import Outcome, Pipeline
-from planish.optimizer.program import PAST, Signature
-from planish.optimizer.reference import Reference, References, leading_axis, make_case, quick
+from planish.optimizer.program import Signature
+from planish.optimizer.reference import Reference, References, default_shapes, quick, sized_case
 from planish.optimizer.resources import demand_memory
 
 NOT_CHECKED = "NOT CHECKED"
@@ -40,8 +39,6 @@ CHECKER = "onnxruntime"
 """The backend that runs graphs between passes, and engines whose own runtime is not here."""
 _SAME_TOKENS = (Clause("kl", "<=", 1e-6), Clause("greedy", ">=", 1.0))
 """What continuations of an exact engine must keep."""
-DEFAULT_SHAPE: Mapping[str, int] = {"batch": 1, "choices": 4, "sequence": 128, "encoder_sequence": 128}
-"""Sizes at which engines are timed when none are asked for; axes of other names count 1."""
 
 
 @dataclass(frozen=True)
@@ -456,37 +453,6 @@ def check_engine(engine: EngineRef, signature: Signature, reference: Reference) 
         except ValueError as error:
             raise CheckFailed(str(error), where=engine.path) from error
         return found, worker.memory()
-
-
-def default_shapes(signature: Signature) -> tuple[Mapping[str, int], ...]:
-    """What is timed when nothing is asked for: one text; behind a cache, its prefill and one further token."""
-    if PAST not in signature.axes:
-        return (DEFAULT_SHAPE,)
-    return ({**DEFAULT_SHAPE, PAST: 0}, {**DEFAULT_SHAPE, "sequence": 1, PAST: 128})
-
-
-def sized_case(signature: Signature, sizes: Mapping[str, int]) -> tuple[Arrays, str]:
-    """A case of the sizes asked for, as far as the axes allow them, and the text of the sizes that it has.
-
-    An axis that is not named takes the size of what it is by its place: `batch` if it leads the first input,
-    `sequence` if tokens run along it, else 1.
-    """
-    known = {
-        name: axis.clamp(sizes.get(name, sizes.get(_usual_name(signature, name), axis.minimum)))
-        for name, axis in signature.axes.items()
-    }
-    if PAST in known and "sequence" in known:
-        limit = signature.axes[PAST].maximum
-        known[PAST] = known[PAST] if limit is None else min(known[PAST], max(0, limit + 1 - known["sequence"]))
-    text = ",".join(f"{name}={size}" for name, size in known.items()) or "fixed"
-    return make_case(signature, known, np.random.default_rng(0)), text
-
-
-def _usual_name(signature: Signature, axis: str) -> str:
-    if axis == leading_axis(signature):
-        return "batch"
-    along = [tensor for tensor in signature.inputs if tensor.dtype.is_integer() and axis in tensor.shape[1:]]
-    return "sequence" if along else axis
 
 
 def pipelines_for(targets: Sequence[Backend], preset: str | None, text: str | None) -> dict[str, Pipeline]:

@@ -13,6 +13,9 @@ _PLAIN_INITIALIZERS = 4
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key under which the PyTorch exporter keeps the module path of a node: our source location."""
 
+SPELLED_OUT = "planish.spelled_out"
+"""Metadata key of nodes that stand for one operator because a target runs them faster; the pass that wrote them."""
+
 
 def constant_of(value: ir.Value | None, limit: int = 1 << 16) -> np.ndarray | None:
     """The array behind a constant value of at most ``limit`` elements, else None.

@@ -44,6 +44,8 @@ _GRAIN = 8
 """Neighbouring values of what is seen or heard are alike: made ones share a level over this many rows and columns."""
 _SILENCE = -1.0
 """The lowest value of a made spectrum."""
+DEFAULT_SHAPE: Mapping[str, int] = {"batch": 1, "choices": 4, "sequence": 128, "encoder_sequence": 128}
+"""Sizes at which engines are timed when none are asked for; axes of other names count 1."""
 _ELEMENTS = 1 << 24
 """Outputs with more elements than this are kept in part."""
 
@@ -187,6 +189,37 @@ def make_inputs(signature: Signature, seed: int = 0) -> list[dict[str, np.ndarra
     """Cases from the signature alone: short, medium, a padded batch, the longest; the same for the same seed."""
     generator = np.random.default_rng(seed)
     return [make_case(signature, sizes, generator) for sizes in case_sizes(signature)]
+
+
+def default_shapes(signature: Signature) -> tuple[Mapping[str, int], ...]:
+    """What is timed when nothing is asked for: one text; behind a cache, its prefill and one further token."""
+    if PAST not in signature.axes:
+        return (DEFAULT_SHAPE,)
+    return ({**DEFAULT_SHAPE, PAST: 0}, {**DEFAULT_SHAPE, "sequence": 1, PAST: 128})
+
+
+def sized_case(signature: Signature, sizes: Mapping[str, int]) -> tuple[Case, str]:
+    """A case of the sizes asked for, as far as the axes allow them, and the text of the sizes that it has.
+
+    An axis that is not named takes the size of what it is by its place: `batch` if it leads the first input,
+    `sequence` if tokens run along it, else 1.
+    """
+    known = {
+        name: axis.clamp(sizes.get(name, sizes.get(_usual_name(signature, name), axis.minimum)))
+        for name, axis in signature.axes.items()
+    }
+    if PAST in known and "sequence" in known:
+        limit = signature.axes[PAST].maximum
+        known[PAST] = known[PAST] if limit is None else min(known[PAST], max(0, limit + 1 - known["sequence"]))
+    text = ",".join(f"{name}={size}" for name, size in known.items()) or "fixed"
+    return make_case(signature, known, np.random.default_rng(0)), text
+
+
+def _usual_name(signature: Signature, axis: str) -> str:
+    if axis == leading_axis(signature):
+        return "batch"
+    along = [tensor for tensor in signature.inputs if tensor.dtype.is_integer() and axis in tensor.shape[1:]]
+    return "sequence" if along else axis
 
 
 Prompt = tuple[Case, int]

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.graph import rank_of, scalar_of
+from planish.optimizer.graph import SPELLED_OUT, rank_of, scalar_of
 from planish.optimizer.shapes import Followed, dims_of, rows_for
 from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, made_by, used_by
 
@@ -86,6 +86,8 @@ class FuseAttention(Fusion[Attention]):
 
     def check(self, match: Attention) -> None:
         """Four dimensions, softmax and transposition over the last ones, and nobody else who reads inside."""
+        if SPELLED_OUT in match.softmax.metadata_props:
+            raise Declined(f"{match.softmax.metadata_props[SPELLED_OUT]} spelled it out", match.softmax)
         axis = match.softmax.attributes.get("axis")
         if axis is not None and axis.as_int() not in (-1, _RANK - 1):
             raise Declined(f"its softmax runs over axis {axis.as_int()}", match.softmax)

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import NAME_SCOPES, location_of, rank_of
+from planish.optimizer.graph import NAME_SCOPES, SPELLED_OUT, location_of, rank_of
 
 _KNOWN = frozenset({"scale", "is_causal", "qk_matmul_output_mode", "softcap"})
 _RANK = 4
@@ -35,6 +35,7 @@ class LegalizeOpenVino(Pass):
     1. Attention over keys that are computed here is spelled out.
     2. Attention behind a cache, capped, with grouped heads, causal by attribute or of rank three stays one operator,
        and gets the mask of numbers.
+    3. A mask that is given, not computed from one of tokens, is left as it is: a row that hides everything may count.
     """
 
     name: ClassVar[str] = "legalize-openvino"
@@ -45,7 +46,10 @@ class LegalizeOpenVino(Pass):
         masks = _Masks(model.graph)
         for node in [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]:
             reason, mask = _obstacle(node), node.inputs[3] if len(node.inputs) > 3 else None
-            if reason is not None and (mask is None or mask.dtype != ir.DataType.BOOL or mask.shape is None):
+            given = mask is not None and mask.producer() is None
+            if given:
+                result.refusals.append(Refusal.at(node, "its mask is given, rows that hide everything may count", mask))
+            elif reason is not None and (mask is None or mask.dtype != ir.DataType.BOOL or mask.shape is None):
                 result.refusals.append(Refusal.at(node, reason, node.outputs[0]))
             elif admitted():
                 result.sites.append(location_of(node))
@@ -140,6 +144,7 @@ def _spell_out(graph: ir.Graph, node: ir.Node, masks: _Masks) -> None:
         made.shape, made.type = shapes.get(made, table), kind
     for index, new in enumerate(tape.nodes):
         new.name = f"{node.name}_{new.op_type}_{index}"
+        new.metadata_props[SPELLED_OUT] = LegalizeOpenVino.name
         if NAME_SCOPES in node.metadata_props:
             new.metadata_props[NAME_SCOPES] = node.metadata_props[NAME_SCOPES]
     graph.insert_before(node, tape.nodes)
