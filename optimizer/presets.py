@@ -20,12 +20,12 @@ _LAST = "remove-unused-nodes"
 PRESETS: Mapping[str, Mapping[str, str]] = {
     "exact": {
         "onnxruntime": f"{_SHARED},legalize-onnxruntime,share-transposed-weights,{_LAST}",
-        "openvino": f"{_SHARED},legalize-openvino,fold-constants,share-transposed-weights,{_LAST}",
+        "openvino": f"{_SHARED},legalize-openvino,fold-constants,deduplicate-initializers,share-transposed-weights,{_LAST}",
         "tensorrt": f"{_SHARED},{_LAST}",
     },
     "fast": {
         "onnxruntime": f"{_SHARED},pack-projections,quantize-int8{{activations=token}},legalize-onnxruntime,{_LAST}",
-        "openvino": f"{_SHARED},quantize-int8{{activations=runtime}},legalize-openvino,fold-constants,{_LAST}",
+        "openvino": f"{_SHARED},quantize-int8{{activations=runtime}},legalize-openvino,fold-constants,deduplicate-initializers,{_LAST}",
         "tensorrt": f"{_SHARED},{_LAST}",
     },
 }
