@@ -15,7 +15,7 @@ An output at a padded place holds a copy of another token's: it means as little 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,27 +23,10 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import constant_of, is_weight_matrix, location_of, rank_of, sole_user
+from planish.optimizer.graph import location_of
 from planish.optimizer.program import Role, guess_role
+from planish.passes.pruning._tokens import PRODUCTS, Tokens
 
-# fmt: off
-_UNARY = frozenset({
-    "Abs", "Cast", "Clip", "Elu", "Erf", "Exp", "FastGelu", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity",
-    "LeakyRelu", "Log", "Mish", "Neg", "Not", "QuickGelu", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Softplus",
-    "Softsign", "Sqrt", "Swish", "Tanh",
-})
-_BROADCAST = frozenset({
-    "Add", "And", "BiasGelu", "Div", "Equal", "Greater", "Less", "Max", "Min", "Mul", "Or", "Pow", "Sub", "Sum",
-    "Where",
-})
-_PRODUCTS = frozenset({"MatMul", "MatMulInteger", "MatMulIntegerToFloat"})
-_NORMALIZATIONS = frozenset({"LayerNormalization", "LogSoftmax", "RMSNormalization", "Softmax"})
-_REDUCTIONS = frozenset({"ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare"})
-_MOVES = frozenset({
-    "Concat", "Expand", "Gather", "Reshape", "RotaryEmbedding", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
-})
-# fmt: on
-_DOMAINS = frozenset(("", "com.microsoft"))
 _NAME = "remove_padding"
 _TOKENS = "tokens"
 """The axis of the tokens of all texts, one after the other."""
@@ -67,11 +50,11 @@ class RemovePadding(Pass):
         mask = _mask_of(graph)
         if mask is None or mask.shape is None:
             return result
-        tokens = _Tokens(graph, mask, (mask.shape[0], mask.shape[1]))
+        tokens = Tokens(graph, mask, (mask.shape[0], mask.shape[1]))
         nodes = list(tokens.worthwhile())
         if not nodes:
             return result
-        first = next(node for node in nodes if node.op_type in _PRODUCTS)
+        first = next(node for node in nodes if node.op_type in PRODUCTS)
         culprit = tokens.reader_of_padding(nodes)
         if culprit is not None:
             reason = "what is computed of padded tokens is read by something other than masked attention"
@@ -96,158 +79,6 @@ def _mask_of(graph: ir.Graph) -> ir.Value | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Which values of a graph have one row for each token, and which nodes treat rows one by one."""
-
-    graph: ir.Graph
-    mask: ir.Value
-    axes: tuple[int | ir.SymbolicDim, int | ir.SymbolicDim]
-
-    def hold(self, value: ir.Value | None) -> bool:
-        """Whether a value has shape (batch, sequence, numbers…)."""
-        dims = [] if value is None or value.shape is None else list(value.shape)
-        return len(dims) >= 2 and tuple(dims[:2]) == self.axes and all(isinstance(dim, int) for dim in dims[2:])
-
-    def worthwhile(self) -> Iterator[ir.Node]:
-        """Nodes that treat rows one by one and hang together with a product by weights, in order."""
-        alone = {id(node): node for node in self.graph if self._treats_rows(node)}
-        group: dict[int, set[int]] = {}
-        for key, node in alone.items():
-            merged = {key}
-            for value in node.inputs:
-                producer = value.producer() if value is not None and self.hold(value) else None
-                merged |= group.get(id(producer), set())
-            group.update(dict.fromkeys(merged, merged))
-        heavy = {id(group[key]) for key, node in alone.items() if _multiplies_weights(node)}
-        return (node for key, node in alone.items() if id(group[key]) in heavy)
-
-    def _treats_rows(self, node: ir.Node) -> bool:
-        if node.domain not in _DOMAINS or not node.outputs or not all(map(self.hold, node.outputs)):
-            return False
-        operands = [value for value in node.inputs if value is not None]
-        if not any(map(self.hold, operands)):
-            return False
-        if node.op_type in _UNARY:
-            return True
-        if node.op_type in _BROADCAST:
-            rank = rank_of(node.outputs[0]) or 0
-            return all(self._same_for_all(value, rank) for value in operands)
-        return self.hold(node.inputs[0]) and self._keeps_rows_apart(node)
-
-    def _same_for_all(self, value: ir.Value, rank: int) -> bool:
-        """Whether an operand has a row for each token, or the same for all of them."""
-        if value.shape is None:
-            return False
-        if self.hold(value):
-            return len(value.shape) == rank
-        return all(dim == 1 for dim in value.shape[: max(0, len(value.shape) - rank + 2)])
-
-    def _keeps_rows_apart(self, node: ir.Node) -> bool:
-        """Whether an operator with one operand of tokens mixes nothing between them."""
-        rest = [value for value in node.inputs[1:] if value is not None]
-        rank = rank_of(node.inputs[0]) or 0
-        if any(self.hold(value) for value in rest) and node.op_type != "MatMulIntegerToFloat":
-            return False
-        if node.op_type in _PRODUCTS:
-            return rank > 2 and _multiplies_weights(node) and all(self._holds_or_is_flat(v) for v in rest[1:])
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            return all(rank_of(value) == 0 for value in rest)
-        if node.op_type in _NORMALIZATIONS:
-            return _axis_of(node, rank, -1) == rank - 1 > 1
-        if node.op_type in _REDUCTIONS:
-            axes, keeps = constant_of(rest[0]) if rest else None, node.attributes.get("keepdims")
-            inside = axes is not None and all(int(axis) % rank > 1 for axis in axes.reshape(-1))
-            return inside and axes is not None and axes.size > 0 and (keeps is None or keeps.as_int() == 1)
-        if node.op_type == "Reshape":
-            target, zero = constant_of(rest[0]), node.attributes.get("allowzero")
-            keeps_two = target is not None and target.size > 2 and list(target[:2]) == [0, 0]
-            return keeps_two and (zero is None or zero.as_int() == 0)
-        return node.op_type == "Split" and _axis_of(node, rank, 0) > 1
-
-    def _holds_or_is_flat(self, value: ir.Value) -> bool:
-        """Whether a scale or zero point has one entry for each token, or none for tokens at all."""
-        return self.hold(value) or rank_of(value) in (0, 1)
-
-    def reader_of_padding(self, packed: Iterable[ir.Node]) -> ir.Node | None:
-        """A node that lets padding have a say in the result, or None: reads a packed value and hides nothing."""
-        inside = {id(node) for node in packed}
-        found = (
-            self._unmasked(use.node, use.idx, inside)
-            for node in packed
-            for output in node.outputs
-            for use in output.uses()
-        )
-        return next((node for node in found if node is not None), None)
-
-    def _unmasked(self, node: ir.Node, place: int, inside: set[int]) -> ir.Node | None:
-        if id(node) in inside or _takes_first(node, place):
-            return None
-        if node.op_type == "Attention" and node.domain == "":
-            hides = len(node.inputs) > 3 and place < 3 and self._comes_from_mask(node.inputs[3])
-            return None if hides else node
-        if node.op_type == "MatMul" and node.domain == "" and self._spelled_out(node, place):
-            return None
-        moves = node.op_type in _MOVES | _UNARY | _BROADCAST and node.domain == ""
-        follows = node.graph is self.graph and (moves or self._treats_rows(node))
-        if not follows or any(output.is_graph_output() and not self.hold(output) for output in node.outputs):
-            return node
-        readers = [use for output in node.outputs for use in output.uses()]
-        found = (self._unmasked(use.node, use.idx, inside) for use in readers)
-        return next((reader for reader in found if reader is not None), None)
-
-    def _spelled_out(self, product: ir.Node, place: int) -> bool:
-        """Whether this is queries times keys with a mask added to the scores, or what such a softmax weighs."""
-        weights = None if product.inputs[0] is None else product.inputs[0].producer()
-        if place == 1 and weights is not None and weights.op_type == "Softmax":
-            return self._hides(weights.inputs[0])
-        masked = sole_user(product.outputs[0])
-        softmax = None if masked is None else sole_user(masked.outputs[0])
-        return softmax is not None and softmax.op_type == "Softmax" and self._hides(softmax.inputs[0])
-
-    def _hides(self, scores: ir.Value | None) -> bool:
-        """Whether something that comes from the mask is added to scores."""
-        add = None if scores is None else scores.producer()
-        if add is None or add.op_type != "Add":
-            return False
-        makers = [(value, None if value is None else value.producer()) for value in add.inputs]
-        return any(
-            self._comes_from_mask(value) for value, maker in makers if maker is None or maker.op_type != "MatMul"
-        )
-
-    def _comes_from_mask(self, value: ir.Value | None) -> bool:
-        pending, seen = [value], set()
-        while pending:
-            current = pending.pop()
-            if current is self.mask:
-                return True
-            node = None if current is None or id(current) in seen else current.producer()
-            seen.add(id(current))
-            pending += [] if node is None else list(node.inputs)
-        return False
-
-
-def _multiplies_weights(node: ir.Node) -> bool:
-    """Whether a node is a product with a constant matrix, in floating point or as integers and their scales."""
-    weight = node.inputs[1] if node.op_type in _PRODUCTS else None
-    scaled = None if weight is None else weight.producer()
-    stored = scaled is not None and scaled.op_type == "DequantizeLinear" and is_weight_matrix(scaled.inputs[0])
-    return is_weight_matrix(weight) or (stored and rank_of(weight) == 2)
-
-
-def _axis_of(node: ir.Node, rank: int, default: int) -> int:
-    axis = node.attributes.get("axis")
-    return (default if axis is None else axis.as_int()) % rank
-
-
-def _takes_first(node: ir.Node, place: int) -> bool:
-    """Whether a node takes the first token of each text, which is packed whatever the mask says of it."""
-    if node.op_type != "Gather" or node.domain != "" or place != 0:
-        return False
-    axis, index = node.attributes.get("axis"), constant_of(node.inputs[1])
-    return axis is not None and axis.as_int() == 1 and index is not None and not index.any()
-
-
 class _Packing:
     """Writes the indices once, and the moves between the two forms where they are needed."""
 
@@ -256,7 +87,7 @@ class _Packing:
         self._packed: dict[int, ir.Value] = {}
         self._places, self._ranks = self._indices(mask)
 
-    def apply(self, nodes: list[ir.Node], tokens: _Tokens) -> None:
+    def apply(self, nodes: list[ir.Node], tokens: Tokens) -> None:
         """Let these nodes work on packed rows."""
         inside = {id(node) for node in nodes}
         for node in nodes:
