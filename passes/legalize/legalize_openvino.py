@@ -115,7 +115,9 @@ class _Masks:
             else:  # minus infinity may stand in it
                 added = tape.op("Max", [mask, lowest])
             added.shape, added.type = mask.shape, ir.TensorType(ir.DataType.FLOAT)
-            added.name = _NAME if not self.made else f"{_NAME}_{len(self.made)}"
+            name = _NAME if not self.made else f"{_NAME}_{len(self.made)}"
+            _name(tape, name)
+            added.name = name
             self.graph.insert_before(reader, tape.nodes)
             self.made[id(mask)] = added
         return self.made[id(mask)]
@@ -142,8 +144,8 @@ def _spell_out(graph: ir.Graph, node: ir.Node, masks: _Masks) -> None:
     shapes = {scaled: query.shape, turned: ir.Shape([*key.shape[:2], key.shape[3], key.shape[2]]), result: old.shape}
     for made in (scaled, turned, scores, masked, weights, result):
         made.shape, made.type = shapes.get(made, table), kind
-    for index, new in enumerate(tape.nodes):
-        new.name = f"{node.name}_{new.op_type}_{index}"
+    _name(tape, f"{old.name}_spelled_out")
+    for new in tape.nodes:
         new.metadata_props[SPELLED_OUT] = LegalizeOpenVino.name
         if NAME_SCOPES in node.metadata_props:
             new.metadata_props[NAME_SCOPES] = node.metadata_props[NAME_SCOPES]
@@ -152,6 +154,12 @@ def _spell_out(graph: ir.Graph, node: ir.Node, masks: _Masks) -> None:
     graph.remove(node, safe=True)
     name = old.name
     old.name, result.name = f"{name}_whole", name
+
+
+def _name(tape: ir.tape.Tape, prefix: str) -> None:
+    """Names that depend on nothing that happened to the graph before: a lock must give the same bytes."""
+    for index, node in enumerate(tape.nodes):
+        node.name = node.outputs[0].name = f"{prefix}_{node.op_type}_{index}"
 
 
 def _number(tape: ir.tape.Tape, number: float) -> ir.Value:
