@@ -52,8 +52,8 @@ class Request:
     asked: Budget
     """What `--keep` says; without it, the default of the preset."""
     shapes: tuple[Mapping[str, int], ...]
-    extras: Mapping[str, Pipeline] = field(default_factory=dict)
-    """By the name of the target: passes that are tried behind its pipeline, and kept where that is faster."""
+    extra: Pipeline
+    """Passes that are tried behind the pipeline of each target, and kept where that is faster."""
 
     def described(self) -> dict[str, str]:
         """The request as texts, for lock and manifest."""
@@ -77,6 +77,17 @@ class Contender:
     def violations(self) -> list[str]:
         """What of the budgets does not hold."""
         return self.fidelity.violations(self.budgets)
+
+    def obstacle(self, without: Contender) -> str | None:
+        """Why the extra passes cannot win against the engine without them, before anything is timed."""
+        own = [report for n, o in self.outcomes.items() for report in o.reports[len(without.outcomes[n].reports) :]]
+        undone = next((report.rolled_back for report in own if report.rolled_back is not None), None)
+        if undone is not None:
+            return f"undone: {undone}"
+        if not _went_on(self.outcomes, without.outcomes):
+            refused = next((refusal.reason for report in own for refusal in report.refusals), "no place for it")
+            return f"changed nothing: {refused}"
+        return f"outside the budget: {self.violations[0]}" if self.violations else None
 
 
 @dataclass
@@ -161,26 +172,21 @@ class Builder:
         """The engine of the pipeline, in its place; behind it that with the extra passes, if they are to be tried."""
         with self.stages.stage(f"{target.name}: passes"):
             ways = {"": {name: self._run_passes(target, name, choice) for name in self.lowered.program.components}}
-            extra = self.request.extras.get(target.name, Pipeline())
+            extra = self.request.extra
             if extra.passes and choice is None and not self._unmeasured(target):
-                further = {name: self._run_further(name, outcome, extra) for name, outcome in ways[""].items()}
-                changed = any(report.modified for o in further.values() for report in o.reports[-len(extra.passes) :])
-                ways |= {str(extra): further} if changed else {}
+                ways[str(extra)] = {name: self._run_further(name, done, extra) for name, done in ways[""].items()}
+            changed = {text: outcomes for text, outcomes in ways.items() if not text or _went_on(outcomes, ways[""])}
         places = {text: self.scratch / f"{target.name}-extra" if text else place for text in ways}
         with self.stages.stage(f"{target.name}: emission"):
-            for text, outcomes in ways.items():
+            for text, outcomes in changed.items():
                 self._emit(target, {name: outcome.model for name, outcome in outcomes.items()}, places[text])
         with self.stages.stage(f"{target.name}: check"):
-            return [
-                Contender(
-                    outcomes,
-                    text,
-                    places[text],
-                    self._budgets({name: outcome.applied.passes for name, outcome in outcomes.items()}),
-                    self._check(target, places[text]),
-                )
-                for text, outcomes in ways.items()
-            ]
+            found = {text: self._contender(target, outcomes, text, places[text]) for text, outcomes in changed.items()}
+        return [found.get(text) or replace(found[""], outcomes=outcomes, extra=text) for text, outcomes in ways.items()]
+
+    def _contender(self, target: Backend, outcomes: Mapping[str, Outcome], extra: str, place: Path) -> Contender:
+        budgets = self._budgets({name: outcome.applied.passes for name, outcome in outcomes.items()})
+        return Contender(outcomes, extra, place, budgets, self._check(target, place))
 
     def _unmeasured(self, target: Backend) -> bool:
         """Whether nothing can be timed."""
@@ -262,7 +268,8 @@ class Builder:
     ) -> tuple[Contender, Choice, Mapping[str, Mapping[str, Timing]]]:
         """Decide by the budget first, then by the clock, against the plain lowering on the same target."""
         first = contenders[0]
-        sound = [contender for contender in contenders if not contender.violations]
+        sound = [first] if not first.violations else []
+        sound += [tried for tried in contenders[1:] if tried.obstacle(first) is None]
         if self.references is not None and not sound:
             return first, _choice(target, first, "plain", f"outside the budget: {first.violations[0]}"), {}
         if self.references is None or self.offload:
@@ -282,11 +289,8 @@ class Builder:
         faster = math.prod(timing.low for timing in others[best].values()) > 1
         why = "faster than the plain lowering" if faster else "not measurably faster than the plain lowering"
         choice = _choice(target, sound[best], "optimized" if faster else "plain", why)
-        trials = [
-            Trial(passes=contender.extra, kept=contender is sound[best] and faster, measured=_speeds(timings))
-            for contender, timings in zip(sound, others, strict=True)
-            if contender.extra
-        ]
+        timed = {contender.extra: timings for contender, timings in zip(sound, others, strict=True)}
+        trials = [_trial(tried, first, sound[best] if faster else None, timed) for tried in contenders if tried.extra]
         choice = choice.model_copy(update={"measured": _speeds(others[best]), "tried": trials})
         return sound[best], choice, {s: {"plain": plain[s], "optimized": others[best][s]} for s in plain}
 
@@ -330,6 +334,13 @@ class Builder:
             onnx_io.copy_file(self.lowered.folder / name, place / name)
 
 
+def _went_on(outcomes: Mapping[str, Outcome], before: Mapping[str, Outcome]) -> bool:
+    """Whether the passes behind those of ``before`` changed a component."""
+    return any(
+        r.modified for n, o in outcomes.items() for r in o.reports[len(before[n].reports) :] if not r.rolled_back
+    )
+
+
 def _choice(target: Backend, engine: Contender, shipped: Literal["optimized", "plain"], why: str) -> Choice:
     """A choice for which nothing was measured."""
     return Choice(
@@ -355,6 +366,17 @@ def _fastest(engines: Sequence[Mapping[str, Timing]]) -> int:
         low = math.prod(timing.low for timing in timings.values())
         best = index if low > math.prod(timing.speedup for timing in engines[best].values()) else best
     return best
+
+
+def _trial(
+    tried: Contender, first: Contender, shipped: Contender | None, timed: Mapping[str, Mapping[str, Timing]]
+) -> Trial:
+    obstacle = tried.obstacle(first)
+    if obstacle is not None:
+        return Trial(passes=tried.extra, kept=False, why=obstacle)
+    kept = tried is shipped
+    why = "faster than without" if kept else "not measurably faster than without"
+    return Trial(passes=tried.extra, kept=kept, why=why, measured=_speeds(timed[tried.extra]))
 
 
 def _speeds(timings: Mapping[str, Timing]) -> list[Speed]:
@@ -463,14 +485,10 @@ def pipelines_for(targets: Sequence[Backend], preset: str | None, text: str | No
     }
 
 
-def extras_for(
-    targets: Sequence[Backend], preset: str | None, shapes: Sequence[Mapping[str, int]]
-) -> dict[str, Pipeline]:
-    """What is tried behind the pipelines of a preset, by target: where several texts are timed at once, some of them
-    are padded."""
+def extra_for(preset: str | None, shapes: Sequence[Mapping[str, int]]) -> Pipeline:
+    """What is tried behind the pipeline of a preset: where several texts are timed at once, some of them are padded."""
     several = any(sizes.get("batch", 1) > 1 for sizes in shapes)
-    texts = {target.name: presets.extra_text(preset, target.name) for target in targets} if several and preset else {}
-    return {name: Pipeline.parse(text) for name, text in texts.items() if text}
+    return Pipeline.parse(presets.EXTRA) if several and preset is not None else Pipeline()
 
 
 def _short(value: float) -> float:

@@ -29,7 +29,7 @@ from planish.optimizer.building import (
     Stages,
     check_engines,
     demand_room,
-    extras_for,
+    extra_for,
     pipelines_for,
 )
 from planish.optimizer.calibration import read_cases
@@ -121,22 +121,14 @@ def optimize(
     stages = Stages(progress, 2 + offload + (4 if timed else 3) * len(request.targets))
     with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
         with stages.stage("lowering"):
-            lowered = _lowered(
-                source,
-                task,
-                sample_inputs=sample_inputs,
-                dynamic_axes=dynamic_axes,
-                adapter=None if adapter is None else Path(adapter),
-                background=reference == "full",
-                offload=offload,
-            )
+            lowered = _lowered(source, task, adapter, reference, sample_inputs=sample_inputs, dynamic_axes=dynamic_axes)
         if known is not None and lock is not None:
             known.check_fits(
                 Path(lock), lowered.program.provenance.files, request.described(), [*map(str, request.targets)]
             )
         inputs, references = _asked(lowered, request, calibration, reference, stages)
-        reproducers = Path(f"{out}.failed")
-        builder = Builder(request, lowered, references, inputs, folder, Path(scratch), reproducers, stages, offload)
+        places = folder, Path(scratch), Path(f"{out}.failed")
+        builder = Builder(request, lowered, references, inputs, *places, stages, offload)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
         check_expectations(wanted, _sites(built), [t.name for t in request.targets])
         with stages.stage("report"):
@@ -150,13 +142,22 @@ def optimize(
     return replace(result, folder=Path(out))
 
 
-def _lowered(source: str | Path | Any, task: str | None, **options: Any) -> Lowered:
+def _lowered(
+    source: str | Path | Any, task: str | None, adapter: str | Path | None, reference: ReferenceMode, **options: Any
+) -> Lowered:
     """Lower, and spare the collector the objects of torch: few die meanwhile, and a million stay as they are after."""
     usual = gc.get_threshold()
     gc.set_threshold(*_COLLECT_SELDOM)
     try:
         with holding_interrupts():
-            lowered = lower(source, task, **options)
+            lowered = lower(
+                source,
+                task,
+                adapter=None if adapter is None else Path(adapter),
+                background=reference == "full",
+                offload=reference == "offload",
+                **options,
+            )
     finally:
         gc.set_threshold(*usual)
     gc.collect()
@@ -179,8 +180,8 @@ def _request(
         raise UsageError(f"each target must be given once, got {names}", advice="build two folders for two variants")
     preset = "exact" if pipeline is None and preset is None else preset
     asked = Budget.parse(keep) if keep else presets.budget(preset)
-    extras = extras_for(backends, preset, shapes)
-    return Request(backends, preset, pipelines_for(backends, preset, pipeline), asked, tuple(shapes), extras)
+    pipelines = pipelines_for(backends, preset, pipeline)
+    return Request(backends, preset, pipelines, asked, tuple(shapes), extra_for(preset, shapes))
 
 
 def _asked(

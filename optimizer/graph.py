@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -110,6 +110,15 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorPro
     value = ir.Value(name=name, shape=shape_of(tensor), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def name_nodes(nodes: Iterable[ir.Node], prefix: str) -> None:
+    """Name new nodes, and their first outputs, by what they do and their order.
+
+    Names that are left to onnx_ir count what happened to the graph before; a build from a lock must repeat them.
+    """
+    for index, node in enumerate(nodes):
+        node.name = node.outputs[0].name = f"{prefix}_{node.op_type}_{index}"
 
 
 def remove_dead(graph: ir.Graph | ir.Function, node: ir.Node) -> None:

@@ -40,12 +40,13 @@ class Speed(BaseModel):
 
 
 class Trial(BaseModel):
-    """Passes that were tried behind the pipeline, and what came of it."""
+    """Passes that were tried behind the pipeline, what came of it, and why."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     passes: str
     kept: bool
-    measured: list[Speed]
+    why: str
+    measured: list[Speed] = []
 
 
 class Choice(BaseModel):

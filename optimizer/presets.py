@@ -36,12 +36,9 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
 
 `fast` quantizes the head of a language model, so that its embedding has no second copy to share."""
 
-EXTRAS: Mapping[str, Mapping[str, str]] = {
-    "exact": {"onnxruntime": "remove-padding", "openvino": "remove-padding"},
-    "fast": {"onnxruntime": "remove-padding", "openvino": "remove-padding"},
-}
-"""Preset -> target -> passes that cost a little for a single text and gain much for padded ones: tried, and kept where
-that is faster, if the shapes asked for have several texts."""
+EXTRA = "remove-padding"
+"""Costs a little for a single text and gains much for padded ones: tried behind the pipeline of a preset, and kept
+where that is faster, if the shapes asked for have several texts."""
 
 BUDGETS: Mapping[str, str] = {"fast": "cosine>=0.99"}
 """What passes that are not exact may cost when nothing else is asked for."""
@@ -52,11 +49,6 @@ def pipeline_text(preset: str, target: str) -> str:
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}{spec.did_you_mean(preset, PRESETS)}")
     return PRESETS[preset].get(target, f"{_SHARED},{_LAST}")
-
-
-def extra_text(preset: str, target: str) -> str:
-    """What is tried behind the pipeline of a preset; nothing for most."""
-    return EXTRAS.get(preset, {}).get(target, "")
 
 
 def budget(preset: str | None) -> Budget:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import NAME_SCOPES, SPELLED_OUT, location_of, rank_of
+from planish.optimizer.graph import NAME_SCOPES, SPELLED_OUT, location_of, name_nodes, rank_of
 
 _KNOWN = frozenset({"scale", "is_causal", "qk_matmul_output_mode", "softcap"})
 _RANK = 4
@@ -116,7 +116,7 @@ class _Masks:
                 added = tape.op("Max", [mask, lowest])
             added.shape, added.type = mask.shape, ir.TensorType(ir.DataType.FLOAT)
             name = _NAME if not self.made else f"{_NAME}_{len(self.made)}"
-            _name(tape, name)
+            name_nodes(tape.nodes, name)
             added.name = name
             self.graph.insert_before(reader, tape.nodes)
             self.made[id(mask)] = added
@@ -144,7 +144,7 @@ def _spell_out(graph: ir.Graph, node: ir.Node, masks: _Masks) -> None:
     shapes = {scaled: query.shape, turned: ir.Shape([*key.shape[:2], key.shape[3], key.shape[2]]), result: old.shape}
     for made in (scaled, turned, scores, masked, weights, result):
         made.shape, made.type = shapes.get(made, table), kind
-    _name(tape, f"{old.name}_spelled_out")
+    name_nodes(tape.nodes, f"{old.name}_spelled_out")
     for new in tape.nodes:
         new.metadata_props[SPELLED_OUT] = LegalizeOpenVino.name
         if NAME_SCOPES in node.metadata_props:
@@ -154,12 +154,6 @@ def _spell_out(graph: ir.Graph, node: ir.Node, masks: _Masks) -> None:
     graph.remove(node, safe=True)
     name = old.name
     old.name, result.name = f"{name}_whole", name
-
-
-def _name(tape: ir.tape.Tape, prefix: str) -> None:
-    """Names that depend on nothing that happened to the graph before: a lock must give the same bytes."""
-    for index, node in enumerate(tape.nodes):
-        node.name = node.outputs[0].name = f"{prefix}_{node.op_type}_{index}"
 
 
 def _number(tape: ir.tape.Tape, number: float) -> ir.Value:

@@ -15,15 +15,14 @@ An output at a padded place holds a copy of another token's: it means as little 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import location_of
+from planish.optimizer.graph import location_of, name_nodes
 from planish.optimizer.program import Role, guess_role
 from planish.passes.pruning._tokens import PRODUCTS, Tokens
 
@@ -104,17 +103,18 @@ class _Packing:
 
         The first token of each text counts always: then there is one, and what reads the first of each text is right.
         """
-        tape = _Tape(_NAME)
+        tape = ir.tape.Tape()
         boolean, whole = {"to": int(ir.DataType.BOOL)}, {"to": int(ir.DataType.INT64)}
-        zero, one, end, line = (tape.constant([n]) for n in (0, 1, np.iinfo(np.int64).max, -1))
+        zero, one, end, line = (_constant(tape, [n]) for n in (0, 1, np.iinfo(np.int64).max, -1))
         first = tape.op("Slice", [mask, zero, one, one])
         always = tape.op("Equal", [first, first])
         others = tape.op("Cast", [tape.op("Slice", [mask, one, end, one])], boolean)
         counted = tape.op("Concat", [always, others], {"axis": 1})
         flags = tape.op("Cast", [tape.op("Reshape", [counted, line])], whole)
         places = tape.op("Reshape", [tape.op("NonZero", [flags]), line])
-        until = tape.op("CumSum", [flags, tape.constant(0)])
+        until = tape.op("CumSum", [flags, _constant(tape, 0)])
         ranks = tape.op("Reshape", [tape.op("Sub", [until, one]), tape.op("Shape", [mask])])
+        name_nodes(tape.nodes, _NAME)
         self._graph.insert_before(next(iter(self._graph)), tape.nodes)
         return places, ranks
 
@@ -122,10 +122,11 @@ class _Packing:
         """(batch, sequence, …) as (1, tokens, …)."""
         if id(value) not in self._packed and value.shape is not None:
             rest = [dim for dim in value.shape[2:] if isinstance(dim, int)]
-            tape = _Tape(f"{value.name}_pack")
-            flat = tape.op("Reshape", [value, tape.constant([1, -1, *rest])])
+            tape = ir.tape.Tape()
+            flat = tape.op("Reshape", [value, _constant(tape, [1, -1, *rest])])
             packed = tape.op("Gather", [flat, self._places], {"axis": 1})
             packed.shape, packed.type = ir.Shape([1, _TOKENS, *rest]), value.type
+            name_nodes(tape.nodes, f"{value.name}_pack")
             self._graph.insert_before(reader, tape.nodes)
             self._packed[id(value)] = packed
         return self._packed[id(value)]
@@ -139,9 +140,10 @@ class _Packing:
         value.shape = ir.Shape([1, _TOKENS, *padded[2:]])
         if not outside and not value.is_graph_output():
             return
-        tape = _Tape(f"{value.name}_unpack")
-        restored = tape.op("Squeeze", [tape.op("Gather", [value, self._ranks], {"axis": 1}), tape.constant([0])])
+        tape = ir.tape.Tape()
+        restored = tape.op("Squeeze", [tape.op("Gather", [value, self._ranks], {"axis": 1}), _constant(tape, [0])])
         restored.shape, restored.type = padded, value.type
+        name_nodes(tape.nodes, f"{value.name}_unpack")
         self._graph.insert_after(maker, tape.nodes)
         for use in outside:
             use.node.replace_input_with(use.idx, restored)
@@ -152,22 +154,6 @@ class _Packing:
                 value.name, restored.name = f"{name}_{_TOKENS}", name
 
 
-class _Tape(ir.tape.Tape):
-    """New nodes in order, not yet in a graph. Their names depend on nothing that happened to the graph before."""
-
-    def __init__(self, prefix: str) -> None:
-        super().__init__()
-        self._prefix = prefix
-
-    def op(self, op_type: str, inputs: Sequence[ir.Value | None], *rest: Any, **options: Any) -> ir.Value:
-        """The output of a new node."""
-        made = super().op(op_type, inputs, *rest, **options)
-        made.name = f"{self._prefix}_{len(self.nodes)}"
-        node = made.producer()
-        if node is not None:
-            node.name = made.name
-        return made
-
-    def constant(self, numbers: int | list[int]) -> ir.Value:
-        """A whole number, or a line of them."""
-        return self.op("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))})
+def _constant(tape: ir.tape.Tape, numbers: int | list[int]) -> ir.Value:
+    """A whole number, or a line of them."""
+    return tape.op("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))})

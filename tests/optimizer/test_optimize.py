@@ -223,8 +223,16 @@ def test_padding_is_removed_where_that_is_faster(
     build(tmp_path / "again")
     built = [(tmp_path / name / "onnxruntime" / "model.onnx").read_bytes() for name in ("out", "again")]
     assert built[0] == built[1]
+    assert trial.why == ("faster than without" if kept else "not measurably faster than without")
     single = optimize(tiny, tmp_path / "single", preset="exact", shapes=[{"batch": 1, "sequence": 8}])
     assert not Lock.read(single.folder / "planish.lock").targets["onnxruntime"].tried
+
+
+def test_a_trial_that_changes_nothing_says_so(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "EXTRA", "fuse-rms-norm")
+    result = optimize(tiny, tmp_path / "out", preset="exact", shapes=[{"batch": 4, "sequence": 8}])
+    (trial,) = Lock.read(result.folder / "planish.lock").targets["onnxruntime"].tried
+    assert (trial.kept, trial.why, trial.measured) == (False, "changed nothing: no place for it", [])
 
 
 def test_a_pass_that_misses_what_was_asked_for_is_undone(
