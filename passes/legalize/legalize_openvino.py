@@ -46,8 +46,9 @@ class LegalizeOpenVino(Pass):
         masks = _Masks(model.graph)
         for node in [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]:
             reason, mask = _obstacle(node), node.inputs[3] if len(node.inputs) > 3 else None
-            given = mask is not None and mask.producer() is None
-            if given:
+            if any(value is not None and value.dtype != ir.DataType.FLOAT for value in node.inputs[:3]):
+                result.refusals.append(Refusal.at(node, "its operands are not of type FLOAT", node.outputs[0]))
+            elif mask is not None and mask.producer() is None:
                 result.refusals.append(Refusal.at(node, "its mask is given, rows that hide everything may count", mask))
             elif reason is not None and (mask is None or mask.dtype != ir.DataType.BOOL or mask.shape is None):
                 result.refusals.append(Refusal.at(node, reason, node.outputs[0]))
@@ -79,8 +80,6 @@ def _obstacle(node: ir.Node) -> str | None:
         return "its scores are capped"
     if other:
         return f"it has the attribute {other[0]}"
-    if any(value is not None and value.dtype != ir.DataType.FLOAT for value in node.inputs[:3]):
-        return "its operands are not of type FLOAT"
     heads = (None if value.shape is None else value.shape[1] for value in (query, key))
     if len({*heads}) > 1:
         return "its queries and keys differ in heads"
