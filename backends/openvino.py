@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge
+from pydantic import StringConstraints
 
 from planish.optimizer import onnx_io
 from planish.optimizer.backend import Arrays, Backend, Engine
@@ -48,6 +49,10 @@ class OpenVino(Backend):
     """Arithmetic of floating-point operators. The runtime's own default is bf16 on CPUs that have it, at a
     relative error near 2e-3; here it must be asked for."""
 
+    buckets: tuple[Annotated[str, StringConstraints(pattern="^[1-9][0-9]*x[1-9][0-9]*$")], ...] = ()
+    """Texts and tokens, as `1x16`, for which the model is compiled a second time: calls of exactly this size run with
+    shapes that are known, for the memory of another copy; all others run as ever. Not for models that keep a cache."""
+
     def emit(self, program: Program, folder: Path) -> None:
         """Convert through ONNX and write the IR, weights as they are (never halved in silence).
 
@@ -79,9 +84,12 @@ class OpenVino(Backend):
             raise MissingRuntime(f"OpenVINO finds no {self.device} on this machine", where=f"target {self}")
         try:
             compiled = core.compile_model(str(file), self.device, self._config())
+            sizes = [tuple(map(int, text.split("x"))) for text in self.buckets]
+            models = {size: _of_size(core, file, size) for size in sizes}
+            buckets = {size: core.compile_model(m, self.device, self._config()) for size, m in models.items()}
         except RuntimeError as error:
             raise BadInput(f"OpenVINO refuses the model: {_first_line(error)}", where=file) from error
-        return OpenVinoEngine(ov, compiled)
+        return OpenVinoEngine(ov, compiled, buckets)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -110,9 +118,11 @@ class OpenVinoEngine(Engine):
     read after. `step` leaves it where it is, so an engine serves one text at a time.
     """
 
-    def __init__(self, ov: Any, compiled: Any) -> None:
+    def __init__(self, ov: Any, compiled: Any, buckets: Mapping[tuple[int, ...], Any] | None = None) -> None:
+        """``buckets`` are the same model, compiled for inputs of one shape each."""
         self._tensor = ov.Tensor
         self._request = compiled.create_infer_request()
+        self._buckets = {size: own.create_infer_request() for size, own in (buckets or {}).items()}
         self._variables = {state.name.partition(_PRESENT)[0]: state for state in self._request.query_state()}
         cached = tuple(
             TensorSpec(name, ir.DataType.FLOAT, ("batch", "heads", PAST, "size"), Role.CACHE)
@@ -161,11 +171,24 @@ class OpenVinoEngine(Engine):
         return {**rest, _BEAMS: np.arange(_rows(feeds), dtype=np.int32)}
 
     def _infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        sizes = {array.shape for array in feeds.values()} if self._buckets else set()
+        request = self._buckets.get(sizes.pop(), self._request) if len(sizes) == 1 else self._request
         try:
-            results = self._request.infer(dict(feeds), share_inputs=True)
+            results = request.infer(dict(feeds), share_inputs=True)
         except RuntimeError as error:
             raise BadInput(f"OpenVINO cannot run these inputs: {_first_line(error)}") from error
         return {tensor.name: np.array(results[index]) for index, tensor in enumerate(self.outputs)}
+
+
+def _of_size(core: Any, file: Path, size: tuple[int, ...]) -> Any:
+    """The model in a file with all inputs of one shape (texts, tokens)."""
+    model = core.read_model(str(file))
+    odd = [port.get_any_name() for port in model.inputs if len(port.get_partial_shape()) != len(size)]
+    if odd or model.get_sinks():
+        what = f"input {odd[0]!r} does not have" if odd else "a model that keeps a cache has not only"
+        raise BadInput(f"{what} the axes texts and tokens", where=file, advice="leave out the option buckets")
+    model.reshape({port: list(size) for port in model.inputs})
+    return model
 
 
 def _rows(inputs: Arrays) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from planish.optimizer import registry
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.benching import target_of
 from planish.optimizer.errors import BadInput
+from planish.optimizer.fitting import Room
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.perceiving import Perceiver, classes, label, perceiver, softmax, takes_arrays, transcriber
@@ -39,26 +40,25 @@ class Answerer:
     folder: Path
     longest: int | None
     """Most tokens of one text; longer ones are cut, and the answer says so."""
+    room: Room = field(default_factory=Room)
 
     def questions(self, path: Path) -> Iterator[Question]:
         """The questions of a file."""
         return read_questions(path)
 
     def answer(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        """One answer for each question, in order; all of them run as one padded batch."""
+        """One answer for each question, in order; as many as the engine takes at once run as one padded batch."""
+        return [answer for group in self.room.groups(questions) for answer in self._answer(group)]
+
+    def _answer(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         encoded = self._encode(questions)
-        feeds = {t.name: np.asarray(encoded[t.name]) for t in self.engine.inputs if t.name in encoded}
-        outputs = self.engine.run(feeds)
+        feeds = {t.name: self.room.rows(np.asarray(encoded[t.name])) for t in self.engine.inputs if t.name in encoded}
+        outputs = {name: array[: len(questions)] for name, array in self.engine.run(feeds).items()}
         found = _ANSWERS[self.task](self, questions, encoded, outputs)
         return [answer | cut for answer, cut in zip(found, self._cuts(questions, encoded), strict=True)]
 
     def _encode(self, questions: Sequence[Question]) -> Mapping[str, Any]:
-        common = {
-            "padding": True,
-            "truncation": self.longest is not None,
-            "max_length": self.longest,
-            "return_tensors": "np",
-        }
+        common = self.room.padding(self.longest)
         if self.task == "multiple-choice":
             return self._encode_choices(questions, common)
         pairs = [question.pair for question in questions]
@@ -123,7 +123,7 @@ def open_answerer(path: Path, target: str | None = None) -> AnyAnswerer:
         raise BadInput(
             f"answers of task {task!r} are arrays", where=folder, advice="run it from Python: engine.run({…})"
         )
-    return Answerer(engine, tokenizer, task, config, folder, _longest(manifest, tokenizer))
+    return Answerer(engine, tokenizer, task, config, folder, _longest(manifest, tokenizer), Room.of(signature))
 
 
 def _open_writer(folder: Path, target: str, manifest: Manifest, first: Signature, tokenizer: Any | None) -> Writer:

@@ -95,6 +95,11 @@ class Pass(ir.passes.InPlacePass):
     """Whether the rewrite keeps every output up to rounding; a pass that does not is held against the fidelity that was
     asked for instead of the noise floor."""
 
+    @property
+    def fixed(self) -> Mapping[str, int]:
+        """Axes that have only this size after the pass, by name; an engine is asked for no other."""
+        return {}
+
     def __str__(self) -> str:
         """The text form; options that have their default are left out."""
         return spec.format_dataclass(self.name, self)

@@ -48,8 +48,8 @@ def bench(
 
     Components of an encoder-decoder race apart, each with the same component of other engines.
 
-    ``targets`` give options to the runtimes (`onnxruntime{threads=2}`) and say which engines of an output take part;
-    without them all do. Raises BadInput if nothing is there to time.
+    ``targets`` give options to the runtimes (`onnxruntime{threads=2}`) and say which engines of an output take part,
+    each once for every target of its runtime; without them all do. Raises BadInput if nothing is there to time.
     """
     entrants = [entrant for path in (*against, *models) for entrant in _entrants(Path(path), targets)]
     if not entrants:
@@ -70,7 +70,9 @@ def _race(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]]) -> l
 
 def _entrants(path: Path, targets: Sequence[str]) -> list[Entrant]:
     """The engines of an output, the engine of an engine folder, or the one that opens a file."""
-    asked = {registry.backend(text).name: text for text in targets}
+    asked: dict[str, list[str]] = {}
+    for text in targets:
+        asked.setdefault(registry.backend(text).name, []).append(text)
     if (path / MANIFEST).is_file():
         manifest = Manifest.read(path)
         names = [name for name in manifest.targets if not asked or name in asked]
@@ -78,24 +80,32 @@ def _entrants(path: Path, targets: Sequence[str]) -> list[Entrant]:
             entrant
             for name in names
             if registry.backend(manifest.targets[name].target).missing() is None
-            for entrant in _components(path / name, asked.get(name, manifest.targets[name].target), manifest)
+            for entrant in _components(path / name, asked.get(name, [manifest.targets[name].target]), manifest)
         ]
     target = target_of(path)
+    ways = asked.get(target, [target])
     if path.is_dir() and (path.parent / MANIFEST).is_file():
-        return _components(path, asked.get(target, target), Manifest.read(path.parent))
-    return [Entrant(str(path), EngineRef(asked.get(target, target), path), _signature_of(path, target))]
+        return _components(path, ways, Manifest.read(path.parent))
+    signature = _signature_of(path, target)
+    return [Entrant(_label(str(path), way, ways), EngineRef(way, path), signature) for way in ways]
 
 
-def _components(folder: Path, target: str, manifest: Manifest) -> list[Entrant]:
-    """Every component of an engine folder."""
+def _label(what: str, target: str, ways: Sequence[str]) -> str:
+    """What an engine is called in the table: with its options, if it takes part with several."""
+    return what if len(ways) == 1 else f"{what} {target}"
+
+
+def _components(folder: Path, targets: Sequence[str], manifest: Manifest) -> list[Entrant]:
+    """Every component of an engine folder, for each way to open it."""
     return [
         Entrant(
-            str(folder) if len(manifest.signatures) == 1 else f"{folder} {component}",
+            _label(str(folder) if len(manifest.signatures) == 1 else f"{folder} {component}", target, targets),
             EngineRef(target, registry.backend(target).path_of(component, folder)),
             record.signature(),
             component,
         )
         for component, record in manifest.signatures.items()
+        for target in targets
     ]
 
 

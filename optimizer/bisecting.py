@@ -8,7 +8,7 @@ site rewrites is cut out of the graph, as a model of a few nodes that fails by i
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from planish.optimizer import onnx_io, registry
 from planish.optimizer.backend import Arrays
 from planish.optimizer.base import Pass, PassResult, at_most
-from planish.optimizer.building import CHECKER
+from planish.optimizer.checking import CHECKER
 from planish.optimizer.compare import Budget, compare
 from planish.optimizer.errors import BadInput, CheckFailed, PlanishError
 from planish.optimizer.lowering import lower
@@ -68,13 +68,13 @@ class Trial:
     asked: Budget
 
     @classmethod
-    def of(cls, source: Path, asked: Budget) -> tuple[ir.Model, Trial]:
-        """The model in an ONNX file, and the trial that it passes itself."""
+    def of(cls, source: Path, asked: Budget, fixed: Mapping[str, int]) -> tuple[ir.Model, Trial]:
+        """The model in an ONNX file, asked for these sizes of axes only, and the trial that it passes itself."""
         if source.is_dir():
             raise BadInput(
                 "this is a folder", where=source, advice="give an .onnx file, such as that of an engine in it"
             )
-        lowered = lower(source)
+        lowered = lower(source).with_fixed(fixed)
         model, signature = lowered.program.sole()
         trial = cls(signature, file_reference(lowered), asked)
         bad = trial.violations(model, [])
@@ -112,7 +112,7 @@ def bisect(source: Path, pipeline: str, repro: Path, *, keep: Sequence[str] = ()
     ``repro``, if any does.
     """
     steps = Pipeline.parse(pipeline)
-    model, trial = Trial.of(source, Budget.parse(keep))
+    model, trial = Trial.of(source, Budget.parse(keep), steps.fixed)
     for count in range(1, len(steps.passes) + 1):
         before = model.clone()
         attempt = trial.attempt(model, steps.passes[:count])
@@ -179,7 +179,7 @@ def _smallest(search: _Search, good: ir.Model) -> ir.Model:
 def _fails(path: Path, step: Pass, asked: Budget) -> bool:
     """Whether the pass breaks the model in a file, as `planish opt` would see it."""
     try:
-        model, trial = Trial.of(path, asked)
+        model, trial = Trial.of(path, asked, step.fixed)
     except PlanishError:
         return False  # the cut does not run by itself: a wider one is tried
     return bool(trial.attempt(model, [step]).violations)

@@ -14,29 +14,23 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from planish.optimizer import instruments, onnx_io, presets, registry
+from planish.optimizer import instruments, onnx_io, presets, registry, spec
 from planish.optimizer.backend import Arrays, Backend
 from planish.optimizer.base import Pass
-from planish.optimizer.compare import Budget, Clause, Comparison, compare
-from planish.optimizer.continuation import compare_continuations
+from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engines, demand_room
+from planish.optimizer.compare import Budget, Clause
 from planish.optimizer.errors import CheckFailed
 from planish.optimizer.lock import Choice, LockedPass, Speed, Trial
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.manifest import instruction_set
-from planish.optimizer.measure import EngineRef, Timing, Worker, race
+from planish.optimizer.measure import EngineRef, Timing, race
 from planish.optimizer.pipeline import Outcome, Pipeline
-from planish.optimizer.program import Signature
-from planish.optimizer.reference import Reference, References, default_shapes, quick, sized_case
-from planish.optimizer.resources import demand_memory
+from planish.optimizer.reference import References, default_shapes, quick, sized_case
 
 NOT_CHECKED = "NOT CHECKED"
 """What is said of an engine that was compared with nothing."""
 OFFLOADED = "weights stay in their files"
 """Why something was not done that needs all of them in memory."""
-GENERATION = "generation"
-"""Where the comparison of continuations stands among those of the components."""
-CHECKER = "onnxruntime"
-"""The backend that runs graphs between passes, and engines whose own runtime is not here."""
 _SAME_TOKENS = (Clause("kl", "<=", 1e-6), Clause("greedy", ">=", 1.0))
 """What continuations of an exact engine must keep."""
 
@@ -55,10 +49,16 @@ class Request:
     extra: Pipeline
     """Passes that are tried behind the pipeline of each target, and kept where that is faster."""
 
+    @property
+    def fixed(self) -> Mapping[str, int]:
+        """Axes that every engine has in one size only."""
+        return next(iter(self.pipelines.values())).fixed
+
     def described(self) -> dict[str, str]:
         """The request as texts, for lock and manifest."""
         what = {"preset": self.preset} if self.preset else {"pipeline": str(next(iter(self.pipelines.values())))}
-        return what | {"budget": str(self.asked)}
+        fixed = {"fixed": ",".join(f"{axis}={size}" for axis, size in self.fixed.items())} if self.fixed else {}
+        return what | fixed | {"budget": str(self.asked)}
 
 
 @dataclass(frozen=True)
@@ -392,97 +392,13 @@ def _replace(source: Path, place: Path) -> None:
     shutil.copytree(source, place)
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """How an engine compares with the reference, what ran it, and its peak memory in bytes (of the largest part)."""
-
-    comparisons: Mapping[str, Comparison]
-    """By component."""
-    checked_with: str
-    peak_memory: int
-
-    def violations(self, budgets: Mapping[str, Budget]) -> list[str]:
-        """One text for each condition that does not hold."""
-        return [
-            violation if len(self.comparisons) == 1 else f"{name}: {violation}"
-            for name, comparison in self.comparisons.items()
-            for violation in budgets[name].violations(comparison)
-        ]
-
-    def comparison(self) -> Comparison:
-        """The comparisons as one; where there are several components, outputs are called `component.output`."""
-        if len(self.comparisons) == 1:
-            return next(iter(self.comparisons.values()))
-        return Comparison(
-            {f"{name}.{output}": m for name, c in self.comparisons.items() for output, m in c.outputs.items()}
-        )
-
-
-def runner_of(target: Backend, mapped: bool = False) -> Backend:
-    """What runs an engine of ``target`` here: its own runtime, else the checking backend; ``mapped`` if it can."""
-    runner = target if target.missing() is None else registry.backend(CHECKER)
-    return (runner.mapped() or runner) if mapped else runner
-
-
-def demand_room(target: Backend, weights: int) -> None:
-    """OutOfResources if what checks an engine of ``target`` must hold all its weights (bytes), and they do not fit."""
-    runner = runner_of(target)
-    if runner.mapped() is None:
-        demand_memory(
-            weights,
-            f"{runner.name}, which copies all weights,",
-            "leave this target out, build it on a larger machine, or unchecked with --reference none",
-            where=f"target {target}",
-        )
-
-
-def check_engines(
-    target: Backend,
-    place: Path,
-    signatures: Mapping[str, Signature],
-    references: References,
-    *,
-    mapped: bool = False,
-) -> Fidelity:
-    """Compare every component with its reference on every case, each in a process of its own; then the continuations.
-
-    Where the target's own runtime is not here, the checking backend runs its graphs. With ``mapped``, weights stay in
-    their files where the runtime can leave them there.
-    """
-    own = target.missing() is None
-    runner = runner_of(target, mapped)
-    found = {
-        name: check_engine(
-            EngineRef(str(runner), target.path_of(name, place) if own else place / target.file_of(name)),
-            signature,
-            references.components[name],
-        )
-        for name, signature in signatures.items()
-    }
-    comparisons = {component: comparison for component, (comparison, _) in found.items()}
-    if references.continuations:
-        with Worker(EngineRef(str(runner), place, tuple(signatures))) as worker:
-            scores = [worker.follow(continuation) for continuation in references.continuations]
-        comparisons[GENERATION] = compare_continuations(zip(references.continuations, scores, strict=True))
-    return Fidelity(comparisons, str(runner) if mapped else runner.name, max(memory for _, memory in found.values()))
-
-
-def check_engine(engine: EngineRef, signature: Signature, reference: Reference) -> tuple[Comparison, int]:
-    """Compare one graph with the reference on every case; also its peak memory in bytes."""
-    with Worker(engine) as worker:
-        try:
-            found = compare(signature, reference.inputs, reference.outputs, map(worker.run, reference.inputs))
-        except ValueError as error:
-            raise CheckFailed(str(error), where=engine.path) from error
-        return found, worker.memory()
-
-
-def pipelines_for(targets: Sequence[Backend], preset: str | None, text: str | None) -> dict[str, Pipeline]:
-    """The pipeline of each target: the text that was given, or what the preset says."""
-    return {
-        target.name: Pipeline.parse(text if text is not None else presets.pipeline_text(preset or "exact", target.name))
-        for target in targets
-    }
+def pipelines_for(
+    targets: Sequence[Backend], preset: str | None, text: str | None, fix: Mapping[str, int]
+) -> dict[str, Pipeline]:
+    """The pipeline of each target: the text that was given, or what the preset says; first the sizes that are fixed."""
+    first = [spec.format_spec(presets.SPECIALIZE, fix)] if fix else []
+    texts = {t.name: text if text is not None else presets.pipeline_text(preset or "exact", t.name) for t in targets}
+    return {name: Pipeline.parse(",".join([*first, own])) for name, own in texts.items()}
 
 
 def extra_for(preset: str | None, shapes: Sequence[Mapping[str, int]]) -> Pipeline:

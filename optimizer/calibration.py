@@ -12,6 +12,7 @@ import numpy as np
 
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput
+from planish.optimizer.fitting import Room
 from planish.optimizer.program import SIGNALS, SUM, Axis, Signature, TensorSpec
 
 _BATCH = 4
@@ -62,16 +63,15 @@ def _text_of(line: str, path: Path, number: int) -> str:
 
 def batches_of(texts: Sequence[str], signature: Signature, tokenizer: Any) -> list[Case]:
     """Tokenize texts into cases: the first alone, the others in padded batches; inputs the engine takes, its types."""
-    longest = signature.axes["sequence"].maximum if "sequence" in signature.axes else None
+    room = Room.of(signature)
     groups = [texts[:1], *(texts[start : start + _BATCH] for start in range(1, len(texts), _BATCH))]
-    return [tokenize(group, signature, tokenizer, longest) for group in groups if group]
+    fitting = [part for group in groups if group for part in room.groups(group)]
+    return [tokenize(room.filled(part), signature, tokenizer, room.tokens.maximum) for part in fitting]
 
 
 def tokenize(texts: Sequence[Any], signature: Signature, tokenizer: Any, longest: int | None) -> dict[str, np.ndarray]:
     """One padded batch; texts beyond ``longest`` tokens are cut."""
-    encoded = tokenizer(
-        list(texts), padding=True, truncation=longest is not None, max_length=longest, return_tensors="np"
-    )
+    encoded = tokenizer(list(texts), **Room.of(signature).padding(longest))
     wanted = {tensor.name: tensor.numpy_dtype() for tensor in signature.inputs}
     absent = sorted(set(wanted) - set(encoded) - {"token_type_ids"})
     if absent:

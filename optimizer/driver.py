@@ -27,12 +27,11 @@ from planish.optimizer.building import (
     Built,
     Request,
     Stages,
-    check_engines,
-    demand_room,
     extra_for,
     pipelines_for,
 )
 from planish.optimizer.calibration import read_cases
+from planish.optimizer.checking import check_engines, demand_room
 from planish.optimizer.compare import Budget, Comparison
 from planish.optimizer.errors import UsageError
 from planish.optimizer.generate import Decoding
@@ -92,6 +91,7 @@ def optimize(
     calibration: str | Path | None = None,
     keep: Sequence[str] = (),
     shapes: Sequence[Mapping[str, int]] = (),
+    fix: Mapping[str, int] | None = None,
     expect: Sequence[str] = (),
     lock: str | Path | None = None,
     adapter: str | Path | None = None,
@@ -103,7 +103,8 @@ def optimize(
     """Turn a checkpoint folder, an `.onnx` file or an `nn.Module` into engines in the folder ``out``.
 
     ``preset`` (`exact` by default) and ``pipeline`` exclude each other. ``keep`` are budgets (`cosine>=0.999`),
-    ``shapes`` sizes of axes at which engines are timed, ``expect`` how often a pass must fire on every target
+    ``shapes`` sizes of axes at which engines are timed, ``fix`` sizes that axes always have (`{"sequence": 128}`):
+    every pipeline then begins with the pass that writes them. ``expect`` is how often a pass must fire on every target
     (`fuse-attention=12`). ``lock`` is used if the file exists and written if it does not. ``adapter`` is the folder of
     a PEFT adapter that is merged into a checkpoint. ``reference`` "offload" is for a checkpoint that does not fit into
     memory: its weights, and those of the engines, are read from their files as they are used; engines are compared with
@@ -113,7 +114,7 @@ def optimize(
 
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
-    request = _request(targets, preset, pipeline, keep, shapes)
+    request = _request(targets, preset, pipeline, keep, shapes, fix or {})
     wanted = [Expectation.parse(text) for text in expect]
     known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
     offload = reference == "offload"
@@ -122,6 +123,7 @@ def optimize(
     with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
         with stages.stage("lowering"):
             lowered = _lowered(source, task, adapter, reference, sample_inputs=sample_inputs, dynamic_axes=dynamic_axes)
+            lowered = lowered.with_fixed(request.fixed)
         if known is not None and lock is not None:
             known.check_fits(
                 Path(lock), lowered.program.provenance.files, request.described(), [*map(str, request.targets)]
@@ -171,6 +173,7 @@ def _request(
     pipeline: str | None,
     keep: Sequence[str],
     shapes: Sequence[Mapping[str, int]],
+    fix: Mapping[str, int],
 ) -> Request:
     if preset is not None and pipeline is not None:
         raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
@@ -180,7 +183,7 @@ def _request(
         raise UsageError(f"each target must be given once, got {names}", advice="build two folders for two variants")
     preset = "exact" if pipeline is None and preset is None else preset
     asked = Budget.parse(keep) if keep else presets.budget(preset)
-    pipelines = pipelines_for(backends, preset, pipeline)
+    pipelines = pipelines_for(backends, preset, pipeline, fix)
     return Request(backends, preset, pipelines, asked, tuple(shapes), extra_for(preset, shapes))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.calibration import read_arrays
 from planish.optimizer.errors import BadInput
+from planish.optimizer.fitting import Room
 from planish.optimizer.program import SIGNALS, Role, Signature, TensorSpec
+from planish.optimizer.reference import leading_axis
 from planish.optimizer.writing import Writer
 
 
@@ -34,7 +36,9 @@ def read_rows(path: Path, signature: Signature) -> Iterator[Row]:
     if path.suffix != ".npz":
         names = " and ".join(tensor.name for tensor in signature.inputs)
         raise BadInput(f"this engine takes {names}, not texts", where=path, advice="give an .npz file of arrays")
-    arrays = read_arrays(path, signature)
+    counts = leading_axis(signature)  # a file may hold any number of them
+    others = {name: axis for name, axis in signature.axes.items() if name != counts}
+    arrays = read_arrays(path, replace(signature, axes=others))
     for index in range(len(next(iter(arrays.values())))):
         yield Row({name: array[index] for name, array in arrays.items()})
 
@@ -57,8 +61,13 @@ class Perceiver:
     """Nothing is cut: images have one size."""
 
     def answer(self, questions: Sequence[Any]) -> list[dict[str, Any]]:
-        """One answer for each image (a `Row`), in order; all of them run as one batch."""
-        return _ANSWERS[self.task](self.config, self.engine.run(stacked(questions)))
+        """One answer for each image (a `Row`), in order; as many as the engine takes at once run as one batch."""
+        room = Room.of(self.signature)
+        return [answer for group in room.groups(questions) for answer in self._answer(group, room)]
+
+    def _answer(self, questions: Sequence[Row], room: Room) -> list[dict[str, Any]]:
+        outputs = self.engine.run(stacked(room.filled(questions)))
+        return _ANSWERS[self.task](self.config, {name: array[: len(questions)] for name, array in outputs.items()})
 
     def questions(self, path: Path) -> Iterator[Row]:
         """The images of a file."""
@@ -117,7 +126,8 @@ class Transcriber(Writer):
 
     def answer(self, questions: Sequence[Any]) -> list[dict[str, Any]]:
         """The text of each recording, or its tokens up to the one that ends it where there is no tokenizer."""
-        tokens = np.stack(list(self.continued(stacked(questions))), axis=1)
+        groups = [(group, stacked(self.room.filled(group))) for group in self.room.groups(questions)]
+        tokens = [row for g, a in groups for row in np.stack(list(self.continued(a)), axis=1)[: len(g)]]
         if self.tokenizer is None:
             return [{"tokens": [int(token) for token in self.before_end(row)]} for row in tokens]
         return [{"text": self.decode(row)} for row in tokens]

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,6 +83,11 @@ class Pipeline:
     def preset(cls, name: str, target: str) -> Pipeline:
         """The pipeline that a preset has for a target (named without options); UsageError if there is no such one."""
         return cls.parse(presets.pipeline_text(name, target))
+
+    @property
+    def fixed(self) -> Mapping[str, int]:
+        """Axes to which the passes give a single size."""
+        return {axis: size for step in self.passes for axis, size in step.fixed.items()}
 
     def __str__(self) -> str:
         """The text form; `parse` of it gives an equal pipeline."""

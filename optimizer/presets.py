@@ -40,6 +40,9 @@ EXTRA = "remove-padding"
 """Costs a little for a single text and gains much for padded ones: tried behind the pipeline of a preset, and kept
 where that is faster, if the shapes asked for have several texts."""
 
+SPECIALIZE = "specialize-shapes"
+"""What every pipeline begins with when sizes are fixed; they are its options."""
+
 BUDGETS: Mapping[str, str] = {"fast": "cosine>=0.99"}
 """What passes that are not exact may cost when nothing else is asked for."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -124,6 +124,11 @@ class Signature:
     def shape_of(self, spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Sizes of ``spec`` when each axis has the size that ``sizes`` gives it (KeyError if one is missing)."""
         return tuple(dim if isinstance(dim, int) else sum(sizes[axis] for axis in dim.split(SUM)) for dim in spec.shape)
+
+    def with_fixed(self, sizes: Mapping[str, int]) -> Signature:
+        """The same with axes that have one size only; sizes of axes that it does not have are left out."""
+        fixed = {name: Axis(name, sizes[name], sizes[name]) for name in self.axes if name in sizes}
+        return replace(self, axes={**self.axes, **fixed})
 
     @property
     def cached(self) -> bool:

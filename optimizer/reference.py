@@ -188,7 +188,7 @@ def load_cases(path: Path) -> list[dict[str, np.ndarray]]:
 def make_inputs(signature: Signature, seed: int = 0) -> list[dict[str, np.ndarray]]:
     """Cases from the signature alone: short, medium, a padded batch, the longest; the same for the same seed."""
     generator = np.random.default_rng(seed)
-    return [make_case(signature, sizes, generator) for sizes in case_sizes(signature)]
+    return [make_case(signature, sizes, generator, counted) for sizes, counted in case_sizes(signature)]
 
 
 def default_shapes(signature: Signature) -> tuple[Mapping[str, int], ...]:
@@ -269,19 +269,23 @@ def rows_at(step: int, swap: int, count: int) -> np.ndarray:
     return rows[::-1].copy() if step == swap else rows
 
 
-def case_sizes(signature: Signature) -> list[dict[str, int]]:
-    """Sizes of the axes in each case; a small batch with padding comes first, the longest last.
+def case_sizes(signature: Signature) -> list[tuple[dict[str, int], int | None]]:
+    """Sizes of the axes in each case, and how many tokens count of its longest text; all of them if that is None.
 
-    Where there is a cache: a prefill, a step behind a short past, several tokens behind a long one.
+    A small batch with padding comes first, the longest last. Where there is a cache: a prefill, a step behind a short
+    past, several tokens behind a long one. Where the length is fixed, shorter texts are padded to it.
     """
     axes = list(signature.axes.values())
     if not axes:
-        return [{}]
+        return [({}, tokens) for _, tokens in _PLANS] if signature.mask() is not None else [({}, None)]
     leading = leading_axis(signature)
     running = any(axis.name not in (leading, PAST) for axis in axes)
     plans = _CACHED_PLANS if PAST in signature.axes else [(count, length, 0) for count, length in _PLANS]
     return [
-        {axis.name: axis.clamp(_planned(axis, leading, *plan)) for axis in _roomy(axes, plan[1])}
+        (
+            {axis.name: axis.clamp(_planned(axis, leading, *plan)) for axis in _roomy(axes, plan[1])},
+            None if PAST in signature.axes else plan[1],
+        )
         for plan in plans
         if running or plan[1] < 64
     ]
@@ -310,11 +314,15 @@ def leading_axis(signature: Signature) -> str | None:
     return first[0] if len(first) > 1 and isinstance(first[0], str) else None
 
 
-def make_case(signature: Signature, sizes: Mapping[str, int], generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """One case of the given sizes: values by role, padding where the mask says so."""
+def make_case(
+    signature: Signature, sizes: Mapping[str, int], generator: np.random.Generator, counted: int | None = None
+) -> dict[str, np.ndarray]:
+    """One case of the given sizes: values by role, padding where the mask says so, and behind ``counted`` tokens."""
     made = {tensor.name: _values(tensor, signature.shape_of(tensor, sizes), generator) for tensor in signature.inputs}
     mask = signature.mask()
     if mask is not None:
+        if counted is not None:
+            made[mask.name] = _mask(made[mask.name].shape, counted).astype(mask.numpy_dtype())
         if PAST in str(mask.shape[-1]).split(SUM):  # prompts of one batch end together: they are padded on the left
             made[mask.name] = np.ascontiguousarray(made[mask.name][..., ::-1])
         visible = made[mask.name] != 0
@@ -377,10 +385,11 @@ def _tokens(tensor: TensorSpec, shape: tuple[int, ...], generator: np.random.Gen
     return np.asarray(np.where(ids == tensor.pad, (ids + 1) % bound, ids))
 
 
-def _mask(shape: tuple[int, ...]) -> np.ndarray:
-    """Ones; in a batch, each row is padded on the right to a share of the row before it."""
+def _mask(shape: tuple[int, ...], counted: int | None = None) -> np.ndarray:
+    """Ones, ``counted`` of them at most; in a batch, each row is padded on the right to a share of the row before."""
     rows = int(np.prod(shape[:-1], dtype=np.int64))
-    lengths = np.maximum(1, np.ceil(shape[-1] * _SHARE ** np.arange(rows))).astype(np.int64)
+    longest = shape[-1] if counted is None else min(counted, shape[-1])
+    lengths = np.maximum(1, np.ceil(longest * _SHARE ** np.arange(rows))).astype(np.int64)
     return np.asarray(np.arange(shape[-1]) < lengths[:, None]).reshape(shape)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from planish.optimizer import instruments, onnx_io, presets, registry
 from planish.optimizer.base import Pass
-from planish.optimizer.building import CHECKER
+from planish.optimizer.checking import CHECKER
 from planish.optimizer.compare import Budget
 from planish.optimizer.errors import UsageError
 from planish.optimizer.instruments import Instrument
@@ -41,7 +41,7 @@ def optimize_file(
     name = registry.backend(target).name
     steps = _steps(pipeline, preset, name)
     asked = Budget.parse(keep) if keep else presets.budget(preset)
-    lowered = lower(source)
+    lowered = lower(source).with_fixed(steps.fixed)
     watchers: list[Instrument] = [
         instruments.Reproducer(Path(f"{out}.failed"), onnx_io.save, [f"--keep '{k}'" for k in keep])
     ]

@@ -12,6 +12,7 @@ import numpy as np
 
 from planish.optimizer.backend import Arrays
 from planish.optimizer.errors import BadInput
+from planish.optimizer.fitting import Room
 from planish.optimizer.generate import Decoding, Sampling
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.questions import read_questions
@@ -42,6 +43,7 @@ class Writer:
     """Most tokens of prompt and answer together (of each of them, for an encoder-decoder)."""
     most: int = MOST
     sampling: Sampling = field(default_factory=Sampling)
+    room: Room = field(default_factory=Room)
 
     @property
     def answers(self) -> bool:
@@ -49,9 +51,9 @@ class Writer:
         return bool(self.settings.get("is_encoder_decoder"))
 
     def answer(self, questions: Sequence[Prompted]) -> list[dict[str, Any]]:
-        """The text written for each prompt; all of them run as one padded batch."""
-        tokens = np.stack(list(self.tokens([question.text for question in questions])), axis=1)
-        return [{"text": self.decode(row)} for row in tokens]
+        """The text written for each prompt; as many as the engine takes at once run as one padded batch."""
+        groups = self.room.groups([question.text for question in questions])
+        return [{"text": self.decode(row)} for group in groups for row in np.stack(list(self.tokens(group)), axis=1)]
 
     def questions(self, path: Path) -> Iterator[Any]:
         """The prompts of a file."""
@@ -59,7 +61,8 @@ class Writer:
 
     def tokens(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         """Tokens step by step, shape (batch,). BadInput if a prompt is empty or leaves no room for an answer."""
-        return self.continued(self._encode(texts))
+        steps = self.continued(self._encode(self.room.filled(texts)))
+        return (tokens[: len(texts)] for tokens in steps)
 
     def continued(self, prompt: Arrays) -> Iterator[np.ndarray]:
         """Tokens step by step behind a prompt of arrays, those that the answer must begin with among them."""
@@ -177,7 +180,9 @@ def open_writer(folder: Path, target: str, manifest: Manifest, tokenizer: Any) -
     signatures = [record.signature() for record in manifest.signatures.values()]
     lengths = [signature.axes["sequence"] for signature in signatures if "sequence" in signature.axes]
     decoding = Decoding.of(registry.backend(target), folder, manifest.signatures)
-    return Writer(decoding, tokenizer, manifest.task, folder, settings, lengths[0].maximum if lengths else None)
+    longest = lengths[0].maximum if lengths else None
+    room = Room(Room.of(signatures[0]).texts)
+    return Writer(decoding, tokenizer, manifest.task, folder, settings, longest, room=room)
 
 
 def with_options(writer: Writer, most: int | None, sampling: Sampling) -> Writer:

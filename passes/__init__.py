@@ -9,6 +9,7 @@ PASSES = {
         ("cleanup", "fold-constants", "FoldConstants"),
         ("cleanup", "remove-unused-nodes", "RemoveUnusedNodes"),
         ("cleanup", "simplify-shapes", "SimplifyShapes"),
+        ("cleanup", "specialize-shapes", "SpecializeShapes"),
         ("cleanup", "unmerge-batches", "UnmergeBatches"),
         ("fusion", "fuse-attention", "FuseAttention"),
         ("fusion", "fuse-gelu", "FuseGelu"),

@@ -7,7 +7,16 @@ from typing import Literal
 
 import click
 
-from planish.optimizer.cli.options import existing, expect_option, json_flag, parse_shapes, print_json, shapes_option
+from planish.optimizer.cli.options import (
+    existing,
+    expect_option,
+    fix_option,
+    json_flag,
+    parse_fixed,
+    parse_shapes,
+    print_json,
+    shapes_option,
+)
 
 
 @click.command("optimize")
@@ -25,6 +34,7 @@ from planish.optimizer.cli.options import existing, expect_option, json_flag, pa
 @click.option("--calibration", type=existing, help="Your own inputs: .txt or .jsonl of texts, or .npz of arrays.")
 @click.option("--keep", multiple=True, metavar="METRIC>=X", help="Fidelity that passes must keep, e.g. cosine>=0.999.")
 @shapes_option
+@fix_option
 @expect_option
 @click.option("--lock", type=existing, help="Build from this lock, or write it if it does not exist.")
 @click.option("--adapter", type=existing, help="A PEFT adapter (LoRA, rsLoRA, DoRA, AdaLoRA) to merge into SOURCE.")
@@ -44,6 +54,7 @@ def command(
     calibration: Path | None,
     keep: tuple[str, ...],
     shapes: tuple[str, ...],
+    fix: str | None,
     expect: tuple[str, ...],
     lock: Path | None,
     adapter: Path | None,
@@ -67,6 +78,7 @@ def command(
             calibration=calibration,
             keep=keep,
             shapes=parse_shapes(shapes),
+            fix=parse_fixed(fix),
             expect=expect,
             lock=lock,
             adapter=adapter,

@@ -16,7 +16,9 @@ json_flag = click.option("--json", "as_json", is_flag=True, help="Print the resu
 shapes_option = click.option(
     "--shape", "shapes", multiple=True, metavar="AXIS=N,…", help="Sizes at which to time; may be given several times."
 )
-
+fix_option = click.option(
+    "--fix", metavar="AXIS=N,…", help="Sizes that axes always have: engines take no other, and may be faster for it."
+)
 expect_option = click.option(
     "--expect", multiple=True, metavar="PASS=N", help="Fail unless this pass fires at N sites, e.g. fuse-attention=12."
 )
@@ -30,8 +32,13 @@ def parse_shapes(texts: Sequence[str]) -> list[dict[str, int]]:
 def _axis(part: str, text: str) -> tuple[str, int]:
     name, _, size = part.partition("=")
     if not size.strip().isdigit() or int(size) < 1:
-        raise UsageError(f"cannot read the shape {text!r}", advice="write --shape batch=1,sequence=128")
+        raise UsageError(f"cannot read the sizes {text!r}", advice="write axis=n,…: batch=1,sequence=128")
     return name.strip(), int(size)
+
+
+def parse_fixed(text: str | None) -> dict[str, int]:
+    """Read one `batch=1,sequence=128` text; nothing of none."""
+    return parse_shapes([text])[0] if text else {}
 
 
 def print_json(value: Any) -> None:

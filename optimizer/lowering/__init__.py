@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from planish.optimizer.errors import BadInput, UsageError
-from planish.optimizer.program import Program
+from planish.optimizer.program import Axis, Program
+from planish.optimizer.reference import leading_axis
 
 if TYPE_CHECKING:
     from planish.optimizer.lowering.original import Original
@@ -24,6 +25,29 @@ class Lowered:
     """Where the companions lie; None for a module."""
     companions: tuple[Path, ...] = field(default=())
     """Configuration and tokenizer files, relative to ``folder``."""
+
+    def with_fixed(self, sizes: Mapping[str, int]) -> Lowered:
+        """The same, to be asked for one size of these axes only. UsageError if that cannot be asked of the program."""
+        signatures = self.program.signatures
+        known = {name: axis for signature in signatures.values() for name, axis in signature.axes.items()}
+        first = leading_axis(next(iter(signatures.values())))
+        for name, size in sizes.items():
+            where = f"{name}={size}"
+            if name not in known:
+                there = f"there are: {', '.join(known) or 'none'}"
+                raise UsageError(f"no input has an axis {name!r}", where=where, advice=there)
+            if known[name].clamp(size) != size:
+                raise UsageError(f"the model takes {_span(known[name])} along this axis", where=where)
+            if self.program.generates and name != first:
+                raise UsageError(
+                    "this axis changes with every token that is written", where=where, advice=f"fix {first!r} only"
+                )
+        narrowed = {name: signature.with_fixed(sizes) for name, signature in signatures.items()}
+        return replace(self, program=replace(self.program, signatures=narrowed))
+
+
+def _span(axis: Axis) -> str:
+    return f"at least {axis.minimum}" if axis.maximum is None else f"{axis.minimum} to {axis.maximum}"
 
 
 def lower(

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from planish.optimizer.base import PassResult
 from planish.optimizer.graph import allow_plain_initializers, constant_of, graphs_of, location_of
 
+_MADE_UP = "unk__"
+"""How the inference of ONNX begins the names of dimensions that it knows nothing of."""
 _RANDOM = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
@@ -51,6 +54,18 @@ def is_random(node: ir.Node) -> bool:
     training = node.inputs[2] if len(node.inputs) > 2 else None
     known = constant_of(training)
     return training is not None and (known is None or bool(known.any()))
+
+
+def infer_again(model: ir.Model) -> None:
+    """Find shapes again: what an earlier inference called by a name that it made up may be known by now."""
+    for value in (value for graph in model.graphs() for node in graph for value in node.outputs):
+        if value.shape is not None and not value.is_graph_output():
+            value.shape = ir.Shape([None if _is_made_up(dim) else dim for dim in value.shape])
+    common.ShapeInferencePass()(model)
+
+
+def _is_made_up(dim: int | ir.SymbolicDim) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and (dim.value or "").startswith(_MADE_UP)
 
 
 def _detach(before: Iterable[ir.Graph], model: ir.Model) -> None:

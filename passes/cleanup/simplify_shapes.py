@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import (
@@ -24,9 +23,7 @@ from planish.optimizer.graph import (
     sole_user,
 )
 from planish.optimizer.shapes import Entry, Followed, dims_of
-
-_MADE_UP = "unk__"
-"""How the inference of ONNX begins the names of dimensions that it knows nothing of."""
+from planish.passes.cleanup._library import infer_again
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class SimplifyShapes(Pass):
             if not found:
                 break
             allow_plain_initializers(model)
-            _infer(model)
+            infer_again(model)
         return PassResult(model, bool(sites), sites=sites, refusals=refusals)
 
     def _once(self, model: ir.Model) -> tuple[list[str], list[Refusal]]:
@@ -98,18 +95,6 @@ class SimplifyShapes(Pass):
         node.replace_input_with(1, value)
         node.attributes.pop("allowzero", None)
         sites.append(location_of(node))
-
-
-def _infer(model: ir.Model) -> None:
-    """Find shapes again: what an earlier inference called by a name that it made up may be known by now."""
-    for value in (value for graph in model.graphs() for node in graph for value in node.outputs):
-        if value.shape is not None and not value.is_graph_output():
-            value.shape = ir.Shape([None if _is_made_up(dim) else dim for dim in value.shape])
-    common.ShapeInferencePass()(model)
-
-
-def _is_made_up(dim: int | ir.SymbolicDim) -> bool:
-    return isinstance(dim, ir.SymbolicDim) and (dim.value or "").startswith(_MADE_UP)
 
 
 def _unflatten(graph: ir.Graph, softmax: ir.Node) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from planish.optimizer import registry
+from planish.optimizer.errors import UsageError
 from planish.optimizer.program import Program
 from tests.backends.conftest import contents
 from tests.backends.test_onnxruntime import FEEDS
@@ -58,3 +60,34 @@ def test_the_package_that_reports_usage_is_never_loaded(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_bucket_serves_its_size_and_no_other(folder: Path) -> None:
+    plain, engine = (
+        registry.backend("openvino").open(folder),
+        registry.backend("openvino{buckets=[1x3,2x5]}").open(folder),
+    )
+    used: list[str] = []
+    for size, own in engine._buckets.items():  # type: ignore[attr-defined]
+        engine._buckets[size] = Watched(own, str(size), used)  # type: ignore[attr-defined]
+    for texts, tokens in ((1, 3), (2, 5), (1, 4)):
+        feeds = {name: np.ones((texts, tokens), np.int64) for name in FEEDS}
+        for name, wanted in plain.run(feeds).items():
+            np.testing.assert_allclose(engine.run(feeds)[name], wanted, rtol=1e-4, atol=1e-5)
+    assert used == ["(1, 3)", "(2, 5)"]
+
+
+class Watched:
+    """A request that says when it is used."""
+
+    def __init__(self, request: Any, name: str, used: list[str]) -> None:
+        self.request, self.name, self.used = request, name, used
+
+    def infer(self, feeds: Any, **options: Any) -> Any:
+        self.used.append(self.name)
+        return self.request.infer(feeds, **options)
+
+
+def test_buckets_that_make_no_sense(folder: Path) -> None:
+    with pytest.raises(UsageError, match="option buckets"):
+        registry.backend("openvino{buckets=[16]}")

@@ -123,3 +123,13 @@ def test_optimize_and_bench_as_json(tiny: Path, tmp_path: Path, planish: Planish
     assert [Path(row["model"]).name for row in rows] == ["copy.onnx", "onnxruntime", "openvino", xml.name]
     assert rows[0]["speedup"] == 1.0
     assert all(row["low"] <= row["speedup"] <= row["high"] for row in rows)
+
+
+def test_bench_opens_an_engine_once_for_each_target_that_is_given(tiny: Path, tmp_path: Path, planish: Planish) -> None:
+    from planish.optimizer import optimize
+
+    optimize(tiny, tmp_path / "out", preset="exact")
+    ways = ["--target", "onnxruntime{threads=1}", "--target", "onnxruntime{threads=2}"]
+    done = planish("bench", tmp_path / "out", *ways, "--shape", "batch=1,sequence=8", "--json", "-")
+    labels = [row["model"] for row in json.loads(done.stdout)]
+    assert labels == [f"{tmp_path / 'out' / 'onnxruntime'} onnxruntime{{threads={count}}}" for count in (1, 2)]

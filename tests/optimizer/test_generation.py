@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from planish.optimizer import bench, optimize, registry, verify
-from planish.optimizer.building import check_engines
+from planish.optimizer.checking import check_engines
 from planish.optimizer.compare import Budget
 from planish.optimizer.driver import _inputs, _references
 from planish.optimizer.errors import BadInput
