@@ -13,8 +13,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.record import record, settle_memory
+from benchmarks.record import RESULTS, machine, record, settle_memory
 from benchmarks.subjects import (
     PEERS,
     PLACE,
@@ -340,47 +341,74 @@ def _openvino_profile(target: str, path: Path, case: Arrays) -> dict[str, float]
 
 
 @click.command()
-@click.option("--model", "names", multiple=True, type=click.Choice(list(MODELS)), help="Only this; all if none.")
+@click.option(
+    "--model",
+    "names",
+    multiple=True,
+    type=click.Choice(list(MODELS)),
+    help="Only this, keep others; all if none.",
+)
 @click.option("--seconds", default=10.0, show_default=True, help="Longest time for one model, shape and runtime.")
 @click.option("--keep", is_flag=True, help="Measure the engines that were built before.")
 def main(names: tuple[str, ...], seconds: float, keep: bool) -> None:
     """Time our engines beside the peers', and say how far the best of them is."""
     if not keep:
-        for folder in (PLACE / "ours").glob("*-exact-[18]"):
-            shutil.rmtree(folder)
-    rows, figures = [], {}
-    ratios: dict[str, list[float]] = {}
+        for name in names or MODELS:
+            for folder in (PLACE / "ours").glob(f"{name}-exact-[18]"):
+                shutil.rmtree(folder)
+    figures = {} if not names else _kept(names)
     for model in map(MODELS.__getitem__, names or MODELS):
         for part in model.parts:
             for shape in _SHAPES:
                 for target in TARGETS:
-                    cell = measure(model, part, shape, target, seconds)
-                    runtime, best = target.partition("{")[0], cell.best()
-                    found = timing(cell.turns[best], cell.turns[_OURS])
-                    ratios.setdefault(runtime, []).append(found.speedup)
-                    what = f"{model.name} {part}", f"{shape[0]} x {shape[1]}", runtime
-                    span = f"{found.speedup:.2f} [{found.low:.2f}, {found.high:.2f}]"
-                    theirs = f"{best}, {statistics.median(cell.turns[best]):.2f}"
-                    rows.append((*what, f"{found.median_ms:.2f}", theirs, span, f"{cell.products:.0%}"))
-                    print(*rows[-1], sep=" | ", file=sys.stderr)
-                    medians = {label: statistics.median(turns) for label, turns in cell.turns.items()}
-                    figures[", ".join(what)] = {
-                        "median_ms": medians,
-                        "ours_over_best": found.__dict__,
-                        "refused": dict(cell.refused),
-                        "share_of_products": cell.products,
-                    }
-        _write(rows, ratios, figures)  # after each model: a run takes long
+                    what = f"{model.name} {part}", f"{shape[0]} x {shape[1]}", target.partition("{")[0]
+                    figures[", ".join(what)] = _figures(measure(model, part, shape, target, seconds))
+                    print(*_row(what, figures[", ".join(what)]), sep=" | ", file=sys.stderr)
+        _write(figures)  # after each model: a run takes long
 
 
-def _write(rows: Sequence[Sequence[str]], ratios: Mapping[str, Sequence[float]], figures: Mapping[str, Any]) -> None:
+def _kept(names: Collection[str]) -> dict[str, Any]:
+    """Figures of the models that are not measured now, if this machine gave them."""
+    path = RESULTS / "exact.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if found.get("machine") != machine():
+        return {}
+    return {what: own for what, own in found["figures"].items() if what.partition(" ")[0] not in names}
+
+
+def _figures(cell: Cell) -> dict[str, Any]:
+    found = timing(cell.turns[cell.best()], cell.turns[_OURS])
+    return {
+        "median_ms": {label: statistics.median(turns) for label, turns in cell.turns.items()},
+        "best": cell.best(),
+        "ours_over_best": found.__dict__,
+        "refused": dict(cell.refused),
+        "share_of_products": cell.products,
+        "measured": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _row(what: Sequence[str], own: Mapping[str, Any]) -> list[str]:
+    best, found = own["best"], own["ours_over_best"]
+    span = f"{found['speedup']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    theirs = f"{best}, {own['median_ms'][best]:.2f}"
+    return [*what, f"{found['median_ms']:.2f}", theirs, span, f"{own['share_of_products']:.0%}"]
+
+
+def _write(figures: Mapping[str, Any]) -> None:
+    order = [f"{model.name} {part}" for model in MODELS.values() for part in model.parts]
+    ordered = sorted(figures, key=lambda what: order.index(what.partition(",")[0]))  # stable: shapes stay as measured
+    rows = [_row(what.split(", "), figures[what]) for what in ordered]
+    ratios: dict[str, list[float]] = {}
+    for what in ordered:
+        ratios.setdefault(what.split(", ")[-1], []).append(figures[what]["ours_over_best"]["speedup"])
     means = [
-        ("geometric mean", "", runtime, "", "", f"{statistics.geometric_mean(own):.2f}", "")
+        ["geometric mean", "", runtime, "", "", f"{statistics.geometric_mean(own):.2f}", ""]
         for runtime, own in ratios.items()
     ]
     title = "Exact engines in fp32 beside the best of the peers, two threads: medians, ratios with 95 % intervals"
     columns = ("what", "texts x tokens", "runtime", "ours, ms", "best peer, ms", "times as fast", "in products")
-    record("exact", title, columns, [*rows, *means], figures)
+    record("exact", title, columns, [*rows, *means], {what: figures[what] for what in ordered})
 
 
 if __name__ == "__main__":

@@ -109,12 +109,14 @@ class Pipeline:
         model = model if isinstance(model, ir.Model) else ir.from_proto(model)
         watchers = list(instruments)
         reports: list[PassReport] = []
+        before: ir.Model | None = None
         for position in range(len(self.passes)):
-            step = Step(self.passes[position], str(Pipeline(self.passes[position:])), model.clone(), model)
+            step = Step(self.passes[position], str(Pipeline(self.passes[position:])), before or model.clone(), model)
             report = _run_step(step, watchers)
             if step.failure is not None and on_failure == "raise":
                 raise step.failure
             model = step.before if step.failure is not None else model
+            before = None if step.failure is not None or report.modified else step.before  # still the same
             reports.append(report)
         return Outcome(model, reports)
 
