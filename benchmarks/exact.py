@@ -274,15 +274,17 @@ def measure(model: Model, part: str, shape: tuple[int, int], target: str, second
     peers, refused = field(model.name, part, target)
     racing = {_OURS: backend.path_of(component, folder / backend.name), **peers}
     settle_memory()
-    engines = [EngineRef(_opened(target, model) if label == _OURS else target, path) for label, path in racing.items()]
+    engines = [
+        EngineRef(_opened(target, model, texts) if label == _OURS else target, path) for label, path in racing.items()
+    ]
     turns = alternate(engines, [_as_taken(case, path, model) for path in racing.values()], seconds=seconds)
     share = _share_of_products(target, racing[_OURS], case)
     return Cell(dict(zip(racing, turns, strict=True)), refused, share)
 
 
-def _opened(target: str, model: Model) -> str:
-    """How our engine is opened: an encoder on OpenVINO with copies for the sizes of single texts."""
-    if target != TARGETS[1] or model.parts != _ENCODER:
+def _opened(target: str, model: Model, texts: int) -> str:
+    """How our engine is opened: an encoder of single texts on OpenVINO with copies for their sizes."""
+    if target != TARGETS[1] or model.parts != _ENCODER or texts > 1:
         return target
     sizes = ",".join(f"{texts}x{tokens}" for texts, tokens in _SHAPES if texts == 1)
     return target.replace("}", f" buckets=[{sizes}]}}")
