@@ -6,7 +6,7 @@ and documentation are read off the class, and its text form is derived from it b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -41,6 +41,19 @@ class Refusal:
     def at(cls, node: ir.Node, reason: str, culprit: ir.Value | ir.Node | None = None, *, near: bool = False) -> Self:
         """A refusal located at ``node``."""
         return cls(location_of(node), reason, "" if culprit is None else culprit.name or "", near)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which value of an option is fastest: to be answered by timing a small graph in every form (`profile.py`)."""
+
+    option: str
+    values: tuple[Any, ...]
+    """The first is taken where nothing is measured, and unless another is clearly faster."""
+    about: str
+    """The sizes on which the answer depends, as text."""
+    graph: Callable[[], ir.Model]
+    """Makes the graph, all sizes fixed; the pass with each value of the option writes one form of it."""
 
 
 _left: ContextVar[list[int] | None] = ContextVar("sites that may still be rewritten", default=None)
@@ -99,6 +112,10 @@ class Pass(ir.passes.InPlacePass):
     def fixed(self) -> Mapping[str, int]:
         """Axes that have only this size after the pass, by name; an engine is asked for no other."""
         return {}
+
+    def questions(self, model: ir.Model, sizes: Mapping[str, int]) -> Sequence[Question]:
+        """What the pass wants to know of its target before it runs on ``model``, whose axes will have these sizes."""
+        return ()
 
     def __str__(self) -> str:
         """The text form; options that have their default are left out."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,11 @@ from planish.optimizer.checking import CHECKER
 from planish.optimizer.compare import Budget, compare
 from planish.optimizer.errors import BadInput, CheckFailed, PlanishError
 from planish.optimizer.lowering import lower
+from planish.optimizer.manifest import Manifest
 from planish.optimizer.output import staged_file
 from planish.optimizer.pipeline import Pipeline
 from planish.optimizer.program import Signature
-from planish.optimizer.reference import Reference
+from planish.optimizer.reference import QUICK, Reference, References, size_of_case
 from planish.optimizer.single import file_reference
 from planish.optimizer.verifier import verify
 
@@ -65,18 +66,14 @@ class Trial:
 
     signature: Signature
     reference: Reference
+    exact: Budget
+    """What passes may change that are exact."""
     asked: Budget
 
     @classmethod
     def of(cls, source: Path, asked: Budget, fixed: Mapping[str, int]) -> tuple[ir.Model, Trial]:
         """The model in an ONNX file, asked for these sizes of axes only, and the trial that it passes itself."""
-        if source.is_dir():
-            raise BadInput(
-                "this is a folder", where=source, advice="give an .onnx file, such as that of an engine in it"
-            )
-        lowered = lower(source).with_fixed(fixed)
-        model, signature = lowered.program.sole()
-        trial = cls(signature, file_reference(lowered), asked)
+        model, trial = _of_output(source, asked) if source.is_dir() else _of_file(source, asked, fixed)
         bad = trial.violations(model, [])
         if bad:
             raise CheckFailed(f"it does not match its own reference before any pass: {bad[0]}", where=source)
@@ -85,7 +82,7 @@ class Trial:
     def violations(self, model: ir.Model, applied: Sequence[Pass]) -> list[str]:
         """Why a model that came out of these passes is not good: broken, not running, or too far off."""
         exact = all(step.exact for step in applied)
-        budget = self.reference.exact_budget() if exact else self.asked
+        budget = self.exact if exact else self.asked
         try:
             verify(model)
             engine = registry.backend(CHECKER).load(model)
@@ -105,11 +102,41 @@ class Trial:
         return Attempt(found, self.violations(model, applied) if found.modified else [], sites - max(left[0], 0))
 
 
+def _of_file(source: Path, asked: Budget, fixed: Mapping[str, int]) -> tuple[ir.Model, Trial]:
+    """The model in a file, held against what it computes itself."""
+    lowered = lower(source).with_fixed(fixed)
+    model, signature = lowered.program.sole()
+    reference = file_reference(lowered)
+    return model, Trial(signature, reference, reference.exact_budget(), asked)
+
+
+def _of_output(folder: Path, asked: Budget) -> tuple[ir.Model, Trial]:
+    """The first engine of an output that is an ONNX file, held against the reference of the original in it."""
+    manifest = Manifest.read(folder)
+    files = {
+        name: [folder / name / registry.backend_class(name).file_of(part) for part in manifest.signatures]
+        for name in manifest.targets
+    }
+    name = next((name for name, own in files.items() if all(file.suffix == ".onnx" for file in own)), None)
+    if name is None or len(files[name]) > 1 or not manifest.reference.noise:
+        why = "no engine of ONNX files" if name is None else "several components" if len(files[name]) > 1 else ""
+        raise BadInput(f"this output has {why or 'no reference'}", where=folder, advice="give the .onnx file of one")
+    references = References.load(folder / "reference", manifest.reference.noise, manifest.reference.origin)
+    ((component, reference),) = references.components.items()
+    pairs = sorted(zip(reference.inputs, reference.outputs, strict=True), key=lambda pair: size_of_case(pair[0]))
+    inputs, outputs = zip(*pairs[:QUICK], strict=True)
+    budget = Budget.parse(manifest.targets[name].budgets[component].split())
+    signature = manifest.signatures[component].signature()
+    model, _ = lower(files[name][0]).program.sole()
+    return model, Trial(signature, replace(reference, inputs=inputs, outputs=outputs), budget, asked)
+
+
 def bisect(source: Path, pipeline: str, repro: Path, *, keep: Sequence[str] = ()) -> Culprit | None:
     """The first pass and site of ``pipeline`` that leaves the budget on the ONNX file ``source``; None if none does.
 
-    Passes that are not exact are held against ``keep``. A small model that the pass alone breaks is written to
-    ``repro``, if any does.
+    Of an output, the pipeline goes on from its first engine that is an ONNX file, held against the original's reference
+    and the engine's budget. Passes that are not exact are held against ``keep``. A small model that the pass alone
+    breaks is written to ``repro``, if any does.
     """
     steps = Pipeline.parse(pipeline)
     model, trial = Trial.of(source, Budget.parse(keep), steps.fixed)

@@ -20,12 +20,14 @@ from planish.optimizer.base import Pass
 from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engines, demand_room
 from planish.optimizer.compare import Budget, Clause
 from planish.optimizer.errors import CheckFailed
+from planish.optimizer.instruments import Instrument
 from planish.optimizer.lock import Choice, LockedPass, Speed, Trial
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.manifest import instruction_set
 from planish.optimizer.measure import EngineRef, Timing, race
 from planish.optimizer.pipeline import Outcome, Pipeline
-from planish.optimizer.reference import References, default_shapes, quick, sized_case
+from planish.optimizer.profile import Profile, Tune
+from planish.optimizer.reference import References, default_shapes, known_sizes, quick, sized_case
 
 NOT_CHECKED = "NOT CHECKED"
 """What is said of an engine that was compared with nothing."""
@@ -48,6 +50,8 @@ class Request:
     shapes: tuple[Mapping[str, int], ...]
     extra: Pipeline
     """Passes that are tried behind the pipeline of each target, and kept where that is faster."""
+    profile: Path | None = None
+    """Where is kept what the targets run fast; passes keep their usual options without."""
 
     @property
     def fixed(self) -> Mapping[str, int]:
@@ -142,6 +146,8 @@ class Builder:
     """Weights stay in their files: single passes are not compared, engines are opened `mapped`, nothing is timed."""
     notes: list[str] = field(default_factory=list)
     """What the user should read after the build."""
+    profiles: dict[str, Profile] = field(default_factory=dict)
+    """What was asked about each target."""
 
     def build(self, target: Backend, choice: Choice | None) -> Built:
         """Build the engine of one target; ``choice`` says what to do if it was decided before."""
@@ -196,14 +202,27 @@ class Builder:
         """Run the pipeline over a copy of a component; presets undo passes that leave the budget, locks never do."""
         undo = self.request.preset is not None and choice is None
         model = self.lowered.program.components[component].clone()
-        return self._run(component, model, self._pipeline(target, component, choice), undo=undo)
+        tuned = undo and not self._unmeasured(target)
+        tuning = self._tuning(target, component) if tuned else []
+        return self._run(component, model, self._pipeline(target, component, choice), undo=undo, first=tuning)
+
+    def _tuning(self, target: Backend, component: str) -> list[Instrument]:
+        """What gives passes the options that the target runs fastest at the shapes asked for, if there is a profile."""
+        if self.request.profile is None:
+            return []
+        profile = self.profiles.setdefault(target.name, Profile(target, self.request.profile))
+        signature = self.lowered.program.signatures[component]
+        shapes = self.request.shapes or default_shapes(signature)
+        return [Tune(profile, [known_sizes(signature, sizes) for sizes in shapes])]
 
     def _run_further(self, component: str, outcome: Outcome, extra: Pipeline) -> Outcome:
         """Go on with a copy of what a pipeline made of a component."""
         found = self._run(component, outcome.model.clone(), extra, undo=True)
         return Outcome(found.model, [*outcome.reports, *found.reports])
 
-    def _run(self, component: str, model: ir.Model, pipeline: Pipeline, *, undo: bool) -> Outcome:
+    def _run(
+        self, component: str, model: ir.Model, pipeline: Pipeline, *, undo: bool, first: Sequence[Instrument] = ()
+    ) -> Outcome:
         reproducer = instruments.Reproducer(self.reproducers, onnx_io.save, bugs_only=undo)
         signature = self.lowered.program.signatures[component]
         budget_of = functools.partial(self._budget_of, component)
@@ -213,7 +232,7 @@ class Builder:
             if self.references is not None and not self.offload
             else []
         )
-        watchers = [reproducer, *checks, instruments.VerifyEach(), instruments.Timing()]
+        watchers = [*first, reproducer, *checks, instruments.VerifyEach(), instruments.Timing()]
         outcome = pipeline.run(model, watchers, on_failure="rollback" if undo else "raise")
         self.notes += [f"an exact pass was undone, which is a bug; reproduce with: {c}" for c in reproducer.commands]
         return outcome

@@ -42,6 +42,7 @@ from planish.optimizer.lowering.original import Answers
 from planish.optimizer.lowering.tokenizer import load_tokenizer
 from planish.optimizer.manifest import MEASUREMENTS, Manifest
 from planish.optimizer.output import holding_interrupts, staged_file, staged_folder
+from planish.optimizer.profile import Profile, host_of
 from planish.optimizer.reference import Reference, References, make_inputs, make_prompts, noise_floor
 from planish.optimizer.report import write_report
 from planish.optimizer.sites import Expectation, PassSites, check_expectations, write_sites
@@ -93,6 +94,7 @@ def optimize(
     shapes: Sequence[Mapping[str, int]] = (),
     fix: Mapping[str, int] | None = None,
     expect: Sequence[str] = (),
+    profile: str | Path | None = None,
     lock: str | Path | None = None,
     adapter: str | Path | None = None,
     reference: ReferenceMode = "full",
@@ -104,17 +106,20 @@ def optimize(
 
     ``preset`` (`exact` by default) and ``pipeline`` exclude each other. ``keep`` are budgets (`cosine>=0.999`),
     ``shapes`` sizes of axes at which engines are timed, ``fix`` sizes that axes always have (`{"sequence": 128}`):
-    every pipeline then begins with the pass that writes them. ``expect`` is how often a pass must fire on every target
-    (`fuse-attention=12`). ``lock`` is used if the file exists and written if it does not. ``adapter`` is the folder of
-    a PEFT adapter that is merged into a checkpoint. ``reference`` "offload" is for a checkpoint that does not fit into
-    memory: its weights, and those of the engines, are read from their files as they are used; engines are compared with
-    it, single passes are not, nothing is timed, and a preset ships the plain lowering. With "none" the original is
-    never run, and nothing is compared either. The manifest says so. A module needs ``sample_inputs`` (tensors by
-    keyword) and ``dynamic_axes`` (`{input: {position: name}}`).
+    every pipeline then begins with the pass that writes them. ``expect`` is how often a pass must fire on every
+    target (`fuse-attention=12`). ``profile`` is a file of what the targets run fast: presets choose options of
+    their passes by it, and it is made, or completed by measuring, as they ask. ``lock`` is used if the file exists
+    and written if it does not. ``adapter`` is the folder of a PEFT adapter that is merged into a checkpoint.
+    ``reference`` "offload" is for a checkpoint that does not fit into memory: its weights, and those of the
+    engines, are read from their files as they are used; engines are compared with it, single passes are not,
+    nothing is timed, and a preset ships the plain lowering. With "none" the original is never run, and nothing is
+    compared either. The manifest says so. A module needs ``sample_inputs`` (tensors by keyword) and
+    ``dynamic_axes`` (`{input: {position: name}}`).
 
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
     request = _request(targets, preset, pipeline, keep, shapes, fix or {})
+    request = replace(request, profile=None if profile is None else Path(profile))
     wanted = [Expectation.parse(text) for text in expect]
     known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
     offload = reference == "offload"
@@ -136,7 +141,7 @@ def optimize(
         with stages.stage("report"):
             made = None if references is None else references()
             record = _reference_record(lowered, made, calibration, reference)
-            result = _write(folder, request, lowered, made, record, built, stages)
+            result = _write(folder, request, lowered, made, record, built, stages, builder.profiles)
             result.notes.extend(builder.notes)
     if lock is not None and known is None:
         with staged_file(Path(lock)) as path:
@@ -254,6 +259,7 @@ def _write(
     record: records.ReferenceRecord,
     built: Sequence[Built],
     stages: Stages,
+    profiles: Mapping[str, Profile],
 ) -> Result:
     """Write reference, lock, measurements, report and manifest into a folder that holds the engines."""
     if references is not None:
@@ -262,7 +268,7 @@ def _write(
     source = dict(lowered.program.provenance.files)
     locked = Lock(source=source, requested=request.described(), targets=choices)
     (folder / LOCK).write_text(locked.text(), encoding="utf-8")
-    measurements = _measurements(built, stages)
+    measurements = _measurements(built, stages, profiles)
     (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
     manifest = Manifest(
         planish=records.library_version("planish"),
@@ -330,12 +336,13 @@ def _target_record(built: Built, folder: Path) -> records.TargetRecord:
     )
 
 
-def _measurements(built: Sequence[Built], stages: Stages) -> dict[str, Any]:
+def _measurements(built: Sequence[Built], stages: Stages, profiles: Mapping[str, Profile]) -> dict[str, Any]:
     """Everything that may differ between two equal builds."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "instruction_set": records.instruction_set()},
         "stages_seconds": stages.seconds,
+        "profile": {host_of(profile.target): profile.described() for profile in profiles.values()},
         "targets": {
             engine.target.name: {
                 "latency_ms": {

@@ -24,12 +24,12 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
     "exact": {
         "onnxruntime": f"{_SHARED},legalize-onnxruntime,share-transposed-weights,{_LAST}",
         "openvino": f"{_SHARED},{_OPENVINO},share-transposed-weights,{_LAST}",
-        "tensorrt": f"{_SHARED},{_LAST}",
+        "tensorrt": f"{_SHARED},legalize-tensorrt,{_LAST}",
     },
     "fast": {
         "onnxruntime": f"{_SHARED},pack-projections,quantize-int8{{activations=token}},legalize-onnxruntime,{_LAST}",
         "openvino": f"{_SHARED},quantize-int8{{activations=runtime}},{_OPENVINO},{_LAST}",
-        "tensorrt": f"{_SHARED},{_LAST}",
+        "tensorrt": f"{_SHARED},legalize-tensorrt,{_LAST}",
     },
 }
 """Preset -> target -> pipeline. For tensorrt `fast` is `exact` until static quantization gives it a form of its own.

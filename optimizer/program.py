@@ -136,6 +136,15 @@ class Signature:
         return any(tensor.role is Role.CACHE for tensor in self.inputs)
 
 
+def size_of(dim: int | ir.SymbolicDim, sizes: Mapping[str, int]) -> int | None:
+    """The size of a dimension: a number, an axis, or a sum of axes; None if one of them has no known size."""
+    parts: list[int | None] = (
+        [dim] if isinstance(dim, int) else [sizes.get(part) for part in (dim.value or "").split(SUM)]
+    )
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
 def _missing(name: str) -> TensorSpec:
     raise KeyError(name)
 

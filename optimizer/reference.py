@@ -36,7 +36,8 @@ CONTINUED = 17
 """Tokens of a continuation: the prefill's, and sixteen behind the cache."""
 _PROMPTS = [(3, 9), (1, 1), (1, 96)]
 """Texts and tokens of the prompts: a padded batch, the shortest, a long one."""
-_QUICK = 2
+QUICK = 2
+"""How many cases passes are checked with one by one."""
 _CONTINUATIONS = "continuations.safetensors"
 _SHARE = 0.75
 """The second row of the padded batch is this share of the first, the third this share of the second, …"""
@@ -199,7 +200,14 @@ def default_shapes(signature: Signature) -> tuple[Mapping[str, int], ...]:
 
 
 def sized_case(signature: Signature, sizes: Mapping[str, int]) -> tuple[Case, str]:
-    """A case of the sizes asked for, as far as the axes allow them, and the text of the sizes that it has.
+    """A case of the sizes asked for, as far as the axes allow them, and the text of the sizes that it has."""
+    known = known_sizes(signature, sizes)
+    text = ",".join(f"{name}={size}" for name, size in known.items()) or "fixed"
+    return make_case(signature, known, np.random.default_rng(0)), text
+
+
+def known_sizes(signature: Signature, sizes: Mapping[str, int]) -> dict[str, int]:
+    """A size for every axis: as asked for, as far as it allows that.
 
     An axis that is not named takes the size of what it is by its place: `batch` if it leads the first input,
     `sequence` if tokens run along it, else 1.
@@ -211,8 +219,7 @@ def sized_case(signature: Signature, sizes: Mapping[str, int]) -> tuple[Case, st
     if PAST in known and "sequence" in known:
         limit = signature.axes[PAST].maximum
         known[PAST] = known[PAST] if limit is None else min(known[PAST], max(0, limit + 1 - known["sequence"]))
-    text = ",".join(f"{name}={size}" for name, size in known.items()) or "fixed"
-    return make_case(signature, known, np.random.default_rng(0)), text
+    return known
 
 
 def _usual_name(signature: Signature, axis: str) -> str:
@@ -395,8 +402,13 @@ def _mask(shape: tuple[int, ...], counted: int | None = None) -> np.ndarray:
 
 def quick(inputs: Sequence[Case]) -> list[Case]:
     """The few small cases that passes are checked with one by one, padding among them where there is any."""
-    small = sorted(inputs, key=lambda case: sum(array.size for array in case.values()))
-    return small[:_QUICK]
+    small = sorted(inputs, key=size_of_case)
+    return small[:QUICK]
+
+
+def size_of_case(case: Case) -> int:
+    """Elements of all arrays of a case."""
+    return sum(array.size for array in case.values())
 
 
 def noise_floor(

@@ -20,6 +20,7 @@ PASSES = {
         ("fusion", "share-key-heads", "ShareKeyHeads"),
         ("legalize", "legalize-onnxruntime", "LegalizeOnnxRuntime"),
         ("legalize", "legalize-openvino", "LegalizeOpenVino"),
+        ("legalize", "legalize-tensorrt", "LegalizeTensorRt"),
         ("memory", "order-for-memory", "OrderForMemory"),
         ("memory", "share-transposed-weights", "ShareTransposedWeights"),
         ("pruning", "prune-ffn", "PruneFfn"),

@@ -251,7 +251,7 @@ def stored() -> Iterator[tuple[str, bytes]]:
 def raised(path: Path) -> ir.Model:
     """A file after everything that is shared by all targets."""
     model, _ = lower(path).program.sole()
-    return Pipeline.parse(presets.pipeline_text("exact", "tensorrt")).run(model).model
+    return Pipeline.parse(presets.pipeline_text("exact", "of no target")).run(model).model
 
 
 def counts(model: ir.Model) -> dict[str, int]:

@@ -17,7 +17,7 @@ from planish.optimizer.cli.options import existing, json_flag, print_json
 @click.option("-o", "--output", "repro", type=existing, help="The file to write, SOURCE.repro.onnx if not given.")
 @json_flag
 def command(source: Path, pipeline: str, keep: tuple[str, ...], repro: Path | None, as_json: bool) -> None:
-    """Find the first pass on the .onnx file SOURCE, and the first of its sites, that leaves the budget.
+    """Find the first pass on SOURCE, an .onnx file or an output, and the first of its sites, that leaves the budget.
 
     A model of a few nodes that fails by itself is written, and the command that shows it is told. Exits 1 if one was
     found.

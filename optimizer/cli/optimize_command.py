@@ -36,6 +36,10 @@ from planish.optimizer.cli.options import (
 @shapes_option
 @fix_option
 @expect_option
+@click.option(
+    "--profile", type=existing,
+    help="What the targets run fast: presets choose by this file; what it lacks is measured and added.",
+)  # fmt: skip
 @click.option("--lock", type=existing, help="Build from this lock, or write it if it does not exist.")
 @click.option("--adapter", type=existing, help="A PEFT adapter (LoRA, rsLoRA, DoRA, AdaLoRA) to merge into SOURCE.")
 @click.option(
@@ -56,6 +60,7 @@ def command(
     shapes: tuple[str, ...],
     fix: str | None,
     expect: tuple[str, ...],
+    profile: Path | None,
     lock: Path | None,
     adapter: Path | None,
     reference: Literal["full", "offload", "none"],
@@ -80,6 +85,7 @@ def command(
             shapes=parse_shapes(shapes),
             fix=parse_fixed(fix),
             expect=expect,
+            profile=profile,
             lock=lock,
             adapter=adapter,
             reference=reference,

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from planish.optimizer import spec
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.errors import UsageError
-from planish.optimizer.program import SUM
+from planish.optimizer.program import SUM, size_of
 from planish.passes.cleanup._library import infer_again
 
 
@@ -81,12 +81,5 @@ def _axes(value: ir.Value) -> Iterator[str]:
 
 def _specialize(value: ir.Value, sizes: Mapping[str, int]) -> None:
     if value.shape is not None:
-        value.shape = ir.Shape([_size(dim, sizes) for dim in value.shape])
-
-
-def _size(dim: int | ir.SymbolicDim, sizes: Mapping[str, int]) -> int | ir.SymbolicDim:
-    """The sum of the parts of a dimension if the size of each is known."""
-    parts = [] if isinstance(dim, int) or dim.value is None else dim.value.split(SUM)
-    if not parts or not all(part in sizes for part in parts):
-        return dim
-    return sum(sizes[part] for part in parts)
+        found = [(dim, size_of(dim, sizes)) for dim in value.shape]
+        value.shape = ir.Shape([dim if size is None else size for dim, size in found])

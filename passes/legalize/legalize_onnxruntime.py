@@ -15,16 +15,22 @@ projections leave them saves four transpositions a layer, 2 % of MiniLM.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, admitted
+from planish.optimizer.base import Pass, PassResult, Question, admitted
 from planish.optimizer.graph import add_initializer, constant_of, location_of, rank_of, sole_user
+from planish.passes.legalize._forms import ask_about_attention, ask_about_sums
+from planish.passes.legalize._masks import AddedMasks
 
 _CONTRIB = "com.microsoft"
+_RANK = 4
+_OFF = frozenset({"is_causal", "softcap", "qk_matmul_output_mode"})
+"""Attributes of Attention that say nothing when they are zero."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class LegalizeOnnxRuntime(Pass):
     1. An integer product that is cast and scaled per column becomes MatMulIntegerToFloat.
     2. An Add of two tensors in front of a LayerNormalization becomes a Sum.
     3. An Attention between transpositions takes and gives (batch, sequence, hidden) itself.
+    4. If asked for, such an Attention becomes the runtime's own MultiHeadAttention.
+
+    Which options are faster is measured on the target, at the sizes of the first attention and the first sum.
     """
 
     name: ClassVar[str] = "legalize-onnxruntime"
@@ -41,12 +50,25 @@ class LegalizeOnnxRuntime(Pass):
     keep_sums: bool = True
     """Case 2: keep additions and normalizations apart."""
 
+    attention: Literal["standard", "multi-head"] = "standard"
+    """Case 4: the operator for attention whose queries and keys have the same heads, and no cache."""
+
+    def questions(self, model: ir.Model, sizes: Mapping[str, int]) -> Sequence[Question]:
+        """Both options, where the graph has something that they are about."""
+        return [*ask_about_attention(model.graph, sizes), *ask_about_sums(model.graph, sizes)]
+
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the main graph."""
         sites = [site for node in list(model.graph) if (site := self._integer_product(model, node))]
         if self.keep_sums:
             sites += [location_of(node) for node in list(model.graph) if _keep_sum(node)]
-        sites += [site for node in list(model.graph) if (site := _flat_attention(model.graph, node))]
+        masks = AddedMasks(model.graph, "mask_for_multi_head")
+        for node in [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]:
+            flat = _flat_attention(model.graph, node)
+            if flat is not None:
+                sites.append(location_of(node))
+                if self.attention == "multi-head":
+                    _multi_head(model, flat, masks)
         return PassResult(model, bool(sites), sites=sites)
 
     def _integer_product(self, model: ir.Model, node: ir.Node) -> str | None:
@@ -108,9 +130,9 @@ def _tensors(add: ir.Node) -> bool:
     return all(value is not None and value.const_value is None for value in add.inputs)
 
 
-def _flat_attention(graph: ir.Graph, node: ir.Node) -> str | None:
-    """Case 3: the location of the attention, if it stands between transpositions."""
-    if node.op_type != "Attention" or node.domain != "" or len(node.outputs) != 1 or "q_num_heads" in node.attributes:
+def _flat_attention(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+    """Case 3: what stands for the attention now, if it stood between transpositions."""
+    if len(node.outputs) != 1 or "q_num_heads" in node.attributes:
         return None
     operands = [_unsplit(value) for value in node.inputs[:3]]
     joined = _joined(node.outputs[0])
@@ -118,7 +140,6 @@ def _flat_attention(graph: ir.Graph, node: ir.Node) -> str | None:
         return None
     heads = [operand[1] for operand in operands if operand is not None]
     transposes = [value.producer() for value in node.inputs[:3] if value is not None]
-    location = location_of(node)
     flat = ir.node(
         "Attention",
         [*(operand[0] for operand in operands if operand is not None), *node.inputs[3:]],
@@ -132,7 +153,29 @@ def _flat_attention(graph: ir.Graph, node: ir.Node) -> str | None:
     )
     _replace(graph, [node, *joined], flat)
     _remove_unread(graph, transposes)
-    return location
+    return flat
+
+
+def _multi_head(model: ir.Model, node: ir.Node, masks: AddedMasks) -> None:
+    """Case 4: write a flat attention as MultiHeadAttention, if that can say all that it says."""
+    attributes = {name: one for name, one in node.attributes.items() if name not in _OFF or one.value != 0}
+    heads, groups = attributes.pop("q_num_heads"), attributes.pop("kv_num_heads")
+    scale = attributes.pop("scale", None)
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    if attributes or heads.as_int() != groups.as_int() or (mask is not None and rank_of(mask) != _RANK):
+        return
+    added = [] if mask is None else [None, None, masks.added(mask, node)]
+    scaled = {} if scale is None else {"scale": scale.as_float()}
+    fused = ir.node(
+        "MultiHeadAttention",
+        [*node.inputs[:3], *added],
+        {"num_heads": heads.as_int(), **scaled},
+        domain=_CONTRIB,
+        name=f"{node.name}_multi_head",
+        metadata_props=dict(node.metadata_props),
+    )
+    _replace(model.graph, [node], fused)
+    model.opset_imports.setdefault(_CONTRIB, 1)
 
 
 def _unsplit(value: ir.Value | None) -> tuple[ir.Value, int] | None:

@@ -15,7 +15,7 @@ import onnx.numpy_helper as nh
 import onnx_ir as ir
 import pytest
 
-from planish.optimizer import Pass, PassResult, registry
+from planish.optimizer import Pass, PassResult, optimize, registry
 from planish.optimizer.base import admitted
 from planish.optimizer.bisecting import bisect
 from planish.optimizer.errors import BadInput, CheckFailed
@@ -156,5 +156,19 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "in.onnx").write_text("no")
     with pytest.raises(BadInput):
         bisect(tmp_path / "in.onnx", "fold-constants", tmp_path / "found.onnx")
-    with pytest.raises(BadInput, match="this is a folder"):
+    with pytest.raises(BadInput, match=r"there is no planish\.json"):
         bisect(tmp_path, "fold-constants", tmp_path / "found.onnx")
+
+
+@pytest.mark.slow
+def test_an_output_goes_on_from_its_engine(tiny: Path, tmp_path: Path) -> None:
+    """Held against the original, and, as `fast` was, against its own budget and not the noise of an exact one."""
+    optimize(tiny, tmp_path / "out", preset="fast", keep=["cosine>=0.9"])
+    assert bisect(tmp_path / "out", "eliminate-identities", tmp_path / "found.onnx") is None
+    pipeline = "fold-constants,prune-ffn{keep=0.1 multiple=1}"
+    found = bisect(tmp_path / "out", pipeline, tmp_path / "found.onnx", keep=["max_abs<=1e-9"])
+    assert found is not None
+    assert found.text == "prune-ffn{keep=0.1 multiple=1}"
+    optimize(tiny, tmp_path / "other", targets=["openvino"], reference="none")
+    with pytest.raises(BadInput, match=r"no engine of ONNX files.*give the \.onnx file"):
+        bisect(tmp_path / "other", "fold-constants", tmp_path / "found.onnx")

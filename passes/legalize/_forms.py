@@ -1,0 +1,96 @@
+"""Small graphs in which a target's forms are compared: an operator, and what stands around it in a Transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import onnx.parser
+import onnx.shape_inference
+import onnx_ir as ir
+
+from planish.optimizer.base import Question
+from planish.optimizer.program import size_of
+
+_HEADER = '<ir_version: 10, opset_import: ["" : 23]>'
+
+
+def ask_about_attention(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[Question]:
+    """Whether attention without a cache is faster as the standard's operator or as MultiHeadAttention.
+
+    Asked for the first attention of rank four whose queries and keys have the same heads.
+    """
+    for node in graph:
+        if node.op_type != "Attention" or node.domain != "" or len(node.outputs) != 1 or len(node.inputs) > 4:
+            continue
+        query, key = (_sizes(value, sizes) for value in node.inputs[:2])
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        if len(query) != 4 or len(key) != 4 or query[1] != key[1] or not _produced(node.inputs[1]):
+            continue
+        (batch, heads, queries, size), keys = query, key[2]
+        kind = "" if mask is None else "bool" if mask.dtype == ir.DataType.BOOL else "float"
+        given = f", {kind}[{batch},1,{queries},{keys}] m" if kind else ""
+        about = f"batch={batch} heads={heads} queries={queries} keys={keys} size={size} mask={kind or 'none'}"
+        make = partial(_attention, batch, heads, queries, keys, size, given)
+        yield Question("attention", ("standard", "multi-head"), about, make)
+        return
+
+
+def ask_about_sums(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[Question]:
+    """Whether an addition in front of a LayerNormalization had better stay out of the runtime's fusion of the two."""
+    for node in graph:
+        if node.op_type != "LayerNormalization" or node.domain != "" or node.inputs[0] is None:
+            continue
+        add = node.inputs[0].producer()
+        found = _sizes(node.inputs[0], sizes)
+        if add is not None and add.op_type == "Add" and len(found) == 3:
+            about = f"batch={found[0]} tokens={found[1]} width={found[2]}"
+            yield Question("keep_sums", (True, False), about, partial(_sum, *found))
+            return
+
+
+def _sizes(value: ir.Value | None, sizes: Mapping[str, int]) -> list[int]:
+    """All sizes of a value, or nothing."""
+    found = [] if value is None or value.shape is None else [size_of(dim, sizes) for dim in value.shape]
+    known = [size for size in found if size is not None]
+    return known if len(known) == len(found) else []
+
+
+def _produced(key: ir.Value | None) -> bool:
+    """Whether keys are computed here alone, not put behind those of a cache."""
+    node = None if key is None else key.producer()
+    return node is not None and node.op_type == "Transpose"
+
+
+def _attention(batch: int, heads: int, queries: int, keys: int, size: int, mask: str) -> ir.Model:
+    """Attention between the reshapes and transpositions that split heads and join them."""
+    width = heads * size
+    kind = {"q": queries, "k": keys, "v": keys}
+    inputs = ", ".join(f"float[{batch},{length},{width}] {name}" for name, length in kind.items())
+    lines = [f"{n}s = Reshape ({n}, split) {n}h = Transpose <perm=[0,2,1,3]> ({n}s)" for n in kind]
+    return _parsed(
+        f"""g ({inputs}{mask}) => (float[{batch},{queries},{width}] r)
+        <int64[4] split = {{0, 0, {heads}, {size}}}, int64[3] join = {{0, 0, {width}}}> {{
+        {" ".join(lines)}
+        o = Attention (qh, kh, vh{", m" if mask else ""})
+        t = Transpose <perm=[0,2,1,3]> (o)
+        r = Reshape (t, join)
+        }}"""
+    )
+
+
+def _sum(batch: int, tokens: int, width: int) -> ir.Model:
+    """An addition whose result is normalized, and added to what was normalized."""
+    kind = f"float[{batch},{tokens},{width}]"
+    return _parsed(
+        f"""g ({kind} x, {kind} y, float[{width}] scale, float[{width}] bias) => ({kind} r) {{
+        h = Add (x, y)
+        n = LayerNormalization (h, scale, bias)
+        r = Add (h, n)
+        }}"""
+    )
+
+
+def _parsed(text: str) -> ir.Model:
+    model: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(_HEADER + text)))
+    return model
