@@ -42,7 +42,7 @@ class Room:
 
     def groups(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
         """As many at once as the engine takes."""
-        most = self.texts.maximum or len(items)
+        most = self.texts.maximum or max(1, len(items))
         return (items[start : start + most] for start in range(0, len(items), most))
 
     def filled(self, items: Sequence[T]) -> list[T]:

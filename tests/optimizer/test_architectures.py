@@ -18,13 +18,16 @@ EVERY_DAY = {
 """Species of the fast suite; CI runs them all."""
 SEEN = {"vit", "deit", "swin", "convnext", "resnet", "clip_vision_model", "segformer"}
 """Model types of images that stand for the others."""
+WRITTEN = {"gpt2", "gptj", "bloom", "falcon", "llama", "mixtral", "gemma2", "qwen3", "phi", "t5", "bart", "whisper"}
+"""Model types that generate and stand for the others: each is written in a way of its own."""
 
 
 def marked(zoo: Sequence[Species]) -> list[Any]:
     def mark(species: Species) -> Any:
         if species.name in EVERY_DAY:
             return ()
-        return pytest.mark.breadth if zoo is IMAGES and species.model_type not in SEEN else pytest.mark.slow
+        kept = SEEN if zoo is IMAGES else WRITTEN
+        return pytest.mark.slow if species.model_type in kept else pytest.mark.breadth
 
     return [pytest.param(species, marks=mark(species), id=species.name) for species in zoo]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,18 @@ from planish.optimizer.single import file_reference
 from tests import exporters
 
 FILES = dict(exporters.stored())
+EVERY_DAY = {"torchscript 14 eager", "torchscript 18 sdpa", "dynamo 18 eager", "dynamo 23 sdpa"}
+"""Exporters of the usual suite; CI runs them all."""
 LONGEST = 12
 """Tokens of a text: no model has fewer positions."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
+def marked(name: str) -> Any:
+    usual = name.partition(" ")[2] in EVERY_DAY
+    return pytest.param(name, marks=pytest.mark.slow if usual else pytest.mark.breadth)
+
+
+@pytest.mark.parametrize("name", map(marked, FILES))
 def test_every_block_is_raised(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(FILES[name])
