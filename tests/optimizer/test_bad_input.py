@@ -338,7 +338,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "preset and pipeline": (["--preset", "exact", "--pipeline", "fold-constants"], "exclude each other"),
     "unknown task": (["--task", "text-clasification"], "unknown task 'text-clasification' (did you mean"),
     "unknown metric": (["--keep", "cosin>=1"], "unknown metric 'cosin'"),
-    "malformed shape": (["--shape", "batch=x"], "cannot read the shape 'batch=x'"),
+    "malformed shape": (["--shape", "batch=x"], "cannot read the sizes 'batch=x'"),
 }
 
 
