@@ -18,18 +18,20 @@ _SHARED = (
 _OPENVINO = "legalize-openvino,fold-constants,deduplicate-initializers"
 """The second and third for masks that turn out to be constant, and numbers that stand there twice."""
 
+_TENSORRT = "legalize-tensorrt,fold-constants,deduplicate-initializers"
+
 _LAST = "remove-unused-nodes"
 
 PRESETS: Mapping[str, Mapping[str, str]] = {
     "exact": {
         "onnxruntime": f"{_SHARED},legalize-onnxruntime,share-transposed-weights,{_LAST}",
         "openvino": f"{_SHARED},{_OPENVINO},share-transposed-weights,{_LAST}",
-        "tensorrt": f"{_SHARED},legalize-tensorrt,{_LAST}",
+        "tensorrt": f"{_SHARED},{_TENSORRT},{_LAST}",
     },
     "fast": {
         "onnxruntime": f"{_SHARED},pack-projections,quantize-int8{{activations=token}},legalize-onnxruntime,{_LAST}",
         "openvino": f"{_SHARED},quantize-int8{{activations=runtime}},{_OPENVINO},{_LAST}",
-        "tensorrt": f"{_SHARED},legalize-tensorrt,{_LAST}",
+        "tensorrt": f"{_SHARED},{_TENSORRT},{_LAST}",
     },
 }
 """Preset -> target -> pipeline. For tensorrt `fast` is `exact` until static quantization gives it a form of its own.
