@@ -184,9 +184,9 @@ def _of_size(core: Any, file: Path, size: tuple[int, ...]) -> Any:
     """The model in a file with all inputs of one shape (texts, tokens)."""
     model = core.read_model(str(file))
     odd = [port.get_any_name() for port in model.inputs if len(port.get_partial_shape()) != len(size)]
-    if odd or model.get_sinks():
-        what = f"input {odd[0]!r} does not have" if odd else "a model that keeps a cache has not only"
-        raise BadInput(f"{what} the axes texts and tokens", where=file, advice="leave out the option buckets")
+    if odd:
+        what = f"input {odd[0]!r} has other axes than texts and tokens, so there are no buckets"
+        raise BadInput(what, where=file, advice="leave out the option buckets")
     model.reshape({port: list(size) for port in model.inputs})
     return model
 

@@ -20,7 +20,7 @@ from planish.optimizer import Pipeline
 from planish.optimizer.lowering import lower
 
 _LAYERS = (20, 41, 82, 165)
-"""The largest has 10,000 nodes."""
+"""The largest has nearly 10,000 nodes."""
 _PRESETS = ("exact", "fast")
 
 

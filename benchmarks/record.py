@@ -13,6 +13,7 @@ from typing import Any
 
 from planish.optimizer.cli.display import print_table
 from planish.optimizer.manifest import instruction_set, library_versions
+from planish.optimizer.resources import cores
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -56,5 +57,4 @@ def machine() -> str:
     """The processor, what it can do, and how many of its cores are ours."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{models[0] if models else platform.processor()}, {cores} cores, {instruction_set()}"
+    return f"{models[0] if models else platform.processor()}, {cores()} cores, {instruction_set()}"

@@ -50,7 +50,7 @@ class Request:
     shapes: tuple[Mapping[str, int], ...]
     extra: Pipeline
     """Passes that are tried behind the pipeline of each target, and kept where that is faster."""
-    profile: Path | None = None
+    profile: Path | None
     """Where is kept what the targets run fast; passes keep their usual options without."""
 
     @property
@@ -152,6 +152,9 @@ class Builder:
     def build(self, target: Backend, choice: Choice | None) -> Built:
         """Build the engine of one target; ``choice`` says what to do if it was decided before."""
         place = self.folder / target.name
+        if self.request.profile is not None and (choice is not None or self._unmeasured(target)):
+            why = "the lock has decided" if choice is not None else "nothing is measured"
+            self.notes.append(f"the profile was not asked about {target.name}: {why}")
         contenders = self._contenders(target, choice, place)
         first = contenders[0]
         if first.violations and self.request.preset is None:
@@ -202,13 +205,12 @@ class Builder:
         """Run the pipeline over a copy of a component; presets undo passes that leave the budget, locks never do."""
         undo = self.request.preset is not None and choice is None
         model = self.lowered.program.components[component].clone()
-        tuned = undo and not self._unmeasured(target)
-        tuning = self._tuning(target, component) if tuned else []
+        tuning = self._tuning(target, component) if undo else []
         return self._run(component, model, self._pipeline(target, component, choice), undo=undo, first=tuning)
 
     def _tuning(self, target: Backend, component: str) -> list[Instrument]:
         """What gives passes the options that the target runs fastest at the shapes asked for, if there is a profile."""
-        if self.request.profile is None:
+        if self.request.profile is None or self._unmeasured(target):
             return []
         profile = self.profiles.setdefault(target.name, Profile(target, self.request.profile))
         signature = self.lowered.program.signatures[component]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from packaging.requirements import Requirement
 
 from planish.optimizer import registry
 from planish.optimizer.manifest import instruction_set
+from planish.optimizer.resources import cores
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,11 @@ def _libraries() -> list[Finding]:
 
 def _processor() -> Finding:
     flags = instruction_set()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     int8 = any(flag in flags for flag in ("vnni", "amx_int8", "asimddp", "i8mm"))
     advice = (
         "" if int8 else "int8 engines may be no faster here, and u8 x s8 products can saturate: trust the measurement"
     )
-    return Finding("processor", "ok" if int8 else "attention", f"{cores} cores, {flags}", advice)
+    return Finding("processor", "ok" if int8 else "attention", f"{cores()} cores, {flags}", advice)
 
 
 def _memory() -> Finding:

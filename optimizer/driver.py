@@ -105,34 +105,28 @@ def optimize(
     """Turn a checkpoint folder, an `.onnx` file or an `nn.Module` into engines in the folder ``out``.
 
     ``preset`` (`exact` by default) and ``pipeline`` exclude each other. ``keep`` are budgets (`cosine>=0.999`),
-    ``shapes`` sizes of axes at which engines are timed, ``fix`` sizes that axes always have (`{"sequence": 128}`):
-    every pipeline then begins with the pass that writes them. ``expect`` is how often a pass must fire on every
-    target (`fuse-attention=12`). ``profile`` is a file of what the targets run fast: presets choose options of
-    their passes by it, and it is made, or completed by measuring, as they ask. ``lock`` is used if the file exists
-    and written if it does not. ``adapter`` is the folder of a PEFT adapter that is merged into a checkpoint.
-    ``reference`` "offload" is for a checkpoint that does not fit into memory: its weights, and those of the
-    engines, are read from their files as they are used; engines are compared with it, single passes are not,
-    nothing is timed, and a preset ships the plain lowering. With "none" the original is never run, and nothing is
-    compared either. The manifest says so. A module needs ``sample_inputs`` (tensors by keyword) and
-    ``dynamic_axes`` (`{input: {position: name}}`).
+    ``shapes`` sizes of axes at which engines are timed, ``fix`` sizes that axes always have (`{"sequence": 128}`).
+    ``expect`` is how often a pass must fire on every target (`fuse-attention=12`). ``profile`` is a file of what the
+    targets run fast: presets choose by it, and what it lacks is measured. ``lock`` is used if the file exists and
+    written if it does not. ``adapter`` is the folder of a PEFT adapter that is merged into a checkpoint.
+    ``reference`` "offload" is for a checkpoint that does not fit into memory: its weights, and those of the engines,
+    are read from their files as they are used; engines are compared with it, single passes are not, nothing is timed,
+    and a preset ships the plain lowering. With "none" the original is never run, and nothing is compared either. The
+    manifest says so. A module needs ``sample_inputs`` (tensors by keyword) and ``dynamic_axes`` (`{input: {position:
+    name}}`).
 
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
-    request = _request(targets, preset, pipeline, keep, shapes, fix or {})
-    request = replace(request, profile=None if profile is None else Path(profile))
+    request = _request(targets, preset, pipeline, keep, shapes, fix or {}, profile)
     wanted = [Expectation.parse(text) for text in expect]
     known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
-    offload = reference == "offload"
-    timed = known is None and reference == "full"
+    offload, timed = reference == "offload", known is None and reference == "full"
     stages = Stages(progress, 2 + offload + (4 if timed else 3) * len(request.targets))
     with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
         with stages.stage("lowering"):
             lowered = _lowered(source, task, adapter, reference, sample_inputs=sample_inputs, dynamic_axes=dynamic_axes)
             lowered = lowered.with_fixed(request.fixed)
-        if known is not None and lock is not None:
-            known.check_fits(
-                Path(lock), lowered.program.provenance.files, request.described(), [*map(str, request.targets)]
-            )
+        _check_lock(known, lock, lowered, request)
         inputs, references = _asked(lowered, request, calibration, reference, stages)
         places = folder, Path(scratch), Path(f"{out}.failed")
         builder = Builder(request, lowered, references, inputs, *places, stages, offload)
@@ -147,6 +141,13 @@ def optimize(
         with staged_file(Path(lock)) as path:
             path.write_text((Path(out) / LOCK).read_text(encoding="utf-8"), encoding="utf-8")
     return replace(result, folder=Path(out))
+
+
+def _check_lock(known: Lock | None, path: str | Path | None, lowered: Lowered, request: Request) -> None:
+    """UsageError if the lock that is used, if one is, was written for another source, request or set of targets."""
+    if known is not None and path is not None:
+        files = lowered.program.provenance.files
+        known.check_fits(Path(path), files, request.described(), [*map(str, request.targets)])
 
 
 def _lowered(
@@ -179,9 +180,12 @@ def _request(
     keep: Sequence[str],
     shapes: Sequence[Mapping[str, int]],
     fix: Mapping[str, int],
+    profile: str | Path | None,
 ) -> Request:
     if preset is not None and pipeline is not None:
         raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
+    if profile is not None and pipeline is not None:
+        raise UsageError("a profile chooses for presets, not for a pipeline", advice="write the options into the text")
     backends = tuple(registry.backend(text) for text in targets)
     names = [backend.name for backend in backends]
     if not names or len(set(names)) != len(names):
@@ -189,7 +193,8 @@ def _request(
     preset = "exact" if pipeline is None and preset is None else preset
     asked = Budget.parse(keep) if keep else presets.budget(preset)
     pipelines = pipelines_for(backends, preset, pipeline, fix)
-    return Request(backends, preset, pipelines, asked, tuple(shapes), extra_for(preset, shapes))
+    place = None if profile is None else Path(profile)
+    return Request(backends, preset, pipelines, asked, tuple(shapes), extra_for(preset, shapes), place)
 
 
 def _asked(

@@ -15,10 +15,10 @@ _SHARED = (
 )
 """Cleanup, and raising to canonical operators: the same for every target."""
 
-_OPENVINO = "legalize-openvino,fold-constants,deduplicate-initializers"
-"""The second and third for masks that turn out to be constant, and numbers that stand there twice."""
+_TIDY = "fold-constants,deduplicate-initializers"
+"""After attention was legalized: masks that turn out to be constant, and numbers that stand there twice."""
 
-_TENSORRT = "legalize-tensorrt,fold-constants,deduplicate-initializers"
+_OPENVINO, _TENSORRT = f"legalize-openvino,{_TIDY}", f"legalize-tensorrt,{_TIDY}"
 
 _LAST = "remove-unused-nodes"
 

@@ -9,7 +9,6 @@ and instruction sets. What is chosen stands as an option in the text of the pass
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -28,6 +27,7 @@ from planish.optimizer.manifest import instruction_set, library_version
 from planish.optimizer.measure import EngineRef, Timing, race
 from planish.optimizer.output import staged_file
 from planish.optimizer.program import Program, Provenance, Signature
+from planish.optimizer.resources import cores
 
 _SECONDS = 6.0
 """Longest time for one question."""
@@ -53,8 +53,8 @@ class Table(BaseModel):
 
 def host_of(target: Backend) -> str:
     """All that a latency depends on beside the form: target and options, library, instruction set, cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{target}, {target.distribution} {library_version(target.distribution)}, {instruction_set()}, {cores} cores"
+    library = f"{target.distribution} {library_version(target.distribution)}"
+    return f"{target}, {library}, {instruction_set()}, {cores()} cores"
 
 
 @dataclass
@@ -126,7 +126,6 @@ def _read(place: Path) -> Table:
 
 
 def _write(place: Path, table: Table) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
     with staged_file(place) as path:
         path.write_text(table.model_dump_json(indent=1) + "\n", encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +74,8 @@ def _room(folder: Path, version: int) -> int | None:
     except (OSError, ValueError):
         return None
     return None if most == "max" else int(most) - used + sum(statistics.get(name, 0) for name in caches)
+
+
+def cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,7 +17,9 @@ shapes_option = click.option(
     "--shape", "shapes", multiple=True, metavar="AXIS=N,…", help="Sizes at which to time; may be given several times."
 )
 fix_option = click.option(
-    "--fix", metavar="AXIS=N,…", help="Sizes that axes always have: engines take no other, and may be faster for it."
+    "--fix",
+    metavar="AXIS=N,…",
+    help="Sizes that axes always have; engines may be faster for it.",
 )
 expect_option = click.option(
     "--expect", multiple=True, metavar="PASS=N", help="Fail unless this pass fires at N sites, e.g. fuse-attention=12."

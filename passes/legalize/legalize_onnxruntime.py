@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Question, admitted
+from planish.optimizer.base import Pass, PassResult, Question, Refusal, admitted
 from planish.optimizer.graph import add_initializer, constant_of, location_of, rank_of, sole_user
 from planish.passes.legalize._forms import ask_about_attention, ask_about_sums
 from planish.passes.legalize._masks import AddedMasks
@@ -62,14 +62,14 @@ class LegalizeOnnxRuntime(Pass):
         sites = [site for node in list(model.graph) if (site := self._integer_product(model, node))]
         if self.keep_sums:
             sites += [location_of(node) for node in list(model.graph) if _keep_sum(node)]
-        masks = AddedMasks(model.graph, "mask_for_multi_head")
+        masks, refusals = AddedMasks(model.graph, "mask_for_multi_head"), []
         for node in [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]:
             flat = _flat_attention(model.graph, node)
             if flat is not None:
                 sites.append(location_of(node))
-                if self.attention == "multi-head":
-                    _multi_head(model, flat, masks)
-        return PassResult(model, bool(sites), sites=sites)
+                reason = _multi_head(model, flat, masks) if self.attention == "multi-head" else None
+                refusals += [] if reason is None else [Refusal.at(flat, reason, flat.outputs[0])]
+        return PassResult(model, bool(sites), sites=sites, refusals=refusals)
 
     def _integer_product(self, model: ir.Model, node: ir.Node) -> str | None:
         """Case 1: the location of the product, if there was one to rewrite."""
@@ -156,14 +156,20 @@ def _flat_attention(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     return flat
 
 
-def _multi_head(model: ir.Model, node: ir.Node, masks: AddedMasks) -> None:
-    """Case 4: write a flat attention as MultiHeadAttention, if that can say all that it says."""
+def _multi_head(model: ir.Model, node: ir.Node, masks: AddedMasks) -> str | None:
+    """Case 4: write a flat attention as MultiHeadAttention; why not, if that cannot say all that it says."""
     attributes = {name: one for name, one in node.attributes.items() if name not in _OFF or one.value != 0}
     heads, groups = attributes.pop("q_num_heads"), attributes.pop("kv_num_heads")
     scale = attributes.pop("scale", None)
     mask = node.inputs[3] if len(node.inputs) > 3 else None
-    if attributes or heads.as_int() != groups.as_int() or (mask is not None and rank_of(mask) != _RANK):
-        return
+    if attributes:
+        return f"MultiHeadAttention has no {min(attributes)}"
+    if heads.as_int() != groups.as_int():
+        return "its queries and keys differ in heads, which MultiHeadAttention does not know"
+    if any(value is None or value.dtype != ir.DataType.FLOAT for value in node.inputs[:3]):
+        return "its operands are not known to be of type FLOAT, as its mask would be"
+    if mask is not None and rank_of(mask) != _RANK:
+        return "its mask is not known to have rank four"
     added = [] if mask is None else [None, None, masks.added(mask, node)]
     scaled = {} if scale is None else {"scale": scale.as_float()}
     fused = ir.node(
@@ -176,6 +182,7 @@ def _multi_head(model: ir.Model, node: ir.Node, masks: AddedMasks) -> None:
     )
     _replace(model.graph, [node], fused)
     model.opset_imports.setdefault(_CONTRIB, 1)
+    return None
 
 
 def _unsplit(value: ir.Value | None) -> tuple[ir.Value, int] | None:

@@ -32,7 +32,7 @@ class LegalizeTensorRt(Pass):
 
     1. Attention with capped scores is spelled out, grouped queries included.
     2. A mask with one row for all queries is spread over them.
-    3. Causal order beside a mask, and a cache inside, are refused: nothing that is lowered or raised here has them.
+    3. Causal order beside a mask, a cache inside, and a mask of another rank than four are refused.
     """
 
     name: ClassVar[str] = "legalize-tensorrt"
@@ -62,9 +62,10 @@ def _obstacle(node: ir.Node, mask: ir.Value | None) -> str | None:
         return "it keeps a cache inside"
     if mask is not None and order is not None and order.as_int():
         return "it is causal beside a mask"
-    if not softcap_of(node):
-        return None
     query, key, value = node.inputs[:3]
+    if not softcap_of(node):
+        unknown = mask is not None and (rank_of(query) != _RANK or rank_of(mask) != _RANK)
+        return "its queries or its mask are not known to have rank four" if unknown else None
     if any(rank_of(one) != _RANK or one is None or one.dtype != ir.DataType.FLOAT for one in (query, key, value)):
         return "its scores are capped, and its operands are not known to be of type FLOAT and rank four"
     if None in (heads_of(query), heads_of(key), size_of_heads(query), size_of_heads(value)):
@@ -77,10 +78,7 @@ def _obstacle(node: ir.Node, mask: ir.Value | None) -> str | None:
 
 def _spread(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> bool:
     """Case 2: whether the mask needed rows of its own."""
-    query = node.inputs[0]
-    if query is None or rank_of(query) != _RANK or rank_of(mask) != _RANK:
-        return False
-    spread, nodes = rows_for(query, mask)
+    spread, nodes = (mask, []) if node.inputs[0] is None else rows_for(node.inputs[0], mask)
     if not nodes or not admitted():
         return False
     name_nodes(nodes, f"{node.outputs[0].name}_mask")

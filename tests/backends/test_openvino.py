@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from planish.optimizer import registry
-from planish.optimizer.errors import UsageError
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.program import Program
 from tests.backends.conftest import contents
 from tests.backends.test_onnxruntime import FEEDS
+from tests.backends.test_tensorrt import generator
 
 
 @pytest.fixture
@@ -91,3 +92,9 @@ class Watched:
 def test_buckets_that_make_no_sense(folder: Path) -> None:
     with pytest.raises(UsageError, match="option buckets"):
         registry.backend("openvino{buckets=[16]}")
+
+
+def test_a_model_that_keeps_a_cache_has_no_buckets(tmp_path: Path) -> None:
+    registry.backend("openvino").emit(generator("gpt2", tmp_path), tmp_path)
+    with pytest.raises(BadInput, match=r"has other axes than texts and tokens.*leave out the option buckets"):
+        registry.backend("openvino{buckets=[1x3]}").open(tmp_path)

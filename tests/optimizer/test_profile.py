@@ -13,7 +13,7 @@ import pytest
 from planish.optimizer import Pipeline, optimize, registry
 from planish.optimizer import profile as module
 from planish.optimizer.base import Pass
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.lowering import lower
 from planish.optimizer.measure import EngineRef, Timing
 from planish.optimizer.profile import Profile, Tune
@@ -114,8 +114,11 @@ def test_a_lock_repeats_what_a_profile_chose(tiny: Path, tmp_path: Path, monkeyp
     assert any(first.measurements["profile"].values())
     graph = onnx.load(tmp_path / "first" / "onnxruntime" / "model.onnx", load_external_data=False).graph
     assert sum(node.op_type == "MultiHeadAttention" for node in graph.node) == 2
-    second = optimize(tiny, tmp_path / "second", lock=lock)
+    second = optimize(tiny, tmp_path / "second", lock=lock, profile=tmp_path / "profile.json")
     assert first.manifest.files == second.manifest.files
+    assert second.notes == ["the profile was not asked about onnxruntime: the lock has decided"]
+    with pytest.raises(UsageError, match="a profile chooses for presets"):
+        optimize(tiny, tmp_path / "third", pipeline="fold-constants", profile=tmp_path / "profile.json")
 
 
 @pytest.mark.slow
