@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +13,14 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from planish.optimizer import instruments, onnx_io, presets, registry, spec
+from planish.optimizer import choosing, instruments, onnx_io, presets, registry, spec
 from planish.optimizer.backend import Arrays, Backend
 from planish.optimizer.base import Pass
 from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engines, demand_room
 from planish.optimizer.compare import Budget, Clause
 from planish.optimizer.errors import CheckFailed
 from planish.optimizer.instruments import Instrument
-from planish.optimizer.lock import Choice, LockedPass, Speed, Trial
+from planish.optimizer.lock import Choice, LockedPass
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.manifest import instruction_set
 from planish.optimizer.measure import EngineRef, Timing, race
@@ -303,34 +302,62 @@ class Builder:
         missing = target.missing()
         if missing is not None:
             return first, _choice(target, first, "optimized", f"not measured: {missing}"), {}
+        return self._choose_by_clock(target, contenders, sound)
+
+    def _choose_by_clock(
+        self, target: Backend, contenders: Sequence[Contender], sound: Sequence[Contender]
+    ) -> tuple[Contender, Choice, Mapping[str, Mapping[str, Timing]]]:
+        """The fastest of the sound contenders for each component; where none beats the plain lowering, that one."""
         with self.stages.stage(f"{target.name}: measurement"):
-            found = self._measure(target, [contender.place for contender in sound])
-        plain, *others = found
-        best = _fastest(others)
-        faster = math.prod(timing.low for timing in others[best].values()) > 1
-        why = "faster than the plain lowering" if faster else "not measurably faster than the plain lowering"
-        choice = _choice(target, sound[best], "optimized" if faster else "plain", why)
-        timed = {contender.extra: timings for contender, timings in zip(sound, others, strict=True)}
-        trials = [_trial(tried, first, sound[best] if faster else None, timed) for tried in contenders if tried.extra]
-        choice = choice.model_copy(update={"measured": _speeds(others[best]), "tried": trials})
-        return sound[best], choice, {s: {"plain": plain[s], "optimized": others[best][s]} for s in plain}
+            plain, *others = self._measure(target, [contender.place for contender in sound])
+        best = {name: choosing.fastest([own[name] for own in others]) for name in plain}
+        timed = {name: others[index][name] for name, index in best.items()}
+        won = {name: sound[index] for name, index in best.items() if choosing.is_faster(timed[name])}
+        engine = self._joined(target, won) if won else sound[0]
+        if engine.violations:
+            return engine, _choice(target, engine, "plain", f"outside the budget: {engine.violations[0]}"), {}
+        by_extra = {contender.extra: own for contender, own in zip(sound, others, strict=True)}
+        trials = [
+            choosing.trial(
+                tried.extra,
+                tried.obstacle(contenders[0]),
+                [name for name, winner in won.items() if winner is tried],
+                list(won),
+                by_extra.get(tried.extra, {}),
+            )
+            for tried in contenders
+            if tried.extra
+        ]
+        choice = _choice(target, engine, "optimized" if won else "plain", choosing.reason(list(plain), list(won)))
+        choice = choice.model_copy(update={"measured": choosing.speeds(timed), "tried": trials})
+        return engine, choice, choosing.side_by_side(plain, timed)
 
-    def _measure(self, target: Backend, places: Sequence[Path]) -> list[dict[str, Timing]]:
-        """For the plain lowering and then each of ``places``: a timing of each component at each shape.
+    def _joined(self, target: Backend, won: Mapping[str, Contender]) -> Contender:
+        """The engine whose components are those that won, and plain ones for the rest."""
+        components = self.lowered.program.components
+        first = next(iter(won.values()))
+        if all(won.get(name) is first for name in components):
+            return first
+        outcomes = {
+            name: won[name].outcomes[name] if name in won else Outcome(model.clone(), [])
+            for name, model in components.items()
+        }
+        place = self.scratch / f"{target.name}-joined"
+        self._emit(target, {name: outcome.model for name, outcome in outcomes.items()}, place)
+        return self._contender(target, outcomes, "", place)
 
-        Where there are several components, the text of the shape begins with its name.
-        """
+    def _measure(self, target: Backend, places: Sequence[Path]) -> list[dict[str, dict[str, Timing]]]:
+        """For the plain lowering and then each of ``places``: a timing of each component at each shape."""
         folders = [self._plain(target), *places]
         signatures = self.lowered.program.signatures
-        found: list[dict[str, Timing]] = [{} for _ in folders]
+        found: list[dict[str, dict[str, Timing]]] = [{name: {} for name in signatures} for _ in folders]
         for component, signature in signatures.items():
             engines = [EngineRef(str(target), target.path_of(component, folder)) for folder in folders]
             for sizes in self.request.shapes or default_shapes(signature):
                 case, shape = sized_case(signature, sizes)
-                label = shape if len(signatures) == 1 else f"{component} {shape}"
-                if label not in found[0]:
+                if shape not in found[0][component]:
                     for own, timing in zip(found, race(engines, [case] * len(engines)), strict=True):
-                        own[label] = timing
+                        own[component][shape] = timing
         return found
 
     def _plain(self, target: Backend) -> Path:
@@ -380,33 +407,6 @@ def _choice(target: Backend, engine: Contender, shipped: Literal["optimized", "p
     )
 
 
-def _fastest(engines: Sequence[Mapping[str, Timing]]) -> int:
-    """The first, unless another is faster with its whole interval, over all shapes together."""
-    best = 0
-    for index, timings in enumerate(engines):
-        low = math.prod(timing.low for timing in timings.values())
-        best = index if low > math.prod(timing.speedup for timing in engines[best].values()) else best
-    return best
-
-
-def _trial(
-    tried: Contender, first: Contender, shipped: Contender | None, timed: Mapping[str, Mapping[str, Timing]]
-) -> Trial:
-    obstacle = tried.obstacle(first)
-    if obstacle is not None:
-        return Trial(passes=tried.extra, kept=False, why=obstacle)
-    kept = tried is shipped
-    why = "faster than without" if kept else "not measurably faster than without"
-    return Trial(passes=tried.extra, kept=kept, why=why, measured=_speeds(timed[tried.extra]))
-
-
-def _speeds(timings: Mapping[str, Timing]) -> list[Speed]:
-    return [
-        Speed(shape=shape, speedup=_short(found.speedup), low=_short(found.low), high=_short(found.high))
-        for shape, found in timings.items()
-    ]
-
-
 def _replace(source: Path, place: Path) -> None:
     """Let a copy of a folder take the place of another."""
     shutil.rmtree(place)
@@ -426,7 +426,3 @@ def extra_for(preset: str | None, shapes: Sequence[Mapping[str, int]]) -> Pipeli
     """What is tried behind the pipeline of a preset: where several texts are timed at once, some of them are padded."""
     several = any(sizes.get("batch", 1) > 1 for sizes in shapes)
     return Pipeline.parse(presets.EXTRA) if several and preset is not None else Pipeline()
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")

@@ -109,9 +109,12 @@ def strip_for_release(model: ir.Model) -> ir.Model:
             node.doc_string = None
             for key in [key for key in node.metadata_props if key not in _KEPT_METADATA]:
                 del node.metadata_props[key]
-        for value in _values(graph):
-            value.metadata_props.clear()
-            value.doc_string = None
+            value = node.attributes.get("value") if node.op_type == "Constant" else None
+            if value is not None and not value.is_ref():  # libraries name it when they look at it
+                value.as_tensor().name = node.outputs[0].name
+        for made in _values(graph):
+            made.metadata_props.clear()
+            made.doc_string = None
     return copy
 
 

@@ -9,9 +9,9 @@ from planish.optimizer.compare import Budget
 from planish.optimizer.errors import UsageError
 
 _SHARED = (
-    "fold-constants,eliminate-identities,simplify-shapes,fold-constants,unmerge-batches,fuse-layer-norm,fuse-rms-norm,"
-    "fuse-gelu,fuse-rotary-embedding,fuse-attention,share-key-heads,fold-constants,deduplicate-initializers,"
-    "eliminate-common-subexpressions"
+    "fold-constants,eliminate-identities,simplify-shapes,fold-constants,eliminate-identities,simplify-masks,"
+    "simplify-shapes,unmerge-batches,unfuse-gemm,fuse-layer-norm,fuse-rms-norm,fuse-gelu,fuse-rotary-embedding,"
+    "fuse-attention,share-key-heads,merge-moves,fold-constants,deduplicate-initializers,eliminate-common-subexpressions"
 )
 """Cleanup, and raising to canonical operators: the same for every target."""
 

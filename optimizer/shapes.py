@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.graph import constant_of
+from planish.optimizer.program import SUM
 
 Entry = int | str | None
 """One entry of an integer tensor: a number, the name of an axis, or unknown."""
@@ -126,14 +127,25 @@ def _reshape_to_line(known: Followed, node: ir.Node) -> Found:
     return (entries, False) if shape.size == 1 else (entries, True) if len(entries) == 1 else None
 
 
-def _arithmetic(operation: Callable[[int, int], int | None]) -> Callable[[Followed, ir.Node], Found]:
+def _on_numbers(operation: Callable[[int, int], int | None]) -> Callable[[Entry, Entry], Entry]:
+    return lambda a, b: operation(a, b) if isinstance(a, int) and isinstance(b, int) else None
+
+
+def _add(left: Entry, right: Entry) -> Entry:
+    """The sum of numbers; of two axes, the name of the axis that is as long as both together."""
+    if isinstance(left, str) and isinstance(right, str):
+        return SUM.join(sorted([*left.split(SUM), *right.split(SUM)]))
+    if isinstance(left, int) and isinstance(right, int):
+        return left + right
+    return left if right == 0 else right if left == 0 else None
+
+
+def _arithmetic(operation: Callable[[Entry, Entry], Entry]) -> Callable[[Followed, ir.Node], Found]:
     def rule(known: Followed, node: ir.Node) -> Found:
         left, right = (None if value is None else known.lookup(value) for value in node.inputs)
         if left is None or right is None or len(left[0]) != len(right[0]):
             return None
-        pairs = zip(left[0], right[0], strict=True)
-        found: list[Entry] = [operation(a, b) if isinstance(a, int) and isinstance(b, int) else None for a, b in pairs]
-        return found, left[1] and right[1]
+        return [operation(a, b) for a, b in zip(left[0], right[0], strict=True)], left[1] and right[1]
 
     return rule
 
@@ -189,10 +201,10 @@ _RULES: Mapping[str, Callable[[Followed, ir.Node], Found]] = {
     "Unsqueeze": _unsqueeze,
     "Cast": _cast,
     "Reshape": _reshape_to_line,
-    "Add": _arithmetic(lambda a, b: a + b),
-    "Sub": _arithmetic(lambda a, b: a - b),
-    "Mul": _arithmetic(lambda a, b: a * b),
-    "Div": _arithmetic(_divide),
+    "Add": _arithmetic(_add),
+    "Sub": _arithmetic(_on_numbers(lambda a, b: a - b)),
+    "Mul": _arithmetic(_on_numbers(lambda a, b: a * b)),
+    "Div": _arithmetic(_on_numbers(_divide)),
     "ConstantOfShape": _constant_of_shape,
     "Equal": _equal,
     "Where": _where,

@@ -12,10 +12,12 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, admitted
-from planish.optimizer.graph import constant_of, graphs_of, location_of
+from planish.optimizer.graph import constant_of, graphs_of, location_of, rank_of
 
 _BEYOND = 2**31 - 1
 """What exporters write for "to the end"; no axis is that long."""
+_NEUTRAL = {"Add": 0, "Mul": 1, "And": True, "Or": False}
+"""What an operator gives back the other operand for. Zero added to a float would change the sign of a zero."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class EliminateIdentities(Pass):
     3. ``Dropout`` outside of training whose mask nobody reads.
     4. ``Transpose`` by the identity permutation.
     5. ``Slice`` that takes everything.
+    6. ``Add`` of zero to integers, ``Mul`` by one, ``And`` with true, ``Or`` with false.
 
     A node whose output leaves the graph stays if its input enters it: a graph cannot rename an input.
     """
@@ -38,14 +41,38 @@ class EliminateIdentities(Pass):
         sites: list[str] = []
         for graph in graphs_of(model):
             for node in list(graph):
-                if _does_nothing(node) and _removable(node) and admitted():
+                source = _given_back(node)
+                if source is not None and _removable(node, source) and admitted():
                     sites.append(location_of(node))
-                    _bypass(node)
+                    _bypass(node, source)
         return PassResult(model, bool(sites), sites=sites)
 
 
+def _given_back(node: ir.Node) -> ir.Value | None:
+    """The input that a node gives back as it is."""
+    if node.domain != "" or not node.inputs:
+        return None
+    if node.op_type in _NEUTRAL:  # Case 6
+        return _other_than_neutral(node)
+    return node.inputs[0] if _does_nothing(node) else None
+
+
+def _other_than_neutral(node: ir.Node) -> ir.Value | None:
+    """What is combined with a number that changes nothing, if it is not broadcast by it either."""
+    if len(node.inputs) != 2:
+        return None
+    for value, other in (node.inputs, node.inputs[::-1]):
+        number, rank = constant_of(other), rank_of(value)
+        if number is None or rank is None or value is None or number.size != 1 or number.ndim > rank:
+            continue
+        exact = node.op_type != "Add" or (value.dtype is not None and value.dtype.is_integer())
+        if exact and number.reshape(()) == _NEUTRAL[node.op_type]:
+            return value
+    return None
+
+
 def _does_nothing(node: ir.Node) -> bool:
-    if node.domain != "" or not node.inputs or node.inputs[0] is None:
+    if node.inputs[0] is None:
         return False
     match node.op_type:
         case "Identity":  # Case 1
@@ -74,19 +101,17 @@ def _takes_everything(node: ir.Node) -> bool:
     return whole and (absent or (bounds[3] is not None and bool((bounds[3] == 1).all())))
 
 
-def _removable(node: ir.Node) -> bool:
+def _removable(node: ir.Node, source: ir.Value) -> bool:
     """Whether the output can be replaced by the input without renaming an input, a weight or an outer value."""
-    source, output = node.inputs[0], node.outputs[0]
-    if source is None:
-        return False
+    output = node.outputs[0]
     producer = source.producer()
     inside = producer is not None and producer.graph is node.graph and not source.is_graph_output()
     return inside if output.is_graph_output() else True
 
 
-def _bypass(node: ir.Node) -> None:
-    source, output, graph = node.inputs[0], node.outputs[0], node.graph
-    if source is None or graph is None:
+def _bypass(node: ir.Node, source: ir.Value) -> None:
+    output, graph = node.outputs[0], node.graph
+    if graph is None:
         return
     name = output.name if output.is_graph_output() else source.name
     if source.shape is None:

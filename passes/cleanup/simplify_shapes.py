@@ -32,7 +32,7 @@ class SimplifyShapes(Pass):
 
     1. The shape of a ``Reshape`` becomes constant where every entry is a number, the dimension that the input has at
        the same place (written 0), or the only one that is neither (written -1).
-    2. A ``Reshape`` to the shape that its input has disappears.
+    2. A ``Reshape`` or ``Expand`` to the shape that its input has disappears.
     3. A ``Softmax`` over the last axis, between a ``Flatten`` that keeps that axis and the ``Reshape`` that undoes it,
        reads the tensor as it is (what the softmax of opset 12 becomes in later opsets).
     4. Any other small integer tensor whose entries are all numbers becomes a constant.
@@ -65,6 +65,9 @@ class SimplifyShapes(Pass):
                 sites.append(location_of(node))
             elif node.op_type == "Reshape" and node.domain == "" and node.graph is not None:
                 self._reshape(model.graph, node, known, sites, refusals)
+            elif _spreads_nothing(node, known) and admitted():  # Case 2
+                sites.append(location_of(node))
+                _bypass(model.graph, node)
             elif (numbers := _numbers(known, node)) is not None and admitted():
                 _replace(model.graph, node, numbers)
                 sites.append(location_of(node))
@@ -80,8 +83,7 @@ class SimplifyShapes(Pass):
         dims = dims_of(data.shape)
         if _is_same(dims, entries) and not node.outputs[0].is_graph_output() and admitted():  # Case 2
             sites.append(location_of(node))
-            ir.convenience.replace_all_uses_with(node.outputs[0], data)
-            graph.remove(node, safe=True)
+            _bypass(graph, node)
             return
         wanted = reshape_target(dims, entries)
         if constant_of(shape) is not None:
@@ -119,6 +121,26 @@ def _unflatten(graph: ir.Graph, softmax: ir.Node) -> bool:
     ir.convenience.replace_all_uses_with(reshape.outputs[0], softmax.outputs[0])
     graph.remove(reshape, safe=True)
     return True
+
+
+def _spreads_nothing(node: ir.Node, known: Followed) -> bool:
+    """Whether this is an Expand of what has the shape, or ones in front of it, already."""
+    if node.op_type != "Expand" or node.domain != "" or node.outputs[0].is_graph_output():
+        return False
+    entries, dims = known.entries(node.inputs[1]), dims_of(None if node.inputs[0] is None else node.inputs[0].shape)
+    if not dims or entries is None or len(entries) > len(dims):
+        return False
+    return all(
+        entry == 1 or (entry is not None and entry == dim)
+        for entry, dim in zip(entries[::-1], dims[::-1], strict=False)
+    )
+
+
+def _bypass(graph: ir.Graph, node: ir.Node) -> None:
+    """Let all read what a node only passes on."""
+    if node.inputs[0] is not None:
+        ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+        graph.remove(node, safe=True)
 
 
 def _is_same(dims: Sequence[Entry], entries: Sequence[Entry]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from planish.optimizer.graph import constant_of, is_weight_matrix, rank_of, sole_user
+from planish.optimizer.program import Role, guess_role
 
 # fmt: off
 _UNARY = frozenset({
@@ -123,7 +124,8 @@ class Tokens:
             return None
         moves = node.op_type in _MOVES | _UNARY | _BROADCAST and node.domain == ""
         follows = node.graph is self.graph and (moves or self._treats_rows(node))
-        if not follows or any(output.is_graph_output() and not self.hold(output) for output in node.outputs):
+        seen = any(output.is_graph_output() and not self.hold(output) for output in node.outputs)
+        if not follows or (seen and not _keeps_cache(node)):
             return node
         readers = [use for output in node.outputs for use in output.uses()]
         found = (self._unmasked(use.node, use.idx, inside) for use in readers)
@@ -171,6 +173,14 @@ def _multiplies_weights(node: ir.Node) -> bool:
 def _axis_of(node: ir.Node, rank: int, default: int) -> int:
     axis = node.attributes.get("axis")
     return (default if axis is None else axis.as_int()) % rank
+
+
+def _keeps_cache(node: ir.Node) -> bool:
+    """Whether a node puts new keys or values behind those that came in: later steps hide them by the same mask."""
+    came_in = [value for value in node.inputs if value is not None and value.is_graph_input() and value.dtype]
+    return node.op_type == "Concat" and any(
+        guess_role(value.name or "", value.dtype or ir.DataType.UNDEFINED) is Role.CACHE for value in came_in
+    )
 
 
 def _takes_first(node: ir.Node, place: int) -> bool:

@@ -23,9 +23,10 @@ import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import location_of, name_nodes
-from planish.optimizer.program import Role, guess_role
+from planish.optimizer.program import SUM, Role, guess_role
 from planish.passes.pruning._tokens import PRODUCTS, Tokens
 
+_Axes = tuple[int | ir.SymbolicDim, int | ir.SymbolicDim]
 _NAME = "remove_padding"
 _TOKENS = "tokens"
 """The axis of the tokens of all texts, one after the other."""
@@ -37,8 +38,9 @@ class RemovePadding(Pass):
 
     1. Needed: an input that is a mask of shape (batch, sequence), and attention that hides what it calls padding.
     2. Packed: products with weights, normalizations, activations and sums between attentions.
-    3. A graph is left alone if anything but masked attention, the first token or an output reads what is packed, and if
-       it has a cache: its new tokens are few, and rarely padding.
+    3. A graph is left alone if anything but masked attention, the first token or an output reads what is packed.
+    4. A mask over past and new tokens says with its end which of the new ones count. What a cache keeps of padding is
+       that of another token: the mask hides it from every later step.
     """
 
     name: ClassVar[str] = "remove-padding"
@@ -47,9 +49,10 @@ class RemovePadding(Pass):
         """Rewrite the main graph, if it takes a mask."""
         graph, result = model.graph, PassResult(model, modified=False)
         mask = _mask_of(graph)
-        if mask is None or mask.shape is None:
+        axes = None if mask is None else _axes_of_tokens(graph, mask)
+        if mask is None or axes is None:
             return result
-        tokens = Tokens(graph, mask, (mask.shape[0], mask.shape[1]))
+        tokens = Tokens(graph, mask, axes)
         nodes = list(tokens.worthwhile())
         if not nodes:
             return result
@@ -59,7 +62,7 @@ class RemovePadding(Pass):
             reason = "what is computed of padded tokens is read by something other than masked attention"
             result.refusals.append(Refusal.at(first, reason, culprit))
         elif admitted():
-            _Packing(graph, mask).apply(nodes, tokens)
+            _Packing(graph, mask, axes).apply(nodes, tokens)
             result.sites.append(location_of(first))
         result.modified = bool(result.sites)
         return result
@@ -78,13 +81,25 @@ def _mask_of(graph: ir.Graph) -> ir.Value | None:
     return None
 
 
+def _axes_of_tokens(graph: ir.Graph, mask: ir.Value) -> _Axes | None:
+    """The axes of the tokens that the mask, or its end, tells of: those of the mask, or of an input of new tokens."""
+    if mask.shape is None or not isinstance(mask.shape[1], ir.SymbolicDim) or mask.shape[1].value is None:
+        return None
+    parts = mask.shape[1].value.split(SUM)
+    if len(parts) == 1:
+        return mask.shape[0], mask.shape[1]
+    shapes = [value.shape for value in graph.inputs if value.dtype is not None and value.dtype.is_integer()]
+    found = (shape for shape in shapes if shape is not None and len(shape) == 2 and shape[0] == mask.shape[0])
+    return next(((s[0], s[1]) for s in found if isinstance(s[1], ir.SymbolicDim) and s[1].value in parts), None)
+
+
 class _Packing:
     """Writes the indices once, and the moves between the two forms where they are needed."""
 
-    def __init__(self, graph: ir.Graph, mask: ir.Value) -> None:
+    def __init__(self, graph: ir.Graph, mask: ir.Value, axes: _Axes) -> None:
         self._graph = graph
         self._packed: dict[int, ir.Value] = {}
-        self._places, self._ranks = self._indices(mask)
+        self._places, self._ranks = self._indices(mask, axes)
 
     def apply(self, nodes: list[ir.Node], tokens: Tokens) -> None:
         """Let these nodes work on packed rows."""
@@ -97,13 +112,14 @@ class _Packing:
             for output in node.outputs:
                 self._unpack(output, node, inside)
 
-    def _indices(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _indices(self, mask: ir.Value, axes: _Axes) -> tuple[ir.Value, ir.Value]:
         """Places of tokens among (batch · sequence), shape (tokens,); and the rank of each place among the tokens,
         shape (batch, sequence): that of the last token before it where there is padding.
 
         The first token of each text counts always: then there is one, and what reads the first of each text is right.
         """
         tape = ir.tape.Tape()
+        mask = self._of_new_tokens(tape, mask, axes)
         boolean, whole = {"to": int(ir.DataType.BOOL)}, {"to": int(ir.DataType.INT64)}
         zero, one, end, line = (_constant(tape, [n]) for n in (0, 1, np.iinfo(np.int64).max, -1))
         first = tape.op("Slice", [mask, zero, one, one])
@@ -117,6 +133,15 @@ class _Packing:
         name_nodes(tape.nodes, _NAME)
         self._graph.insert_before(next(iter(self._graph)), tape.nodes)
         return places, ranks
+
+    def _of_new_tokens(self, tape: ir.tape.Tape, mask: ir.Value, axes: _Axes) -> ir.Value:
+        """The end of a mask over past and new tokens."""
+        if mask.shape is None or mask.shape[1] == axes[1]:
+            return mask
+        new = next(v for v in self._graph.inputs if v.shape is not None and tuple(v.shape) == axes)
+        count = tape.op("Shape", [new], {"start": 1, "end": 2})
+        end, line = (_constant(tape, [n]) for n in (np.iinfo(np.int64).max, 1))
+        return tape.op("Slice", [mask, tape.op("Neg", [count]), end, line])
 
     def _pack(self, value: ir.Value, reader: ir.Node) -> ir.Value:
         """(batch, sequence, …) as (1, tokens, …)."""

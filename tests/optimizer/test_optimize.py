@@ -20,11 +20,13 @@ import onnx
 import pytest
 
 from planish.optimizer import errors, optimize, presets
+from planish.optimizer.backend import Arrays
 from planish.optimizer.driver import verify
 from planish.optimizer.lock import Lock
 from planish.optimizer.manifest import MEASUREMENTS, Manifest
-from planish.optimizer.measure import Timing
+from planish.optimizer.measure import EngineRef, Timing
 from tests.conftest import Planish
+from tests.zoo import GENERATORS, build
 
 pytestmark = pytest.mark.slow
 SHAPE = ["--shape", "batch=1,sequence=16"]
@@ -226,6 +228,24 @@ def test_padding_is_removed_where_that_is_faster(
     assert trial.why == ("faster than without" if kept else "not measurably faster than without")
     single = optimize(tiny, tmp_path / "single", preset="exact", shapes=[{"batch": 1, "sequence": 8}])
     assert not Lock.read(single.folder / "planish.lock").targets["onnxruntime"].tried
+
+
+def test_each_component_is_chosen_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def race(engines: list[EngineRef], inputs: list[Arrays]) -> list[Timing]:
+        low = 1.2 if "encoder" in engines[0].path.name else 0.98
+        return [Timing(2.0, 1.0, 1.0, 1.0, 20), *[Timing(2.0, 1.0, low, 1.3, 20)] * (len(engines) - 1)]
+
+    monkeypatch.setattr("planish.optimizer.building.race", race)
+    checkpoint = build(next(each for each in GENERATORS if each.model_type == "t5"), tmp_path / "checkpoint")
+    lock = tmp_path / "lock"
+    record = optimize(checkpoint, tmp_path / "out", preset="exact", lock=lock).manifest.targets["onnxruntime"]
+    assert record.why == "faster than the plain lowering; left plain: decoder_model, decoder_with_past_model"
+    assert [name for name, text in record.pipelines.items() if text] == ["encoder_model"]
+    again = optimize(checkpoint, tmp_path / "again", preset="exact", lock=lock).manifest.targets["onnxruntime"]
+    assert again.pipelines == record.pipelines
+    for name in ("encoder_model", "decoder_model", "decoder_with_past_model"):
+        made = [(tmp_path / folder / "onnxruntime" / f"{name}.onnx").read_bytes() for folder in ("out", "again")]
+        assert made[0] == made[1]
 
 
 def test_a_trial_that_changes_nothing_says_so(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

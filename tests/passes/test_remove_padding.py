@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,6 +16,10 @@ from hypothesis import strategies as st
 
 from planish.optimizer import Pipeline, registry
 from planish.optimizer.instruments import VerifyEach
+from planish.optimizer.lowering import lower
+from planish.optimizer.program import PAST
+from planish.optimizer.reference import make_case, positions_of
+from tests.zoo import GENERATORS, build
 
 WIDTH = 4
 STEPS = (
@@ -166,3 +171,33 @@ def test_what_reads_padding_is_left_alone(op_type: str) -> None:
     assert not report.modified
     (refusal,) = report.refusals
     assert "something other than masked attention" in refusal.reason
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoder_and_its_cache(model_type: str, side: str, tmp_path: Path) -> None:
+    species = next(each for each in GENERATORS if each.model_type == model_type)
+    model, signature = lower(build(species, tmp_path / "checkpoint"), background=False).program.sole()
+    shared = Pipeline.preset("exact", "onnxruntime")
+    shared.run(model)
+    packed = model.clone()
+    (report,) = Pipeline.parse("remove-padding").run(packed, [VerifyEach()]).reports
+    assert report.sites
+    counts = np.arange(6) < np.array([[6], [2], [4]])
+    counts = counts if side == "right" else counts[:, ::-1]
+    feeds = make_case(signature, {"batch": 3, "sequence": 6, PAST: 0}, np.random.default_rng(0))
+    told = {"attention_mask": counts.astype(np.int64), "position_ids": positions_of(counts)}
+    feeds |= {name: array for name, array in told.items() if name in feeds}
+    engines = [registry.backend("onnxruntime").load(each) for each in (model, packed)]
+    before, after = (engine.run(feeds) for engine in engines)
+    np.testing.assert_allclose(after["logits"][counts], before["logits"][counts], rtol=1e-4, atol=1e-5)
+    step = make_case(signature, {"batch": 3, "sequence": 1, PAST: 6}, np.random.default_rng(1))
+    longer = np.concatenate([counts, np.ones((3, 1), bool)], axis=1)
+    told = {"attention_mask": longer.astype(np.int64), "position_ids": positions_of(longer)[:, -1:]}
+    step |= {name: array for name, array in told.items() if name in step}
+    steps = [
+        step | {f"past_key_values.{name[8:]}": kept for name, kept in found.items() if name != "logits"}
+        for found in (before, after)
+    ]
+    before, after = (engine.run(feeds) for engine, feeds in zip(engines, steps, strict=True))
+    np.testing.assert_allclose(after["logits"], before["logits"], rtol=1e-4, atol=1e-5)

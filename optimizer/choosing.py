@@ -1,0 +1,69 @@
+"""What was timed, weighed: which engine of each component is shipped, and what the lock says of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from planish.optimizer.lock import Speed, Trial
+from planish.optimizer.measure import Timing
+
+Timed = Mapping[str, Mapping[str, Timing]]
+"""Component -> shape -> timing, the speed-up over the plain lowering in it."""
+
+
+def fastest(engines: Sequence[Mapping[str, Timing]]) -> int:
+    """The first, unless another is faster with its whole interval, over all shapes together."""
+    best = 0
+    for index, timings in enumerate(engines):
+        low = math.prod(timing.low for timing in timings.values())
+        best = index if low > math.prod(timing.speedup for timing in engines[best].values()) else best
+    return best
+
+
+def is_faster(timings: Mapping[str, Timing]) -> bool:
+    """Whether an engine is measurably faster than the plain lowering, over all shapes together."""
+    return math.prod(timing.low for timing in timings.values()) > 1
+
+
+def reason(components: Sequence[str], won: Sequence[str]) -> str:
+    """Why an engine is shipped, whose components ``won`` are faster than the plain lowering."""
+    if not won:
+        return "not measurably faster than the plain lowering"
+    plain = [name for name in components if name not in won]
+    return "faster than the plain lowering" + (f"; left plain: {', '.join(plain)}" if plain else "")
+
+
+def trial(passes: str, obstacle: str | None, kept: Sequence[str], won: Sequence[str], timed: Timed) -> Trial:
+    """The record of passes that were tried behind a pipeline: ``kept`` are the components of ``won`` that have them."""
+    if obstacle is not None:
+        return Trial(passes=passes, kept=False, why=obstacle)
+    why = "faster than without" if kept else "not measurably faster than without"
+    why += f", in {', '.join(kept)}" if kept and len(kept) < len(won) else ""
+    return Trial(passes=passes, kept=bool(kept), why=why, measured=speeds(timed))
+
+
+def speeds(timed: Timed) -> list[Speed]:
+    """Speed-ups as the lock keeps them; where there are several components, the shape follows the component."""
+    return [
+        Speed(shape=label, speedup=_short(found.speedup), low=_short(found.low), high=_short(found.high))
+        for label, found in _labelled(timed).items()
+    ]
+
+
+def side_by_side(plain: Timed, optimized: Timed) -> dict[str, dict[str, Timing]]:
+    """Shape -> the timings of both."""
+    other = _labelled(optimized)
+    return {label: {"plain": timing, "optimized": other[label]} for label, timing in _labelled(plain).items()}
+
+
+def _labelled(timed: Timed) -> dict[str, Timing]:
+    return {
+        shape if len(timed) == 1 else f"{component} {shape}": timing
+        for component, timings in timed.items()
+        for shape, timing in timings.items()
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
