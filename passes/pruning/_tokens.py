@@ -27,6 +27,7 @@ _MOVES = frozenset({
     "Concat", "Expand", "Gather", "Reshape", "RotaryEmbedding", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 })
 # fmt: on
+_OF_WEIGHTS = frozenset({"DequantizeLinear", "Transpose"})
 _DOMAINS = frozenset(("", "com.microsoft"))
 
 
@@ -163,10 +164,10 @@ class Tokens:
 
 
 def _multiplies_weights(node: ir.Node) -> bool:
-    """Whether a node is a product with a constant matrix, in floating point or as integers and their scales."""
+    """Whether a node is a product with a constant matrix: as it is stored, transposed, or as integers and scales."""
     weight = node.inputs[1] if node.op_type in PRODUCTS else None
-    scaled = None if weight is None else weight.producer()
-    stored = scaled is not None and scaled.op_type == "DequantizeLinear" and is_weight_matrix(scaled.inputs[0])
+    made = None if weight is None else weight.producer()
+    stored = made is not None and made.op_type in _OF_WEIGHTS and is_weight_matrix(made.inputs[0])
     return is_weight_matrix(weight) or (stored and rank_of(weight) == 2)
 
 

@@ -178,8 +178,8 @@ def test_what_reads_padding_is_left_alone(op_type: str) -> None:
 def test_a_decoder_and_its_cache(model_type: str, side: str, tmp_path: Path) -> None:
     species = next(each for each in GENERATORS if each.model_type == model_type)
     model, signature = lower(build(species, tmp_path / "checkpoint"), background=False).program.sole()
-    shared = Pipeline.preset("exact", "onnxruntime")
-    shared.run(model)
+    Pipeline.preset("exact", "onnxruntime").run(model)
+    Pipeline.parse("share-transposed-weights{minimum=1}").run(model)
     packed = model.clone()
     (report,) = Pipeline.parse("remove-padding").run(packed, [VerifyEach()]).reports
     assert report.sites
