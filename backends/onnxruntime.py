@@ -19,6 +19,8 @@ from planish.optimizer.program import Program, Role, TensorSpec, guess_role
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERROR, _WARNING = 3, 2
+_PACKED = frozenset({"MatMulNBits"})
+"""Operators whose constants must stay constant."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,17 @@ class OnnxRuntime(Backend):
         return OnnxRuntimeEngine(ort, session)
 
     def load(self, model: ir.Model) -> Engine:
-        """Run a graph as it is written: no optimization, no packing, weights lent to the runtime and not copied."""
+        """Run a graph as it is written: no optimization, no packing, weights lent to the runtime and not copied.
+
+        Matrices in blocks are packed: lent, their operator misreads them, and unpacked it computes in float.
+        """
         ort = self._import()
         options = self._options(ort)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = _ERROR
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        graph, weights = weights_as_inputs(model)
+        blocks = any(node.op_type in _PACKED for node in model.graph)
+        options.add_session_config_entry("session.disable_prepacking", "0" if blocks else "1")
+        graph, weights = weights_as_inputs(model, constant_for=_PACKED)
         lent = {
             name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.numpy(), int(tensor.dtype))
             for name, tensor in weights.items()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -20,6 +20,7 @@ from pydantic import StringConstraints
 from planish.optimizer import onnx_io
 from planish.optimizer.backend import Arrays, Backend, Engine
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
+from planish.optimizer.graph import FINITE_MASK
 from planish.optimizer.program import PAST, Program, Role, TensorSpec, guess_role
 
 _TYPES = {"f32": "FLOAT", "f64": "DOUBLE", "f16": "FLOAT16", "bf16": "BFLOAT16", "boolean": "BOOL"} | {
@@ -65,6 +66,7 @@ class OpenVino(Backend):
                 onnx_io.save(model, source)
                 try:
                     converted = ov.Core().read_model(str(source))
+                    _drop_guards(converted, {n.name for n in model.graph if FINITE_MASK in n.metadata_props})
                     if len(program.components) == 1 and program.signatures[name].cached:
                         make_stateful(ov, converted)
                 except RuntimeError as error:
@@ -231,6 +233,18 @@ def _start_empty(ops: Any, model: Any) -> None:
             rest = ops.constant(np.array(dims[1:], np.int64))
             zeros = ops.constant(0.0, dtype=operator.get_output_element_type(0))
             operator.set_arguments([ops.broadcast(zeros, ops.concat([batch, rest], axis=0))])
+    model.validate_nodes_and_infer_types()
+
+
+def _drop_guards(model: Any, names: Set[str | None]) -> None:
+    """Read attention as it is where the frontend replaces NaN in the results of these nodes, which have none."""
+    for operator in model.get_ops():
+        if operator.get_type_name() != "Select" or operator.get_friendly_name() not in names:
+            continue
+        test, result = operator.input_value(0).get_node(), operator.input_value(2)
+        if test.get_type_name() == "IsNaN" and test.input_value(0) == result:
+            for reader in operator.output(0).get_target_inputs():
+                reader.replace_source_output(result)
     model.validate_nodes_and_infer_types()
 
 

@@ -21,6 +21,7 @@ PLACE = Path("build") / "benchmarks"
 PEERS = PLACE / "peers"
 """A virtual environment of its own: optimum-onnx cannot be installed beside transformers 5."""
 PEER_PACKAGES = ("torch==2.13.0", "optimum-onnx==0.1.0", "onnxruntime==1.31.1", "requests")
+PRESETS = ("exact", "fast", "small")
 TARGETS = ("onnxruntime{threads=2}", "openvino{threads=2}")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -176,9 +177,9 @@ def ours(name: str, preset: str) -> Path:
 
 
 def our_engines(name: str) -> dict[str, tuple[str, Path]]:
-    """Label -> target and folder of our engines of both presets; where nothing was won, the label says `(plain)`."""
+    """Label -> target and folder of our engines of all presets; where nothing was won, the label says `(plain)`."""
     found: dict[str, tuple[str, Path]] = {}
-    for preset in ("exact", "fast"):
+    for preset in PRESETS:
         folder = ours(name, preset)
         records = Manifest.read(folder).targets
         for target in TARGETS:
@@ -194,4 +195,6 @@ def label_of(preset: str, target: str, shipped: str) -> str:
 
 def forget_ours() -> None:
     """Remove our engines, so that what is measured is what the tree builds now."""
-    shutil.rmtree(PLACE / "ours", ignore_errors=True)
+    for name in CHECKPOINTS:
+        for preset in PRESETS:
+            shutil.rmtree(PLACE / "ours" / f"{name}-{preset}", ignore_errors=True)

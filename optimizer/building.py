@@ -20,18 +20,21 @@ from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engi
 from planish.optimizer.compare import Budget, Clause
 from planish.optimizer.errors import CheckFailed
 from planish.optimizer.instruments import Instrument
-from planish.optimizer.lock import Choice, LockedPass
+from planish.optimizer.lock import Choice, LockedPass, Product
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.manifest import instruction_set
 from planish.optimizer.measure import EngineRef, Timing, race
 from planish.optimizer.pipeline import Outcome, Pipeline
 from planish.optimizer.profile import Profile, Tune
 from planish.optimizer.reference import References, default_shapes, known_sizes, quick, sized_case
+from planish.optimizer.sensitivity import Select, tightened
 
 NOT_CHECKED = "NOT CHECKED"
 """What is said of an engine that was compared with nothing."""
 OFFLOADED = "weights stay in their files"
 """Why something was not done that needs all of them in memory."""
+_STRICTER = (0.5, 0.25, 0.1)
+"""Shares of the error allowed that are tried when an engine strays further than its graph did."""
 _SAME_TOKENS = (Clause("kl", "<=", 1e-6), Clause("greedy", ">=", 1.0))
 """What continuations of an exact engine must keep."""
 
@@ -147,6 +150,8 @@ class Builder:
     """What the user should read after the build."""
     profiles: dict[str, Profile] = field(default_factory=dict)
     """What was asked about each target."""
+    selections: dict[tuple[str, str], Select] = field(default_factory=dict)
+    """What rounding each product would cost, by target and component."""
 
     def build(self, target: Backend, choice: Choice | None) -> Built:
         """Build the engine of one target; ``choice`` says what to do if it was decided before."""
@@ -155,6 +160,10 @@ class Builder:
             why = "the lock has decided" if choice is not None else "nothing is measured"
             self.notes.append(f"the profile was not asked about {target.name}: {why}")
         contenders = self._contenders(target, choice, place)
+        for share in _STRICTER if choice is None and self.request.preset is not None else ():
+            if not contenders[0].violations or not self._products(target, contenders[0]):
+                break
+            contenders = self._contenders(target, choice, place, share)
         first = contenders[0]
         if first.violations and self.request.preset is None:
             raise CheckFailed(
@@ -174,12 +183,17 @@ class Builder:
             _replace(best.place, place)
         for name in self.lowered.companions:
             self._copy_companion(name, place)
+        choice = choice if choice.products else choice.model_copy(update={"products": self._products(target, best)})
         return Built(target, best.outcomes, choice, best.budgets, best.fidelity, timings)
 
-    def _contenders(self, target: Backend, choice: Choice | None, place: Path) -> list[Contender]:
-        """The engine of the pipeline, in its place; behind it that with the extra passes, if they are to be tried."""
+    def _contenders(self, target: Backend, choice: Choice | None, place: Path, share: float = 1) -> list[Contender]:
+        """The engine of the pipeline, in its place; behind it that with the extra passes, if they are to be tried.
+
+        ``share`` of the error that is allowed may be spent on rounding.
+        """
+        components = self.lowered.program.components
         with self.stages.stage(f"{target.name}: passes"):
-            ways = {"": {name: self._run_passes(target, name, choice) for name in self.lowered.program.components}}
+            ways = {"": {name: self._run_passes(target, name, choice, share) for name in components}}
             extra = self.request.extra
             if extra.passes and choice is None and not self._unmeasured(target):
                 ways[str(extra)] = {name: self._run_further(name, done, extra) for name, done in ways[""].items()}
@@ -187,6 +201,7 @@ class Builder:
         places = {text: self.scratch / f"{target.name}-extra" if text else place for text in ways}
         with self.stages.stage(f"{target.name}: emission"):
             for text, outcomes in changed.items():
+                shutil.rmtree(places[text], ignore_errors=True)  # of an attempt that missed the budget
                 self._emit(target, {name: outcome.model for name, outcome in outcomes.items()}, places[text])
         with self.stages.stage(f"{target.name}: check"):
             found = {text: self._contender(target, outcomes, text, places[text]) for text, outcomes in changed.items()}
@@ -200,12 +215,28 @@ class Builder:
         """Whether nothing can be timed."""
         return self.references is None or self.offload or target.missing() is not None
 
-    def _run_passes(self, target: Backend, component: str, choice: Choice | None) -> Outcome:
+    def _run_passes(self, target: Backend, component: str, choice: Choice | None, share: float) -> Outcome:
         """Run the pipeline over a copy of a component; presets undo passes that leave the budget, locks never do."""
         undo = self.request.preset is not None and choice is None
         model = self.lowered.program.components[component].clone()
-        tuning = self._tuning(target, component) if undo else []
-        return self._run(component, model, self._pipeline(target, component, choice), undo=undo, first=tuning)
+        first = [*self._tuning(target, component), *self._selecting(target, component, share)] if undo else []
+        return self._run(component, model, self._pipeline(target, component, choice), undo=undo, first=first)
+
+    def _selecting(self, target: Backend, component: str, share: float) -> list[Instrument]:
+        """What decides which products are rounded, if the outputs have a budget and can be compared."""
+        if self.references is None or self.offload or not self.request.asked.clauses:
+            return []
+        references, load = self.references, registry.backend(CHECKER).load
+        budget = tightened(self.request.asked, share)
+        signature = self.lowered.program.signatures[component]
+        select = Select(signature, lambda: references().components[component], budget, load)
+        self.selections[target.name, component] = select
+        return [select]
+
+    def _products(self, target: Backend, engine: Contender) -> list[Product]:
+        """What quantizing passes chose among, in every component."""
+        known = {n: self.selections[target.name, n] for n in engine.outcomes if (target.name, n) in self.selections}
+        return [one for n, own in known.items() for one in own.products(n, engine.outcomes[n].applied.passes)]
 
     def _tuning(self, target: Backend, component: str) -> list[Instrument]:
         """What gives passes the options that the target runs fastest at the shapes asked for, if there is a profile."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -13,6 +13,8 @@ _PLAIN_INITIALIZERS = 4
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key under which the PyTorch exporter keeps the module path of a node: our source location."""
 
+FINITE_MASK = "planish.finite_mask"
+"""Metadata key of an Attention whose mask holds finite numbers only: no query sees nothing, and no result is NaN."""
 SPELLED_OUT = "planish.spelled_out"
 """Metadata key of nodes that stand for one operator because a target runs them faster; the pass that wrote them."""
 
@@ -170,16 +172,22 @@ def without_weights(model: ir.Model, limit: int = 1024) -> ir.Model:
     return embedded(copy, limit)
 
 
-def weights_as_inputs(model: ir.Model, limit: int = 1024) -> tuple[ir.Model, dict[str, ir.TensorProtocol]]:
+def weights_as_inputs(
+    model: ir.Model, limit: int = 1024, constant_for: Container[str] = ()
+) -> tuple[ir.Model, dict[str, ir.TensorProtocol]]:
     """A copy that takes its initializers of more than ``limit`` elements as inputs, and those tensors by name.
 
-    A runtime can be lent them at each call, so that running a graph to check it copies no weights.
+    A runtime can be lent them at each call, so that running a graph to check it copies no weights. Those of less than a
+    byte an entry stay: in an array each takes a byte, which is not how they are given. So do those that operators of
+    ``constant_for`` read.
     """
     copy = model.clone()
     lent: dict[str, ir.TensorProtocol] = {}
     for value in _big_initializers(copy, limit):
         tensor, name = value.const_value, value.name
-        if tensor is not None and name is not None and name in copy.graph.initializers:
+        kept = any(use.node.op_type in constant_for for use in value.uses())
+        whole = tensor is not None and tensor.dtype.bitwidth >= 8
+        if tensor is not None and whole and not kept and name is not None and name in copy.graph.initializers:
             del copy.graph.initializers[name]
             value.const_value = None
             copy.graph.inputs.append(value)

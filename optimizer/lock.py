@@ -49,6 +49,21 @@ class Trial(BaseModel):
     measured: list[Speed] = []
 
 
+class Product(BaseModel):
+    """A product with a constant matrix, and what was measured before it was rounded or left in float."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    component: str
+    text: str
+    """The pass, its products to skip left out."""
+    product: str
+    location: str
+    noise: float
+    """Squared error of its output if it is rounded, relative to the square of the output."""
+    weights: int
+    rounded: bool
+
+
 class Choice(BaseModel):
     """What was chosen for one target."""
 
@@ -63,6 +78,8 @@ class Choice(BaseModel):
     """Instruction set of the machine that measured."""
     measured: list[Speed]
     tried: list[Trial] = []
+    products: list[Product] = []
+    """What quantizing passes chose among, the dearest first."""
 
 
 class Lock(BaseModel):

@@ -20,6 +20,9 @@ _TIDY = "fold-constants,deduplicate-initializers"
 
 _OPENVINO, _TENSORRT = f"legalize-openvino,{_TIDY}", f"legalize-tensorrt,{_TIDY}"
 
+_SMALL = "quantize-weights{bits=4},quantize-weights"
+"""Weights in 4 bits where the budget bears it, in 8 bits where that is too much."""
+
 _LAST = "remove-unused-nodes"
 
 PRESETS: Mapping[str, Mapping[str, str]] = {
@@ -33,6 +36,10 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
         "openvino": f"{_SHARED},quantize-int8{{activations=runtime}},{_OPENVINO},{_LAST}",
         "tensorrt": f"{_SHARED},{_TENSORRT},{_LAST}",
     },
+    "small": {
+        "onnxruntime": f"{_SHARED},{_SMALL},use-matmul-nbits,legalize-onnxruntime,{_LAST}",
+        "openvino": f"{_SHARED},{_SMALL},{_OPENVINO},{_LAST}",
+    },
 }
 """Preset -> target -> pipeline. For tensorrt `fast` is `exact` until static quantization gives it a form of its own.
 
@@ -45,7 +52,7 @@ where that is faster, if the shapes asked for have several texts."""
 SPECIALIZE = "specialize-shapes"
 """What every pipeline begins with when sizes are fixed; they are its options."""
 
-BUDGETS: Mapping[str, str] = {"fast": "cosine>=0.99"}
+BUDGETS: Mapping[str, str] = {"fast": "cosine>=0.99", "small": "cosine>=0.99"}
 """What passes that are not exact may cost when nothing else is asked for."""
 
 

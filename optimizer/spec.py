@@ -104,8 +104,15 @@ def build(cls: type[T], options: Mapping[str, Any], *, owner: str) -> T:
 
 
 def schema(cls: type[Any]) -> dict[str, Any]:
-    """JSON schema of the fields of a dataclass of options: type, bounds, default, documentation."""
-    return dict(_adapter(cls).json_schema().get("properties", {}))
+    """JSON schema of the fields of a dataclass of options: type, bounds, default, documentation.
+
+    Of a field that a base class has, the documentation stands there.
+    """
+    found = dict(_adapter(cls).json_schema().get("properties", {}))
+    for base in [base for base in cls.__mro__[1:] if dataclasses.is_dataclass(base) and found]:
+        for name, facts in _adapter(base).json_schema().get("properties", {}).items():
+            found[name] = facts | found[name]
+    return found
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -24,11 +24,13 @@ PASSES = {
         ("legalize", "legalize-onnxruntime", "LegalizeOnnxRuntime"),
         ("legalize", "legalize-openvino", "LegalizeOpenVino"),
         ("legalize", "legalize-tensorrt", "LegalizeTensorRt"),
+        ("legalize", "use-matmul-nbits", "UseMatMulNBits"),
         ("memory", "order-for-memory", "OrderForMemory"),
         ("memory", "share-transposed-weights", "ShareTransposedWeights"),
         ("pruning", "prune-ffn", "PruneFfn"),
         ("pruning", "remove-padding", "RemovePadding"),
         ("quantization", "quantize-int8", "QuantizeInt8"),
+        ("quantization", "quantize-weights", "QuantizeWeights"),
     )
 }
 """Name of each pass -> `module:Class`, read through the entry point `planish.passes`."""

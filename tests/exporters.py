@@ -17,17 +17,27 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
 from planish.optimizer import Pipeline, presets
 from planish.optimizer.lowering import lower
+from planish.optimizer.lowering.calls import CALLS
+from planish.optimizer.lowering.module import wrap
 
 ARCHIVE = Path(__file__).parent / "data" / "exports.zip"
 PAGE = Path(__file__).parents[1] / "docs" / "fusion.md"
 LAYERS = 2
 RAISED = ("Attention", "LayerNormalization", "RMSNormalization", "Gelu", "RotaryEmbedding")
+
+
+_PARTS = {
+    "encode": "",
+    "decoder": "-with-past",
+    "first_decoder": "-decoder",
+    "next_decoder": "-decoder-with-past",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,13 @@ class Block:
     """Exporters that refuse it."""
     lost: Mapping[str, int] = field(default_factory=dict)
     """What stays as it is of exports by way of TorchScript, which tell fewer shapes."""
+    call: Literal["encode", "decoder", "first_decoder", "next_decoder"] = "encode"
+    """How it is called: tokens and a mask in, hidden states out, or as lowering calls what has a cache."""
+
+    @property
+    def name(self) -> str:
+        """How tests and the table call it."""
+        return self.model_type + _PARTS[self.call]
 
     def expected_of(self, name: str) -> dict[str, int]:
         """How many of each operator a kept file should give."""
@@ -83,6 +100,12 @@ _COMMON: dict[str, Any] = {
 }  # fmt: skip
 _GPT = {"n_embd": 16, "n_layer": LAYERS, "n_head": 2, "n_positions": 16}
 _GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+_T5 = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": LAYERS, "num_heads": 2}
+_BART = {
+    "d_model": 8, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "max_position_embeddings": 64,
+}  # fmt: skip
+_CROSS: tuple[Literal["first_decoder", "next_decoder"], ...] = ("first_decoder", "next_decoder")
 
 
 def _encoder(model_type: str, **config: Any) -> Block:
@@ -137,7 +160,7 @@ BLOCKS = [
     Block(
         "t5",
         {"Attention": LAYERS, "RMSNormalization": 2 * LAYERS + 1},
-        {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": LAYERS, "num_heads": 2},
+        _T5,
         unknown=("dynamo 18 sdpa", "dynamo 20 sdpa", "dynamo 23 sdpa"),
     ),
     Block(
@@ -147,62 +170,119 @@ BLOCKS = [
         spelled=True,
         why="its scores are sums of several products, which the operator does not take",
     ),
+    Block(
+        "gpt2",
+        {"Attention": LAYERS, "LayerNormalization": 2 * LAYERS + 1, "Gelu": LAYERS},
+        {**_GPT, "n_positions": 64},
+        call="decoder",
+    ),
+    replace(_llama("llama", max_position_embeddings=64), call="decoder"),
+    replace(_llama("mistral", sliding_window=4, max_position_embeddings=64), call="decoder"),
+    *(
+        Block(
+            "t5",
+            {"Attention": 2 * LAYERS, "RMSNormalization": 3 * LAYERS + 1},
+            _T5,
+            call=call,
+            unknown=("dynamo 18 sdpa", "dynamo 20 sdpa", "dynamo 23 sdpa"),
+        )
+        for call in _CROSS
+    ),
+    *(
+        Block("bart", {"Attention": 2 * LAYERS, "LayerNormalization": 3 * LAYERS + 1, "Gelu": LAYERS}, _BART, call=call)
+        for call in _CROSS
+    ),
 ]
 
 
 def build(block: Block, attention: str) -> Any:
     """The module of a block, its weights drawn with a seed."""
     import torch
-    from transformers import AutoConfig, AutoModel, T5EncoderModel
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5EncoderModel
 
-    config = AutoConfig.for_model(block.model_type, **{**_COMMON, **block.config})
+    cached = {"use_cache": True} if block.call != "encode" else {}
+    config = AutoConfig.for_model(block.model_type, **{**_COMMON, **block.config, **cached})
     torch.manual_seed(0)
     kind: dict[str, Any] = {} if block.spelled else {"attn_implementation": attention}
-    cls = T5EncoderModel._from_config if block.model_type == "t5" else AutoModel.from_config
-    model = cls(config, **kind).eval()
+    if block.call == "encode":
+        make = T5EncoderModel._from_config if block.model_type == "t5" else AutoModel.from_config
+    else:
+        make = (AutoModelForCausalLM if block.call == "decoder" else AutoModelForSeq2SeqLM).from_config
+    model = make(config, **kind).eval()
     with torch.no_grad():  # fresh norms and biases are equal, and would be shared
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
+def encode(module: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens and a mask in, hidden states out."""
+    return {"last_hidden_state": module(**feeds)[0]}
+
+
+def sample_of(block: Block, model: Any) -> tuple[dict[str, Any], dict[str, dict[int, str]]]:
+    """Inputs by name, and the names of their dynamic axes: two texts of three tokens, behind five where there is a
+    cache, and four tokens of an encoder."""
+    import torch
+
+    tokens = torch.ones(2, 8 if block.call == "encode" else 3, dtype=torch.long)
+    sample, axes = {"input_ids": tokens}, {"input_ids": {0: "batch", 1: "sequence"}}
+    if block.call in ("encode", "decoder"):
+        past = 5 if block.call == "decoder" else 0
+        sample["attention_mask"] = torch.ones(2, past + tokens.shape[1], dtype=torch.long)
+        axes["attention_mask"] = {0: "batch", 1: "past + sequence" if past else "sequence"}
+    else:
+        sample["encoder_attention_mask"] = torch.ones(2, 4, dtype=torch.long)
+        axes["encoder_attention_mask"] = {0: "batch", 1: "encoder_sequence"}
+    if block.call == "first_decoder":
+        sample["encoder_hidden_states"] = torch.randn(2, 4, model.config.d_model)
+        axes["encoder_hidden_states"] = {0: "batch", 1: "encoder_sequence"}
+    sides = {"decoder": {"": 5}, "next_decoder": {".decoder": 5, ".encoder": 4}}.get(block.call, {})
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    for layer in range(LAYERS):
+        for side, length in sides.items():
+            for kind in ("key", "value"):
+                name = f"past_key_values.{layer}{side}.{kind}"
+                sample[name] = torch.randn(2, heads, length, size)
+                axes[name] = {0: "batch", 2: "encoder_sequence" if side == ".encoder" else "past"}
+    return sample, axes
+
+
 def export(block: Block, exporter: Exporter, path: Path) -> None:
     """Write one file."""
     import torch
 
-    class Called(torch.nn.Module):
-        """A model as a function of two tensors, which the exporter of old asks for."""
-
-        def __init__(self, model: torch.nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            hidden: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
-            return hidden
-
-    model, tokens = Called(build(block, exporter.attention)), torch.ones(2, 8, dtype=torch.long)
-    sample = {"input_ids": tokens, "attention_mask": tokens}
-    axes = {0: "batch", 1: "sequence"}
-    names: dict[str, Any] = {"input_names": list(sample), "output_names": ["last_hidden_state"], "verbose": False}
+    model = build(block, exporter.attention)
+    sample, axes = sample_of(block, model)
+    call = encode if block.call == "encode" else CALLS[block.call]
+    with torch.no_grad():
+        outputs = list(call(model, sample))
+    flat = wrap(model, call, sample, outputs)
+    names: dict[str, Any] = {"input_names": list(sample), "output_names": outputs, "verbose": False}
+    names["opset_version"] = exporter.opset
     if exporter.way == "dynamo":
-        shapes = {name: {i: torch.export.Dim(axis) for i, axis in axes.items()} for name in sample}
+        shapes = (tuple(dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in sample),)
         program = torch.onnx.export(
-            model,
-            kwargs=sample,
-            dynamic_shapes=shapes,
-            opset_version=exporter.opset,
-            dynamo=True,
-            optimize=True,
-            **names,
+            flat, tuple(sample.values()), dynamic_shapes=shapes, dynamo=True, optimize=True, **names
         )
         if program is not None:
+            _name_axes(program.model, axes)
             program.save(path)
         return
-    dynamic = dict.fromkeys((*sample, "last_hidden_state"), axes)
-    torch.onnx.export(
-        model, tuple(sample.values()), path, dynamic_axes=dynamic, opset_version=exporter.opset, dynamo=False, **names
-    )
+    torch.onnx.export(flat, tuple(sample.values()), path, dynamic_axes=axes, dynamo=False, **names)
+
+
+def _name_axes(model: ir.Model, axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Call the exporter's symbols what they are; a sum keeps the name that the mask gives it."""
+    shapes = [(value.shape, axes.get(value.name or "", {})) for value in model.graph.inputs]
+    names = {str(shape[i]): axis for shape, own in shapes if shape is not None for i, axis in own.items()}
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for shape in [value.shape for value in values if value.shape is not None]:
+        for index, dim in enumerate(shape):
+            if str(dim) in names:
+                shape[index] = names[str(dim)]
 
 
 def export_all(only: list[str]) -> None:
@@ -210,10 +290,10 @@ def export_all(only: list[str]) -> None:
     logging.disable(logging.WARNING)
     known = dict(stored()) if ARCHIVE.is_file() else {}
     for block in BLOCKS:
-        if only and block.model_type not in only:
+        if only and block.name not in only:
             continue
         exporters = [e for e in EXPORTERS if not (block.spelled and e.attention == "sdpa")]
-        made = {f"{block.model_type} {exporter}": exported(block, exporter) for exporter in exporters}
+        made = {f"{block.name} {exporter}": exported(block, exporter) for exporter in exporters}
         known = {name: content for name, content in known.items() if block_of(name) is not block}
         known |= {name: content for name, content in made.items() if content is not None}
         keep(known)
@@ -228,14 +308,14 @@ def exported(block: Block, exporter: Exporter) -> bytes | None:
             export(block, exporter, Path(folder) / "model.onnx")
         except Exception as error:  # noqa: BLE001 - whatever the exporter raises, the file is not there
             reason = " ".join(str(error).split())[:120]
-            print(f"{block.model_type} {exporter}: {type(error).__name__}: {reason}", file=sys.stderr)
+            print(f"{block.name} {exporter}: {type(error).__name__}: {reason}", file=sys.stderr)
             return None
         return (Path(folder) / "model.onnx").read_bytes()
 
 
 def keep(files: Mapping[str, bytes]) -> None:
     """Write the archive, blocks in the order of their table."""
-    order = [f"{block.model_type} {exporter}" for block in BLOCKS for exporter in EXPORTERS]
+    order = [f"{block.name} {exporter}" for block in BLOCKS for exporter in EXPORTERS]
     with zipfile.ZipFile(ARCHIVE, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name in sorted(files, key=order.index):
             archive.writestr(zipfile.ZipInfo(f"{name}.onnx"), files[name], zipfile.ZIP_DEFLATED)
@@ -262,7 +342,7 @@ def counts(model: ir.Model) -> dict[str, int]:
 
 def block_of(name: str) -> Block:
     """The block that a kept file is of."""
-    return next(block for block in BLOCKS if block.model_type == name.split()[0])
+    return next(block for block in BLOCKS if block.name == name.split()[0])
 
 
 def table() -> str:
@@ -285,8 +365,8 @@ def table() -> str:
             found = counts(raised(path))
             expected = block.expected_of(name)
             cells = [f"{found[op]} of {expected[op]}" if op in expected else "" for op in RAISED]
-            lines.append(f"| {block.model_type} | {name.partition(' ')[2]} | {' | '.join(cells)} |")
-    reasons = [f"- `{block.model_type}`: {block.why}." for block in BLOCKS if block.why]
+            lines.append(f"| {block.name} | {name.partition(' ')[2]} | {' | '.join(cells)} |")
+    reasons = [f"- `{block.name}`: {block.why}." for block in BLOCKS if block.why]
     return "\n".join([*lines, "", "Left alone:", "", *reasons, ""])
 
 

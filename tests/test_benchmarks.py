@@ -23,6 +23,7 @@ def test_an_engine_that_won_nothing_is_called_plain(monkeypatch: pytest.MonkeyPa
     shipped = {
         "exact": {"onnxruntime": "optimized", "openvino": "plain"},
         "fast": dict.fromkeys(("onnxruntime", "openvino"), "optimized"),
+        "small": {"onnxruntime": "plain", "openvino": "optimized"},
     }
     monkeypatch.setattr(subjects, "ours", lambda name, preset: Path(preset))
     monkeypatch.setattr(Manifest, "read", lambda folder: Kept(shipped[folder.name]))
@@ -34,6 +35,8 @@ def test_an_engine_that_won_nothing_is_called_plain(monkeypatch: pytest.MonkeyPa
         "planish exact on openvino (plain)",
         "planish fast on onnxruntime",
         "planish fast on openvino",
+        "planish small on onnxruntime (plain)",
+        "planish small on openvino",
     ]
 
 

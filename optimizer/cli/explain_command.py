@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from planish.optimizer.cli.options import existing, expect_option, json_flag, pr
 
 if TYPE_CHECKING:
     from planish.optimizer.base import Refusal
+    from planish.optimizer.lock import Product
     from planish.optimizer.sites import PassSites
 
 
@@ -44,6 +46,7 @@ def command(
         print_json([asdict(sites) for sites in shown])
     else:
         _print(source, shown, fired=only is not None)
+        _print_products(source, only)
     check_expectations(wanted, found, dict.fromkeys(sites.target for sites in found) or [target])
 
 
@@ -68,6 +71,30 @@ def _print(source: Path, found: Sequence[PassSites], *, fired: bool) -> None:
         for site in sites.fired if fired else ():
             click.echo(f"{sites.name} fired at {site}")
         _print_refusals(sites)
+
+
+def _print_products(source: Path, only: str | None) -> None:
+    """What quantizing passes of an output chose among: all of one pass, or how many and where the line was drawn."""
+    from planish.optimizer.cli.display import print_table
+    from planish.optimizer.lock import LOCK, Lock
+
+    if not source.is_dir():
+        return
+    for target, choice in Lock.read(source / LOCK).targets.items():
+        for component, text in dict.fromkeys((one.component, one.text) for one in choice.products):
+            own = [one for one in choice.products if (one.component, one.text) == (component, text)]
+            total, rounded = sum(one.weights for one in own), [one for one in own if one.rounded]
+            share = f"{sum(one.weights for one in rounded) / total:.0%} of their weights"
+            title = f"{target}, {component}: {text} rounds {len(rounded)} of {len(own)} products, {share}"
+            listed = own if text.partition("{")[0] == only else []
+            forms = {True: "rounded", False: "float"}
+            rows = [(p.location, forms[p.rounded], f"{_decibels(p):.1f}", f"{p.weights / total:.1%}") for p in listed]
+            columns = ("product", "form", "signal over noise, dB", "share of weights")
+            click.echo(title) if not rows else print_table(title, columns, rows)
+
+
+def _decibels(product: Product) -> float:
+    return math.inf if product.noise == 0 else -10 * math.log10(product.noise)
 
 
 def _print_refusals(sites: PassSites) -> None:

@@ -29,7 +29,7 @@ from planish.optimizer.cli.options import (
     "--target", "targets", multiple=True, metavar="NAME[{k=v …}]", default=["onnxruntime"], show_default=True,
     help="A runtime to build for, with its options; may be given several times.",
 )  # fmt: skip
-@click.option("--preset", help="A named pipeline: exact (default) or fast.")
+@click.option("--preset", help="A named pipeline: exact (default), fast or small.")
 @click.option("--pipeline", metavar="TEXT", help="The passes to run, as text: a,b{k=v},c. Failed checks end the run.")
 @click.option("--calibration", type=existing, help="Your own inputs: .txt or .jsonl of texts, or .npz of arrays.")
 @click.option("--keep", multiple=True, metavar="METRIC>=X", help="Fidelity that passes must keep, e.g. cosine>=0.999.")

@@ -17,10 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import location_of, rank_of
+from planish.optimizer.graph import FINITE_MASK, location_of, name_nodes, rank_of
 from planish.passes.legalize._attention import heads_of, size_of_heads, softcap_of, spell_out
 from planish.passes.legalize._masks import AddedMasks
 
@@ -35,7 +36,8 @@ class LegalizeOpenVino(Pass):
 
     1. Attention over keys that are computed here is spelled out.
     2. Attention behind a cache, capped, with grouped heads, causal by attribute or of rank three stays one operator,
-       and gets the mask of numbers.
+       and gets the mask of numbers. Heads of a cache that serve several queries are repeated by an Expand, which the
+       plugin's kernel takes in; the frontend would repeat them by a Tile, which it does not.
     3. A mask that is given, not computed from one of tokens, is left as it is: a row that hides everything may count.
     """
 
@@ -59,8 +61,33 @@ class LegalizeOpenVino(Pass):
                     spell_out(model.graph, node, None if mask is None else masks.added(mask, node), self.name)
                 elif mask is not None:
                     node.replace_input_with(3, masks.added(mask, node))
+                    node.metadata_props[FINITE_MASK] = self.name
+                    _repeat_heads(model.graph, node)
         result.modified = bool(result.sites)
         return result
+
+
+def _repeat_heads(graph: ir.Graph, node: ir.Node) -> None:
+    """Give each head of queries its head of keys and values, where those come from a cache."""
+    heads, groups = heads_of(node.inputs[0]), heads_of(node.inputs[1])
+    if heads is None or groups is None or heads == groups or not all(map(_from_cache, node.inputs[1:3])):
+        return
+    tape = ir.tape.Tape()
+    for place, value in list(enumerate(node.inputs))[1:3]:
+        size = size_of_heads(value)
+        if value is None or value.shape is None or size is None:
+            return
+        apart = tape.op("Unsqueeze", [value, _line(tape, 2)])
+        repeated = tape.op("Expand", [apart, _line(tape, 1, 1, heads // groups, 1, 1)])
+        joined = tape.op("Reshape", [repeated, _line(tape, 0, heads, -1, size)])
+        joined.shape, joined.type = ir.Shape([value.shape[0], heads, value.shape[2], size]), value.type
+        node.replace_input_with(place, joined)
+    name_nodes(tape.nodes, f"{node.name}_heads")
+    graph.insert_before(node, tape.nodes)
+
+
+def _line(tape: ir.tape.Tape, *entries: int) -> ir.Value:
+    return tape.op("Constant", [], {"value": ir.tensor(np.array(entries, np.int64))})
 
 
 def _obstacle(node: ir.Node) -> str | None:
@@ -86,9 +113,9 @@ def _obstacle(node: ir.Node) -> str | None:
     return None if known else "the size of its heads is not known"
 
 
-def _from_cache(key: ir.Value) -> bool:
+def _from_cache(key: ir.Value | None) -> bool:
     """Whether keys are put behind those of an input: a runtime may keep them."""
-    concat = key.producer()
+    concat = None if key is None else key.producer()
     return (
         concat is not None
         and concat.op_type == "Concat"

@@ -16,15 +16,15 @@ Efficient Integer-Arithmetic-Only Inference"; scales per token as in Yao et al. 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
-from annotated_types import Ge
 
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of, sizes_of
+from planish.optimizer.graph import NAME_SCOPES, add_initializer, sizes_of
+from planish.optimizer.quantizing import Quantizing, Site
 from planish.optimizer.tensors import lazy
+from planish.passes.quantization._rounding import Blocks, blocks_of
 
 _LEVELS = 127
 _ZERO_POINT = 128
@@ -33,54 +33,42 @@ _TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class QuantizeInt8(Pass):
+class QuantizeInt8(Quantizing):
     """Quantize products with a constant matrix of at least ``minimum`` elements; everything else stays in float.
 
     Products that read the same activation share its quantization.
     """
 
     name: ClassVar[str] = "quantize-int8"
-    exact: ClassVar[bool] = False
 
     activations: Literal["token", "tensor", "runtime"] = "token"
     """Where activations get their scale: one per token (rows do not influence each other: a padded batch gives the
     same results as single rows), one per tensor (fewer operators, coarser, and rows do influence each other), or left
     to the runtime, which sees float products with stored int8 weights."""
 
-    minimum: Annotated[int, Ge(0)] = 4096
-    """Elements that a matrix must have to be worth it."""
+    method: Literal["nearest", "mse"] = "nearest"
+    """How the scale of a column is found: `nearest` keeps its whole range, `mse` the share with the least error."""
 
-    def call(self, model: ir.Model) -> PassResult:
-        """Rewrite every such MatMul of the main graph."""
-        result = PassResult(model, modified=False)
-        writer = _Writer(model.graph, self.activations)
-        for node in [node for node in model.graph if node.op_type == "MatMul" and node.domain == ""]:
-            refusal = self._refusal(node)
-            if refusal is not None:
-                result.refusals.append(refusal)
-            elif admitted():
-                result.sites.append(location_of(node))
-                writer.rewrite(node)
-        for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
-            del model.graph.initializers[value.name or ""]
-        result.modified = bool(result.sites)
-        result.facts = {"quantized": len(result.sites)}
-        return result
+    def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
+        """Write the integer form of each product."""
+        writer = _Writer(model.graph, self)
+        for site in sites:
+            writer.rewrite(site.node)
 
-    def _refusal(self, node: ir.Node) -> Refusal | None:
-        """Why this product stays in float; products of two activations are not sites and not counted."""
-        data, weight = node.inputs[0], node.inputs[1]
-        if data is None or weight is None or not is_weight_matrix(weight) or weight.const_value is None:
-            return Refusal.at(node, "its right operand is not a constant matrix", weight)
-        if weight.const_value.dtype is not ir.DataType.FLOAT:
-            return Refusal.at(node, f"its matrix is {weight.const_value.dtype}, not FLOAT", weight)
-        if weight.const_value.size < self.minimum:
-            return Refusal.at(
-                node, f"its matrix has {weight.const_value.size} elements, fewer than {self.minimum}", weight
-            )
-        if not np.isfinite(weight.const_value.numpy()).all():
-            return Refusal.at(node, "its matrix holds NaN or infinity", weight)
-        return None
+    def rounded(self, site: Site) -> np.ndarray:
+        """The matrix as products will see it."""
+        matrix = site.tensor.numpy()
+        return self.columns(matrix).restored(matrix)
+
+    def heard(self, data: np.ndarray) -> np.ndarray:
+        """An activation as products will see it: in steps of each row's largest entry, or of the whole tensor's."""
+        over = None if self.activations == "tensor" else -1
+        step = np.maximum(np.abs(data).max(axis=over, keepdims=True), _TINY) / _LEVELS
+        return np.asarray(np.rint(data / step) * step, np.float32)
+
+    def columns(self, matrix: np.ndarray) -> Blocks:
+        """Scales of the columns of a matrix."""
+        return blocks_of(matrix, 8, matrix.shape[0], symmetric=True, method=self.method)
 
 
 @dataclass
@@ -88,7 +76,7 @@ class _Writer:
     """Writes the integer form of products into one graph, and remembers what they can share."""
 
     graph: ir.Graph
-    activations: str
+    options: QuantizeInt8
     rows: dict[int, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     """Quantized rows and their scale (per token or per tensor), by activation."""
     zero_points: dict[int, ir.Value | None] = field(default_factory=dict)
@@ -101,7 +89,7 @@ class _Writer:
         if data is None or weight is None:
             return
         stored, scale = self._stored(weight)
-        if self.activations == "runtime":
+        if self.options.activations == "runtime":
             real = self._add(node, "weight", "DequantizeLinear", [stored, scale], {"axis": 1}, shape=weight.shape)
             node.replace_input_with(1, real)
             return
@@ -128,9 +116,9 @@ class _Writer:
             tensor = weight.const_value
             if tensor is None:
                 raise ValueError(f"{weight.name!r} has no values")
-            scale = channel_scales(tensor.numpy())
-            name = weight.name or ""
-            int8 = lazy(lambda: quantized(tensor.numpy(), scale), ir.DataType.INT8, sizes_of(tensor), f"{name}_int8")
+            blocks, name = self.options.columns(tensor.numpy()), weight.name or ""
+            scale = blocks.scale[0]
+            int8 = lazy(lambda: blocks.integers(tensor.numpy()), ir.DataType.INT8, sizes_of(tensor), f"{name}_int8")
             self.weights[id(weight)] = (
                 add_initializer(self.graph, f"{name}_int8", int8),
                 add_initializer(self.graph, f"{name}_scale", scale),
@@ -139,7 +127,7 @@ class _Writer:
 
     def _channel_scale(self, scale: ir.Value) -> ir.Value:
         """Scales of the columns; for rows in [-1, 1] also the size of one step."""
-        if self.activations == "tensor" or scale.const_value is None:
+        if self.options.activations == "tensor" or scale.const_value is None:
             return scale
         name = f"{scale.name}_of_row"
         if name not in self.constants:
@@ -150,7 +138,7 @@ class _Writer:
     def _rows(self, node: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The activation in uint8, and what its products must be multiplied by."""
         if id(data) not in self.rows:
-            make = self._per_tensor if self.activations == "tensor" else self._per_token
+            make = self._per_tensor if self.options.activations == "tensor" else self._per_token
             self.rows[id(data)] = make(node, data)
         return self.rows[id(data)]
 
@@ -215,14 +203,3 @@ class _Writer:
             output.name = f"{base}_{suffix}"
         self.graph.insert_before(node, made)
         return made
-
-
-def channel_scales(matrix: np.ndarray) -> np.ndarray:
-    """Scale of each column, symmetric around zero, shape (columns,); 1 for a column of zeros."""
-    largest = np.abs(matrix).max(axis=0)
-    return np.asarray(np.where(largest > 0, largest / np.float32(_LEVELS), 1), np.float32)
-
-
-def quantized(matrix: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The matrix in steps of its column scales, rounded to even, shape as given, int8."""
-    return np.asarray(np.clip(np.rint(matrix / scale), -_LEVELS, _LEVELS), np.int8)

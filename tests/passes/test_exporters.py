@@ -44,7 +44,7 @@ def test_every_block_is_raised(name: str, tmp_path: Path) -> None:
     assert {op: exporters.counts(model)[op] for op in expected} == expected
 
 
-@pytest.mark.parametrize("block", exporters.BLOCKS, ids=lambda block: block.model_type)
+@pytest.mark.parametrize("block", exporters.BLOCKS, ids=lambda block: block.name)
 def test_no_exporter_is_missing(block: exporters.Block) -> None:
     ways = [str(e) for e in exporters.EXPORTERS if not (block.spelled and e.attention == "sdpa")]
     there = [name.partition(" ")[2] for name in FILES if exporters.block_of(name) is block]

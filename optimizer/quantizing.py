@@ -1,0 +1,120 @@
+"""What all quantizing passes share: the products they are about, and which of them stay in float."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from annotated_types import Ge
+
+from planish.optimizer.base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.graph import is_weight_matrix, location_of
+
+
+@dataclass(frozen=True)
+class Site:
+    """A product with a constant matrix."""
+
+    node: ir.Node
+    data: ir.Value
+    weight: ir.Value
+    tensor: ir.TensorProtocol
+
+    @property
+    def name(self) -> str:
+        """How options and the lock call it: by its product, whose name stays the same."""
+        return self.node.name or self.node.outputs[0].name or ""
+
+
+@dataclass(frozen=True)
+class Quantizing(Pass):
+    """Rounds the matrices of products; each product is a site that may be skipped by name."""
+
+    exact: ClassVar[bool] = False
+
+    minimum: Annotated[int, Ge(0)] = 4096
+    """Elements that a matrix must have to be worth it."""
+
+    skip: tuple[str, ...] = ()
+    """Names of products that stay in float: those that would cost the most accuracy."""
+
+    def obstacle(self, site: Site) -> str | None:
+        """Why this form cannot say this matrix; nothing if it can."""
+        return None
+
+    @abc.abstractmethod
+    def rounded(self, site: Site) -> np.ndarray:
+        """The matrix of a site as its product will see it, float32, shape as given."""
+
+    def heard(self, data: np.ndarray) -> np.ndarray:
+        """An activation as a product will see it; as it is, unless the form rounds it."""
+        return data
+
+    @abc.abstractmethod
+    def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
+        """Write all of these in few bits."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite every such MatMul of the main graph."""
+        result = PassResult(model, modified=False)
+        taken = []
+        for node in [node for node in model.graph if node.op_type == "MatMul" and node.domain == ""]:
+            reason = self._reason(node)
+            site = None if reason is not None else site_of(node)
+            if site is None:
+                result.refusals.append(Refusal.at(node, reason or "", node.inputs[1]))
+            elif admitted():
+                result.sites.append(location_of(node))
+                taken.append(site)
+        self.rewrite(model, taken)
+        for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
+            del model.graph.initializers[value.name or ""]
+        result.modified = bool(result.sites)
+        result.facts = {"quantized": len(result.sites)}
+        return result
+
+    def candidates(self, model: ir.Model) -> list[Site]:
+        """Products that can be rounded, those that are skipped among them."""
+        unskipped = [site_of(n) for n in model.graph if n.op_type == "MatMul" and n.domain == "" and not self._unfit(n)]
+        return [site for site in unskipped if site is not None]
+
+    def _reason(self, node: ir.Node) -> str | None:
+        """Why this product stays in float."""
+        if node.name in self.skip:
+            return "it is skipped: it would cost too much accuracy"
+        return self._unfit(node)
+
+    def _unfit(self, node: ir.Node) -> str | None:
+        site = site_of(node)
+        if site is None:
+            return "its right operand is not a constant matrix"
+        if site.tensor.dtype is not ir.DataType.FLOAT:
+            return f"its matrix is {site.tensor.dtype}, not FLOAT"
+        if site.tensor.size < self.minimum:
+            return f"its matrix has {site.tensor.size} elements, fewer than {self.minimum}"
+        if not np.isfinite(site.tensor.numpy()).all():
+            return "its matrix holds NaN or infinity"
+        return self.obstacle(site)
+
+
+def site_of(node: ir.Node) -> Site | None:
+    """The product with a constant matrix that a MatMul is, if it is one."""
+    data, weight = node.inputs[0], node.inputs[1]
+    if data is None or weight is None or not is_weight_matrix(weight) or weight.const_value is None:
+        return None
+    return Site(node, data, weight, weight.const_value)
+
+
+def one_of(*numbers: int) -> Callable[[int], int]:
+    """A check of an option that takes a few numbers."""
+
+    def check(number: int) -> int:
+        if number not in numbers:
+            raise ValueError(f"it must be one of {', '.join(map(str, numbers))}")
+        return number
+
+    return check

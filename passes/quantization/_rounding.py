@@ -1,0 +1,124 @@
+"""Matrices in few bits: which integers, scales and zero points stand for their blocks.
+
+A matrix of shape (rows, columns) is cut along its rows into blocks of ``block`` entries of one column; each block has a
+scale, and a zero point where the range is not symmetric. Arrays of scales have shape (rows / block, columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Method = Literal["nearest", "mse", "hqq"]
+_CLIPS = np.linspace(1.0, 0.5, 26, dtype=np.float32)
+"""Shares of a block's range that are tried as the range that is kept."""
+_ROUNDS, _NORM, _BETA, _GROWTH = 20, 0.7, 10.0, 1.01
+"""Of the half-quadratic solver: steps, the exponent of its norm, the weight of its penalty and how that grows."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the blocks of a matrix are rounded."""
+
+    scale: np.ndarray
+    """Float, shape (rows / block, columns)."""
+    zero_point: np.ndarray | None
+    """Whole numbers of the same shape; None for a range that is symmetric around zero."""
+    bits: int
+
+    def integers(self, matrix: np.ndarray) -> np.ndarray:
+        """The entries of the matrix as whole numbers, shape as given, int8 or (with zero points) uint8."""
+        blocks = _cut(matrix, self.scale.shape[0])
+        found = _round(blocks, self.scale, self.zero_point, self.bits)
+        return found.reshape(matrix.shape).astype(np.int8 if self.zero_point is None else np.uint8)
+
+    def restored(self, matrix: np.ndarray) -> np.ndarray:
+        """What the integers of the matrix stand for, float32, shape as given."""
+        blocks = _cut(matrix, self.scale.shape[0])
+        found = _round(blocks, self.scale, self.zero_point, self.bits)
+        return _real(found, self.scale, self.zero_point).reshape(matrix.shape)
+
+
+def blocks_of(matrix: np.ndarray, bits: int, block: int, *, symmetric: bool, method: Method) -> Blocks:
+    """Scales and zero points for a float matrix whose rows are a multiple of ``block``.
+
+    `nearest` keeps the whole range of each block; `mse` keeps the share of it that leaves the least squared error
+    (as in Banner et al. 2019, "Post training 4-bit quantization", section 3, found by search); `hqq` moves zero points
+    so that few large errors count less than many small ones (Badri and Shaji 2023, "Half-Quadratic Quantization"), and
+    rounds them, since the standard's zero points are whole.
+    """
+    cut = _cut(matrix, matrix.shape[0] // block)
+    if method == "mse":
+        scale, zero = _clipped(cut, bits, symmetric=symmetric)
+    else:
+        scale, zero = _ranged(cut, bits, np.float32(1), symmetric=symmetric)
+        zero = _half_quadratic(cut, scale, zero, bits) if method == "hqq" and zero is not None else zero
+    return Blocks(scale, None if zero is None else zero.astype(np.uint8), bits)
+
+
+def _cut(matrix: np.ndarray, count: int) -> np.ndarray:
+    """(rows, columns) as (blocks, entries, columns)."""
+    return np.asarray(matrix, np.float32).reshape(count, -1, matrix.shape[1])
+
+
+def _limits(bits: int, *, symmetric: bool) -> tuple[int, int]:
+    """The lowest and the highest integer."""
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
+
+
+def _ranged(
+    blocks: np.ndarray, bits: int, share: np.float32, *, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scale and zero point of blocks that keep a share of their range; a block of zeros has scale one."""
+    low, high = _limits(bits, symmetric=symmetric)
+    if symmetric:
+        scale = np.abs(blocks).max(axis=1) * share / np.float32(high)
+        return np.where(scale > 0, scale, np.float32(1)), None
+    lowest = np.minimum(blocks.min(axis=1), 0) * share
+    scale = (np.maximum(blocks.max(axis=1), 0) * share - lowest) / np.float32(high - low)
+    scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
+    return scale, np.clip(np.rint(-lowest / scale), low, high)
+
+
+def _clipped(blocks: np.ndarray, bits: int, *, symmetric: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Of all shares of the range the one with the least squared error, for each block."""
+    scale, zero = _ranged(blocks, bits, _CLIPS[0], symmetric=symmetric)
+    least = np.full(scale.shape, np.inf, np.float32)
+    best, best_zero = scale, zero
+    for share in _CLIPS:
+        scale, zero = _ranged(blocks, bits, share, symmetric=symmetric)
+        error = np.square(_real(_round(blocks, scale, zero, bits), scale, zero) - blocks).sum(axis=1)
+        better = error < least
+        least, best = np.where(better, error, least), np.where(better, scale, best)
+        best_zero = None if zero is None or best_zero is None else np.where(better, zero, best_zero)
+    return best.astype(np.float32), best_zero
+
+
+def _half_quadratic(blocks: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
+    """Zero points that the half-quadratic solver ends with; those of a block that it makes worse stay."""
+    beta, found, step = _BETA, zero, scale[:, None]
+    best, least = zero, np.full(zero.shape, np.inf, np.float32)
+    for _ in range(_ROUNDS):
+        integers = _round(blocks, scale, found, bits)
+        error = blocks - (integers - found[:, None]) * step
+        total = (np.abs(error) ** _NORM).sum(axis=1)
+        best, least = np.where(total < least, np.rint(found), best), np.minimum(total, least)
+        size = np.abs(error)
+        kept = np.sign(error) * np.maximum(size - (size + 1e-12) ** (_NORM - 1) / beta, 0)
+        found = np.rint((integers - (blocks - kept) / step).mean(axis=1))
+        beta *= _GROWTH
+    return np.asarray(np.clip(best, *_limits(bits, symmetric=False)))
+
+
+def _round(blocks: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int) -> np.ndarray:
+    """Blocks as whole numbers (in float), rounded to even."""
+    steps = np.rint(blocks / scale[:, None])
+    steps = steps if zero is None else steps + zero[:, None]
+    return np.asarray(np.clip(steps, *_limits(bits, symmetric=zero is None)))
+
+
+def _real(integers: np.ndarray, scale: np.ndarray, zero: np.ndarray | None) -> np.ndarray:
+    shifted = integers if zero is None else integers - zero[:, None]
+    return np.asarray(shifted * scale[:, None], np.float32)

@@ -1,0 +1,93 @@
+"""Store weights in 8 or 4 bits, in blocks; activations stay as they are.
+
+Before:  r = MatMul (x, w)
+After:   d = DequantizeLinear <axis=0, block_size=32> (w4, s);  r = MatMul (x, d)           s: [rows / 32, columns]
+
+What the ONNX standard calls blocked quantization (DequantizeLinear, opset 21); a target makes one operator of both. A
+step of a decoder reads every weight once and computes little: it is as fast as the weights are small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from pydantic import AfterValidator
+
+from planish.optimizer.graph import NAME_SCOPES, add_initializer, sizes_of
+from planish.optimizer.quantizing import Quantizing, Site, one_of
+from planish.optimizer.tensors import lazy
+from planish.passes.quantization._rounding import Blocks, Method, blocks_of
+
+_TYPES = {
+    (4, True): (ir.DataType.INT4, ml_dtypes.int4),
+    (4, False): (ir.DataType.UINT4, ml_dtypes.uint4),
+    (8, True): (ir.DataType.INT8, np.int8),
+    (8, False): (ir.DataType.UINT8, np.uint8),
+}
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Quantizing):
+    """Quantize the constant matrices of products, each block of a column with a scale of its own."""
+
+    name: ClassVar[str] = "quantize-weights"
+
+    bits: Annotated[int, AfterValidator(one_of(4, 8))] = 8
+    """Bits of an entry."""
+
+    block: Annotated[int, AfterValidator(one_of(16, 32, 64, 128, 256))] = 32
+    """Entries of a column that share a scale; the rows of a matrix must be a multiple of it."""
+
+    symmetric: bool = True
+    """Whether ranges are symmetric around zero; else each block has a zero point as well."""
+
+    method: Method = "mse"
+    """How scales are found: `nearest` keeps the whole range, `mse` the share of it with the least error, `hqq` (with
+    zero points) weighs large errors less."""
+
+    def obstacle(self, site: Site) -> str | None:
+        """Why a matrix cannot be cut into blocks."""
+        rows = sizes_of(site.tensor)[0]
+        return f"its {rows} rows are no multiple of a block of {self.block}" if rows % self.block else None
+
+    def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
+        """Replace each matrix by its integers and a DequantizeLinear, once for all that read it."""
+        made: dict[int, ir.Value] = {}
+        for site in sites:
+            if id(site.weight) not in made:
+                made[id(site.weight)] = self._stored(model.graph, site)
+            site.node.replace_input_with(1, made[id(site.weight)])
+
+    def rounded(self, site: Site) -> np.ndarray:
+        """The matrix as products will see it."""
+        matrix = site.tensor.numpy()
+        return self._blocks(matrix).restored(matrix)
+
+    def _blocks(self, matrix: np.ndarray) -> Blocks:
+        return blocks_of(matrix, self.bits, self.block, symmetric=self.symmetric, method=self.method)
+
+    def _stored(self, graph: ir.Graph, site: Site) -> ir.Value:
+        tensor, name = site.tensor, site.weight.name or ""
+        blocks = self._blocks(tensor.numpy())
+        dtype, kind = _TYPES[self.bits, self.symmetric]
+        stored = lazy(lambda: blocks.integers(tensor.numpy()).astype(kind), dtype, sizes_of(tensor), f"{name}_q")
+        parts = [add_initializer(graph, f"{name}_q", stored), add_initializer(graph, f"{name}_scale", blocks.scale)]
+        if blocks.zero_point is not None:
+            zero = ir.tensor(blocks.zero_point.astype(kind), dtype=dtype, name=f"{name}_zero_point")
+            parts.append(add_initializer(graph, f"{name}_zero_point", zero))
+        node = ir.node(
+            "DequantizeLinear",
+            parts,
+            {"axis": 0, "block_size": self.block},
+            name=f"{name}_DequantizeLinear",
+        )
+        if NAME_SCOPES in site.node.metadata_props:
+            node.metadata_props[NAME_SCOPES] = site.node.metadata_props[NAME_SCOPES]
+        output = node.outputs[0]
+        output.name, output.shape, output.type = f"{name}_real", site.weight.shape, site.weight.type
+        graph.insert_before(site.node, node)
+        return output

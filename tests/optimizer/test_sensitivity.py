@@ -1,0 +1,118 @@
+"""Which products are rounded: the order of losses, the fewest that are skipped, and what the lock keeps of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx.helper as oh
+import onnx.numpy_helper as nh
+import onnx_ir as ir
+import pytest
+
+from planish.optimizer import Pipeline, optimize, registry
+from planish.optimizer.compare import Budget
+from planish.optimizer.lock import Lock
+from planish.optimizer.measure import Timing
+from planish.optimizer.program import Role, Signature, TensorSpec
+from planish.optimizer.quantizing import Quantizing
+from planish.optimizer.reference import Reference
+from planish.optimizer.sensitivity import Select, losses, tightened
+from tests.conftest import Planish
+
+WIDTH = 32
+LOAD = registry.backend("onnxruntime").load
+
+
+def model(spikes: float) -> ir.Model:
+    """r = (x · a) · b + (x · c) · d; the columns of c hold an outlier, which leaves few steps for the rest."""
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((WIDTH, WIDTH)).astype(np.float32) / 6 for name in "abcd"}
+    weights["c"][0] = spikes
+    pairs = [("x", "a", "p"), ("p", "b", "q"), ("x", "c", "s"), ("s", "d", "t")]
+    nodes = [oh.make_node("MatMul", [data, w], [out], name=f"product_{w}") for data, w, out in pairs]
+    nodes.append(oh.make_node("Add", ["q", "t"], ["r"], name="sum"))
+    values = [oh.make_tensor_value_info(name, 1, ["batch", WIDTH]) for name in "xr"]
+    tensors = [nh.from_array(array, name) for name, array in weights.items()]
+    graph = oh.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    made: ir.Model = ir.from_proto(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 23)], ir_version=10))
+    return made
+
+
+def select(graph: ir.Model, budget: str) -> Select:
+    rng = np.random.default_rng(1)
+    cases = tuple({"x": rng.standard_normal((5, WIDTH)).astype(np.float32)} for _ in range(2))
+    for case in cases:
+        case["x"][:, 0] = 0  # what would meet the outlier
+    engine = LOAD(graph)
+    reference = Reference(cases, tuple(engine.run(case) for case in cases), {"r": 1e-7}, "the graph itself")
+    specs = [TensorSpec(name, ir.DataType.FLOAT, ("batch", WIDTH), Role.VALUES) for name in "xr"]
+    return Select(Signature((specs[0],), (specs[1],)), lambda: reference, Budget.parse([budget]), LOAD)
+
+
+def quantizing(text: str) -> Quantizing:
+    (found,) = Pipeline.parse(text).passes
+    assert isinstance(found, Quantizing)
+    return found
+
+
+def test_the_dearest_product_comes_first() -> None:
+    graph = model(40.0)
+    watcher = select(graph, "cosine>=0.999")
+    found = losses(quantizing("quantize-weights{bits=4 minimum=0}"), graph, watcher.reference().inputs, LOAD)
+    assert found[0].product == "product_c"
+    assert {loss.product for loss in found} == {f"product_{w}" for w in "abcd"}
+    assert found[0].noise > 10 * found[1].noise
+    assert all(loss.weights == WIDTH * WIDTH for loss in found)
+
+
+@pytest.mark.parametrize(
+    ("budget", "skipped"),
+    [("cosine>=0.2", []), ("cosine>=0.97", ["product_c"]), ("cosine>=0.9999999", [f"product_{w}" for w in "abcd"])],
+)
+def test_as_few_are_skipped_as_the_budget_needs(budget: str, skipped: list[str]) -> None:
+    graph = model(40.0)
+    watcher = select(graph, budget)
+    outcome = Pipeline.parse("quantize-weights{bits=4 minimum=0}").run(graph, [watcher])
+    (applied,) = outcome.applied.passes
+    assert isinstance(applied, Quantizing)
+    assert list(applied.skip) == skipped
+    products = watcher.products("model", outcome.applied.passes)
+    assert [one.product for one in products if not one.rounded] == [p.product for p in products][: len(skipped)]
+
+
+def test_what_was_written_out_is_left_as_it_is() -> None:
+    watcher = select(model(40.0), "cosine>=0.99")
+    outcome = Pipeline.parse("quantize-weights{bits=4 minimum=0 skip=[product_a]}").run(model(40.0), [watcher])
+    assert str(outcome.applied) == "quantize-weights{minimum=0 skip=[product_a] bits=4}"
+    assert not watcher.found
+
+
+def test_a_budget_with_a_share_of_its_error() -> None:
+    assert str(tightened(Budget.parse(["cosine>=0.98", "max_abs<=0.5"]), 0.5)) == "cosine>=0.99 max_abs<=0.25"
+
+
+@pytest.mark.slow
+def test_a_preset_keeps_what_it_can_and_the_lock_says_what(
+    tiny: Path, tmp_path: Path, planish: Planish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 1, 1, 1, 1), Timing(1, 2, 2, 2, 1)])
+    table = {"fast": {"onnxruntime": "quantize-int8{minimum=1}"}}
+    monkeypatch.setattr("planish.optimizer.presets.PRESETS", table)
+    shape = [{"sequence": 8}]
+    free = optimize(tiny, tmp_path / "free", preset="fast", keep=["cosine>=0.9"], shapes=shape)
+    bound = free.manifest.targets["onnxruntime"].comparison["logits"]["cosine_min"]
+    keep = [f"cosine_min>={1 - (1 - bound) / 3:.7f}"]
+    built = optimize(tiny, tmp_path / "out", preset="fast", keep=keep, shapes=shape, lock=tmp_path / "lock")
+    record = built.manifest.targets["onnxruntime"]
+    assert not record.rolled_back
+    products = Lock.read(tmp_path / "lock").targets["onnxruntime"].products
+    assert {one.rounded for one in products} == {True, False}
+    assert [one.product for one in products if not one.rounded] == [one.product for one in products][
+        : sum(not one.rounded for one in products)
+    ]
+    again = optimize(tiny, tmp_path / "again", preset="fast", keep=keep, shapes=shape, lock=tmp_path / "lock")
+    assert again.manifest.targets == built.manifest.targets
+    said = planish("explain", tmp_path / "out", "--pass", "quantize-int8").stdout
+    assert f"rounds {sum(one.rounded for one in products)} of {len(products)} products" in " ".join(said.split())
+    assert "signal over noise" in said
