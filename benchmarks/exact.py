@@ -9,6 +9,7 @@ with a cache keep it in 16 bits: they are shown as they are, and compared with o
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -386,32 +387,29 @@ def _openvino_profile(target: str, path: Path, case: Arrays) -> dict[str, float]
     type=click.Choice(list(MODELS)),
     help="Only this, keep others; all if none.",
 )
+@click.option("--target", "targets", multiple=True, type=click.Choice(TARGETS), help="Only this; both if none.")
 @click.option("--seconds", default=10.0, show_default=True, help="Longest time for one model, shape and runtime.")
 @click.option("--keep", is_flag=True, help="Measure the engines that were built before.")
-def main(names: tuple[str, ...], seconds: float, keep: bool) -> None:
+def main(names: tuple[str, ...], targets: tuple[str, ...], seconds: float, keep: bool) -> None:
     """Time our engines beside the peers', and say how far the best of them is."""
     if not keep:
         for name in names or MODELS:
             for folder in (PLACE / "ours").glob(f"{name}-exact-[18]"):
                 shutil.rmtree(folder)
-    figures = {} if not names else _kept(names)
+    figures = _kept() if names or targets else {}
     for model in map(MODELS.__getitem__, names or MODELS):
-        for part in model.parts:
-            for shape in _SHAPES:
-                for target in TARGETS:
-                    what = f"{model.name} {part}", f"{shape[0]} x {shape[1]}", target.partition("{")[0]
-                    figures[", ".join(what)] = _figures(measure(model, part, shape, target, seconds))
-                    print(*_row(what, figures[", ".join(what)]), sep=" | ", file=sys.stderr)
+        for part, shape, target in itertools.product(model.parts, _SHAPES, targets or TARGETS):
+            what = f"{model.name} {part}", f"{shape[0]} x {shape[1]}", target.partition("{")[0]
+            figures[", ".join(what)] = _figures(measure(model, part, shape, target, seconds))
+            print(*_row(what, figures[", ".join(what)]), sep=" | ", file=sys.stderr, flush=True)
         _write(figures)  # after each model: a run takes long
 
 
-def _kept(names: Collection[str]) -> dict[str, Any]:
-    """Figures of the models that are not measured now, if this machine gave them."""
+def _kept() -> dict[str, Any]:
+    """Figures that stand there, if this machine gave them: those that are not measured now stay."""
     path = RESULTS / "exact.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if found.get("machine") != machine():
-        return {}
-    return {what: own for what, own in found["figures"].items() if what.partition(" ")[0] not in names}
+    return dict(found["figures"]) if found.get("machine") == machine() else {}
 
 
 def _figures(cell: Cell) -> dict[str, Any]:
@@ -434,8 +432,12 @@ def _row(what: Sequence[str], own: Mapping[str, Any]) -> list[str]:
 
 
 def _write(figures: Mapping[str, Any]) -> None:
-    order = [f"{model.name} {part}" for model in MODELS.values() for part in model.parts]
-    ordered = sorted(figures, key=lambda what: order.index(what.partition(",")[0]))  # stable: shapes stay as measured
+    cells = itertools.product(
+        [f"{model.name} {part}" for model in MODELS.values() for part in model.parts],
+        [f"{texts} x {tokens}" for texts, tokens in _SHAPES],
+        [target.partition("{")[0] for target in TARGETS],
+    )
+    ordered = [what for what in map(", ".join, cells) if what in figures]
     rows = [_row(what.split(", "), figures[what]) for what in ordered]
     ratios: dict[str, list[float]] = {}
     for what in ordered:

@@ -161,7 +161,7 @@ class Builder:
             self.notes.append(f"the profile was not asked about {target.name}: {why}")
         contenders = self._contenders(target, choice, place)
         for share in _STRICTER if choice is None and self.request.preset is not None else ():
-            if not contenders[0].violations or not self._products(target, contenders[0]):
+            if not contenders[0].violations or not self._products(target, None):
                 break
             contenders = self._contenders(target, choice, place, share)
         first = contenders[0]
@@ -183,7 +183,9 @@ class Builder:
             _replace(best.place, place)
         for name in self.lowered.companions:
             self._copy_companion(name, place)
-        choice = choice if choice.products else choice.model_copy(update={"products": self._products(target, best)})
+        if not choice.products:
+            made = best if choice.shipped == "optimized" else None
+            choice = choice.model_copy(update={"products": self._products(target, made)})
         return Built(target, best.outcomes, choice, best.budgets, best.fidelity, timings)
 
     def _contenders(self, target: Backend, choice: Choice | None, place: Path, share: float = 1) -> list[Contender]:
@@ -233,10 +235,15 @@ class Builder:
         self.selections[target.name, component] = select
         return [select]
 
-    def _products(self, target: Backend, engine: Contender) -> list[Product]:
-        """What quantizing passes chose among, in every component."""
-        known = {n: self.selections[target.name, n] for n in engine.outcomes if (target.name, n) in self.selections}
-        return [one for n, own in known.items() for one in own.products(n, engine.outcomes[n].applied.passes)]
+    def _products(self, target: Backend, engine: Contender | None) -> list[Product]:
+        """What quantizing passes chose among, in every component, and what is rounded in an engine (none: nothing)."""
+        outcomes = {} if engine is None else engine.outcomes
+        return [
+            one
+            for (name, component), select in self.selections.items()
+            if name == target.name
+            for one in select.products(component, outcomes[component].applied.passes if component in outcomes else ())
+        ]
 
     def _tuning(self, target: Backend, component: str) -> list[Instrument]:
         """What gives passes the options that the target runs fastest at the shapes asked for, if there is a profile."""

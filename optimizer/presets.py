@@ -20,8 +20,8 @@ _TIDY = "fold-constants,deduplicate-initializers"
 
 _OPENVINO, _TENSORRT = f"legalize-openvino,{_TIDY}", f"legalize-tensorrt,{_TIDY}"
 
-_SMALL = "quantize-weights{bits=4},quantize-weights"
-"""Weights in 4 bits where the budget bears it, in 8 bits where that is too much."""
+_SMALL = "quantize-embeddings,quantize-weights{bits=4},quantize-weights"
+"""Embeddings in 8 bits; weights in 4 bits where the budget bears it, in 8 bits where that is too much."""
 
 _LAST = "remove-unused-nodes"
 

@@ -29,6 +29,7 @@ PASSES = {
         ("memory", "share-transposed-weights", "ShareTransposedWeights"),
         ("pruning", "prune-ffn", "PruneFfn"),
         ("pruning", "remove-padding", "RemovePadding"),
+        ("quantization", "quantize-embeddings", "QuantizeEmbeddings"),
         ("quantization", "quantize-int8", "QuantizeInt8"),
         ("quantization", "quantize-weights", "QuantizeWeights"),
     )
