@@ -163,6 +163,7 @@ class Builder:
         for share in _STRICTER if choice is None and self.request.preset is not None else ():
             if not contenders[0].violations or not self._products(target, None):
                 break
+            self.stages.total += 3
             contenders = self._contenders(target, choice, place, share)
         first = contenders[0]
         if first.violations and self.request.preset is None:

@@ -22,7 +22,7 @@ from planish.optimizer.instruments import Instrument, Step
 from planish.optimizer.lock import Product
 from planish.optimizer.program import Signature
 from planish.optimizer.quantizing import Quantizing, Site
-from planish.optimizer.reference import Reference, quick
+from planish.optimizer.reference import Reference, quick, thin
 
 _ROWS = 512
 """Rows of an activation that a loss is estimated on, taken evenly."""
@@ -140,7 +140,7 @@ class Select(Instrument):
         tried = model.clone()
         replace(pass_, skip=tuple(loss.product for loss in order[:count]))(tried)
         engine, reference = self.load(tried), self.reference()
-        made = [engine.run(case) for case in reference.inputs]
+        made = [thin(engine.run(case)) for case in reference.inputs]
         few = [
             index for index, case in enumerate(reference.inputs) if any(case is one for one in quick(reference.inputs))
         ]

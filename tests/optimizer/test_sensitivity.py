@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from planish.optimizer.lock import Lock
 from planish.optimizer.measure import Timing
 from planish.optimizer.program import Role, Signature, TensorSpec
 from planish.optimizer.quantizing import Quantizing
-from planish.optimizer.reference import Reference
+from planish.optimizer.reference import Reference, thin
 from planish.optimizer.sensitivity import Select, losses, tightened
 from tests.conftest import Planish
 
@@ -79,6 +80,17 @@ def test_as_few_are_skipped_as_the_budget_needs(budget: str, skipped: list[str])
     assert list(applied.skip) == skipped
     products = watcher.products("model", outcome.applied.passes)
     assert [one.product for one in products if not one.rounded] == [p.product for p in products][: len(skipped)]
+
+
+def test_huge_outputs_are_compared_by_the_entries_that_the_reference_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planish.optimizer.reference._ELEMENTS", 40)
+    watcher = select(model(40.0), "cosine>=0.9")
+    whole = watcher.reference()
+    kept = replace(whole, outputs=tuple(map(thin, whole.outputs)))
+    assert kept.outputs[0]["r"].size < whole.outputs[0]["r"].size
+    watcher.reference = lambda: kept
+    outcome = Pipeline.parse("quantize-weights{minimum=0}").run(model(40.0), [watcher])
+    assert outcome.reports[0].modified
 
 
 def test_what_was_written_out_is_left_as_it_is() -> None:
