@@ -164,6 +164,7 @@ class Builder:
             if not contenders[0].violations or not self._products(target, None):
                 break
             self.stages.total += 3
+            self.notes.append(f"{target.name} strayed too far: rounding is held to {share:g} of the error allowed")
             contenders = self._contenders(target, choice, place, share)
         first = contenders[0]
         if first.violations and self.request.preset is None:

@@ -39,9 +39,10 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
     "small": {
         "onnxruntime": f"{_SHARED},{_SMALL},use-matmul-nbits,legalize-onnxruntime,{_LAST}",
         "openvino": f"{_SHARED},{_SMALL},{_OPENVINO},{_LAST}",
+        "tensorrt": f"{_SHARED},{_TENSORRT},{_LAST}",
     },
 }
-"""Preset -> target -> pipeline. For tensorrt `fast` is `exact` until static quantization gives it a form of its own.
+"""Preset -> target -> pipeline. For tensorrt `fast` and `small` are `exact` until quantization has forms of its own.
 
 `fast` quantizes the head of a language model, so that its embedding has no second copy to share."""
 

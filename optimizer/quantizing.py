@@ -61,37 +61,33 @@ class Quantizing(Pass):
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite every such MatMul of the main graph."""
         result = PassResult(model, modified=False)
-        taken = []
-        for node in [node for node in model.graph if node.op_type == "MatMul" and node.domain == ""]:
-            reason = self._reason(node)
-            site = None if reason is not None else site_of(node)
-            if site is None:
+        taken: list[Site] = []
+        for node in _products(model):
+            site = site_of(node)
+            reason = "its right operand is not a constant matrix" if site is None else self._reason(site)
+            if site is None or reason is not None:
                 result.refusals.append(Refusal.at(node, reason or "", node.inputs[1]))
             elif admitted():
                 result.sites.append(location_of(node))
                 taken.append(site)
-        self.rewrite(model, taken)
-        for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
-            del model.graph.initializers[value.name or ""]
-        result.modified = bool(result.sites)
-        result.facts = {"quantized": len(result.sites)}
+        if taken:
+            self.rewrite(model, taken)
+            for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
+                del model.graph.initializers[value.name or ""]
+        result.modified = bool(taken)
+        result.facts = {"quantized": len(taken)}
         return result
 
     def candidates(self, model: ir.Model) -> list[Site]:
         """Products that can be rounded, those that are skipped among them."""
-        unskipped = [site_of(n) for n in model.graph if n.op_type == "MatMul" and n.domain == "" and not self._unfit(n)]
-        return [site for site in unskipped if site is not None]
+        return [s for s in map(site_of, _products(model)) if s is not None and self._misfit(s) is None]
 
-    def _reason(self, node: ir.Node) -> str | None:
+    def _reason(self, site: Site) -> str | None:
         """Why this product stays in float."""
-        if node.name in self.skip:
-            return "it is skipped: it would cost too much accuracy"
-        return self._unfit(node)
+        return "it is skipped, as the pass was asked to" if site.name in self.skip else self._misfit(site)
 
-    def _unfit(self, node: ir.Node) -> str | None:
-        site = site_of(node)
-        if site is None:
-            return "its right operand is not a constant matrix"
+    def _misfit(self, site: Site) -> str | None:
+        """Why this matrix cannot be rounded, or is not worth it."""
         if site.tensor.dtype is not ir.DataType.FLOAT:
             return f"its matrix is {site.tensor.dtype}, not FLOAT"
         if site.tensor.size < self.minimum:
@@ -99,6 +95,10 @@ class Quantizing(Pass):
         if not np.isfinite(site.tensor.numpy()).all():
             return "its matrix holds NaN or infinity"
         return self.obstacle(site)
+
+
+def _products(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "MatMul" and node.domain == ""]
 
 
 def site_of(node: ir.Node) -> Site | None:

@@ -45,9 +45,9 @@ def spell_out(graph: ir.Graph, node: ir.Node, added: ir.Value | None, author: st
     scaled = tape.op("Mul", [query, number(tape, scale)])
     turned = tape.op("Transpose", [key], {"perm": [0, 1, 3, 2]})
     if heads != groups:
-        scaled = tape.op("Reshape", [scaled, _sizes(tape, 0, groups, heads // groups, -1, size_of_heads(query) or -1)])
-        turned, value = (tape.op("Unsqueeze", [one, _sizes(tape, 2)]) for one in (turned, value))
-        added = None if added is None else tape.op("Unsqueeze", [added, _sizes(tape, 1)])
+        scaled = tape.op("Reshape", [scaled, line_of(tape, 0, groups, heads // groups, -1, size_of_heads(query) or -1)])
+        turned, value = (tape.op("Unsqueeze", [one, line_of(tape, 2)]) for one in (turned, value))
+        added = None if added is None else tape.op("Unsqueeze", [added, line_of(tape, 1)])
     scores = tape.op("MatMul", [scaled, turned])
     if cap:
         quotient = tape.op("Div", [scores, number(tape, cap)])
@@ -62,7 +62,7 @@ def spell_out(graph: ir.Graph, node: ir.Node, added: ir.Value | None, author: st
         for made in (scaled, turned, scores, masked, weights):
             made.shape, made.type = shapes.get(made, table), kind
     else:
-        result = tape.op("Reshape", [result, _sizes(tape, 0, heads, -1, depth)])
+        result = tape.op("Reshape", [result, line_of(tape, 0, heads, -1, depth)])
     result.shape, result.type = old.shape, kind
     name_nodes(tape.nodes, f"{old.name}_spelled_out")
     for new in tape.nodes:
@@ -76,5 +76,6 @@ def spell_out(graph: ir.Graph, node: ir.Node, added: ir.Value | None, author: st
     old.name, result.name = f"{name}_whole", name
 
 
-def _sizes(tape: ir.tape.Tape, *sizes: int) -> ir.Value:
+def line_of(tape: ir.tape.Tape, *sizes: int) -> ir.Value:
+    """A constant of whole numbers, shape (sizes,)."""
     return tape.op("Constant", [], {"value": ir.tensor(np.array(sizes, np.int64))})

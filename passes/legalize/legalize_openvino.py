@@ -17,12 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import FINITE_MASK, location_of, name_nodes, rank_of
-from planish.passes.legalize._attention import heads_of, size_of_heads, softcap_of, spell_out
+from planish.passes.legalize._attention import heads_of, line_of, size_of_heads, softcap_of, spell_out
 from planish.passes.legalize._masks import AddedMasks
 
 _KNOWN = frozenset({"scale", "is_causal", "qk_matmul_output_mode", "softcap"})
@@ -77,17 +76,13 @@ def _repeat_heads(graph: ir.Graph, node: ir.Node) -> None:
         size = size_of_heads(value)
         if value is None or value.shape is None or size is None:
             return
-        apart = tape.op("Unsqueeze", [value, _line(tape, 2)])
-        repeated = tape.op("Expand", [apart, _line(tape, 1, 1, heads // groups, 1, 1)])
-        joined = tape.op("Reshape", [repeated, _line(tape, 0, heads, -1, size)])
+        apart = tape.op("Unsqueeze", [value, line_of(tape, 2)])
+        repeated = tape.op("Expand", [apart, line_of(tape, 1, 1, heads // groups, 1, 1)])
+        joined = tape.op("Reshape", [repeated, line_of(tape, 0, heads, -1, size)])
         joined.shape, joined.type = ir.Shape([value.shape[0], heads, value.shape[2], size]), value.type
         node.replace_input_with(place, joined)
-    name_nodes(tape.nodes, f"{node.name}_heads")
+    name_nodes(tape.nodes, f"{node.outputs[0].name}_heads")
     graph.insert_before(node, tape.nodes)
-
-
-def _line(tape: ir.tape.Tape, *entries: int) -> ir.Value:
-    return tape.op("Constant", [], {"value": ir.tensor(np.array(entries, np.int64))})
 
 
 def _obstacle(node: ir.Node) -> str | None:
@@ -114,8 +109,11 @@ def _obstacle(node: ir.Node) -> str | None:
 
 
 def _from_cache(key: ir.Value | None) -> bool:
-    """Whether keys are put behind those of an input: a runtime may keep them."""
+    """Whether keys are put behind those of an input, also if heads were repeated since: a runtime may keep them."""
     concat = None if key is None else key.producer()
+    for repeating in ("Reshape", "Expand", "Unsqueeze"):
+        if concat is not None and concat.op_type == repeating and concat.inputs[0] is not None:
+            concat = concat.inputs[0].producer()
     return (
         concat is not None
         and concat.op_type == "Concat"

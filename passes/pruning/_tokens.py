@@ -178,9 +178,12 @@ def _axis_of(node: ir.Node, rank: int, default: int) -> int:
 
 def _keeps_cache(node: ir.Node) -> bool:
     """Whether a node puts new keys or values behind those that came in: later steps hide them by the same mask."""
-    came_in = [value for value in node.inputs if value is not None and value.is_graph_input() and value.dtype]
     return node.op_type == "Concat" and any(
-        guess_role(value.name or "", value.dtype or ir.DataType.UNDEFINED) is Role.CACHE for value in came_in
+        value is not None
+        and value.is_graph_input()
+        and value.dtype is not None
+        and guess_role(value.name or "", value.dtype) is Role.CACHE
+        for value in node.inputs
     )
 
 

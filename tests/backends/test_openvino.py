@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planish.optimizer import registry
+from planish.optimizer import Pipeline, registry
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.program import Program
 from tests.backends.conftest import contents
@@ -98,3 +98,20 @@ def test_a_model_that_keeps_a_cache_has_no_buckets(tmp_path: Path) -> None:
     registry.backend("openvino").emit(generator("gpt2", tmp_path), tmp_path)
     with pytest.raises(BadInput, match=r"has other axes than texts and tokens.*leave out the option buckets"):
         registry.backend("openvino{buckets=[1x3]}").open(tmp_path)
+
+
+def test_a_cache_of_grouped_heads_is_kept_by_one_kernel_and_nothing_is_guarded(tmp_path: Path) -> None:
+    program = generator("llama", tmp_path)
+    model, _ = program.sole()
+    Pipeline.preset("exact", "openvino").run(model)
+    registry.backend("openvino").emit(program, tmp_path)
+    text = (tmp_path / "openvino_model.xml").read_text()
+    assert "ScaledDotProductAttention" in text
+    assert "IsNaN" not in text
+    engine: Any = registry.backend("openvino").open(tmp_path)
+    kinds = [
+        node.get_rt_info()["layerType"].astype(str)
+        for node in engine._request.get_compiled_model().get_runtime_model().get_ops()
+    ]
+    assert kinds.count("ScaledDotProductAttention") == 2
+    assert "Softmax" not in kinds  # which stands where the kernel was not made
