@@ -50,6 +50,10 @@ class OpenVino(Backend):
     """Arithmetic of floating-point operators. The runtime's own default is bf16 on CPUs that have it, at a
     relative error near 2e-3; here it must be asked for."""
 
+    cache: Literal["f32", "f16", "u8"] = "f32"
+    """How a decoder keeps keys and values between its steps; u8 in groups, each with a scale. It is written into the
+    file: every loader does it so."""
+
     buckets: tuple[Annotated[str, StringConstraints(pattern="^[1-9][0-9]*x[1-9][0-9]*$")], ...] = ()
     """Texts and tokens, as `1x16`, for which the model is compiled a second time: calls of exactly this size run with
     shapes that are known, for the memory of another copy; all others run as ever. Not for models that keep a cache."""
@@ -68,7 +72,7 @@ class OpenVino(Backend):
                     converted = ov.Core().read_model(str(source))
                     _drop_guards(converted, {n.name for n in model.graph if FINITE_MASK in n.metadata_props})
                     if len(program.components) == 1 and program.signatures[name].cached:
-                        make_stateful(ov, converted)
+                        make_stateful(ov, converted, self.cache)
                 except RuntimeError as error:
                     raise CheckFailed(f"OpenVINO cannot convert the graph: {_first_line(error)}") from error
                 _give_stable_names(converted)
@@ -197,11 +201,11 @@ def _rows(inputs: Arrays) -> int:
     return len(next(iter(inputs.values())))
 
 
-def make_stateful(ov: Any, model: Any) -> None:
+def make_stateful(ov: Any, model: Any, cache: str) -> None:
     """Keep the cache inside the model: inputs `past_key_values.…` and outputs `present.…` become variables.
 
     The rows of the cache that a step reads are chosen by the input `beam_idx`, shape (batch,), as the ecosystem's
-    loaders give it. The cache is kept in f32: the runtime's own default on a CPU is 8 bits, in silence.
+    loaders give it. What the cache is kept in is said in the file: the runtime's own default is 8 bits, in silence.
     """
     from openvino import opset13 as ops
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -220,7 +224,7 @@ def make_stateful(ov: Any, model: Any) -> None:
     model.validate_nodes_and_infer_types()
     apply_make_stateful_transformation(model, {name: name.replace("past_key_values.", _PRESENT, 1) for name in pasts})
     _start_empty(ops, model)
-    model.set_rt_info("f32", ["runtime_options", "KV_CACHE_PRECISION"])
+    model.set_rt_info(cache, ["runtime_options", "KV_CACHE_PRECISION"])
 
 
 def _start_empty(ops: Any, model: Any) -> None:

@@ -51,7 +51,7 @@ from planish.optimizer.program import PAST, Role, Signature
 
 _SHAPES = ((1, 16), (1, 128), (8, 128))
 """Texts and tokens; behind a cache, texts and tokens in the cache."""
-_OPTIMUM_INTEL = Path("build") / "interop" / "openvino-env"
+OPTIMUM_INTEL = Path("build") / "interop" / "openvino-env"
 _OPENINGS = 3
 _LEVELS = ("O1", "O2", "O3")
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FullyConnected")
@@ -111,24 +111,24 @@ def peers_of(model: Model) -> dict[str, tuple[str, Callable[[], Path]]]:
     folder = PLACE / "plain" / model.name
     plain = folder / "optimum"
     found: dict[str, tuple[str, Callable[[], Path]]] = {
-        "optimum export": (TARGETS[0], partial(_made, plain, lambda: _optimum(model, plain)))
+        "optimum export": (TARGETS[0], partial(made, plain, lambda: _optimum(model, plain)))
     }
     for level in _LEVELS:
         place = folder / f"optimum-{level}"
-        found[f"optimum {level}"] = (TARGETS[0], partial(_made, place, partial(_optimum_level, plain, level, place)))
+        found[f"optimum {level}"] = (TARGETS[0], partial(made, place, partial(_optimum_level, plain, level, place)))
     fused, scripted, dynamo = (folder / name for name in ("ort-transformers", "onnxscript", "dynamo"))
-    found["onnxruntime.transformers"] = (TARGETS[0], partial(_made, fused, lambda: _transformers(model, plain, fused)))
-    found["torch.onnx.export"] = (TARGETS[0], partial(_made, dynamo, lambda: _dynamo(model, dynamo)))
-    found["onnxscript's fusions"] = (TARGETS[0], partial(_made, scripted, lambda: _onnxscript(dynamo, scripted)))
+    found["onnxruntime.transformers"] = (TARGETS[0], partial(made, fused, lambda: _transformers(model, plain, fused)))
+    found["torch.onnx.export"] = (TARGETS[0], partial(made, dynamo, lambda: _dynamo(model, dynamo)))
+    found["onnxscript's fusions"] = (TARGETS[0], partial(made, scripted, lambda: _onnxscript(dynamo, scripted)))
     intel, precise = folder / "optimum-intel", folder / "optimum-intel-f32"
-    found[_ROUNDED] = (TARGETS[1], partial(_made, intel, lambda: _optimum_intel(model, intel)))
+    found[_ROUNDED] = (TARGETS[1], partial(made, intel, lambda: _optimum_intel(model, intel)))
     if model.parts != _ENCODER:
-        found[_UNROUNDED] = (TARGETS[1], partial(_made, precise, lambda: _cache_in_f32(intel, precise)))
-    found["torch.onnx.export, openvino"] = (TARGETS[1], partial(_made, dynamo, lambda: _dynamo(model, dynamo)))
+        found[_UNROUNDED] = (TARGETS[1], partial(made, precise, lambda: _cache_in_f32(intel, precise)))
+    found["torch.onnx.export, openvino"] = (TARGETS[1], partial(made, dynamo, lambda: _dynamo(model, dynamo)))
     return found
 
 
-def _made(place: Path, make: Callable[[], None]) -> Path:
+def made(place: Path, make: Callable[[], None]) -> Path:
     """``place``, made once; a refusal is kept and raised again."""
     said = place.with_name(f"{place.name}.refused")
     if said.exists():
@@ -193,9 +193,9 @@ def _onnxscript(plain: Path, place: Path) -> None:
 
 
 def _optimum_intel(model: Model, place: Path) -> None:
-    if not _OPTIMUM_INTEL.exists():
-        subprocess.run(["make", str(_OPTIMUM_INTEL)], check=True)
-    exporter = [_OPTIMUM_INTEL / "bin" / "python", "-m", "optimum.commands.optimum_cli", "export", "openvino"]
+    if not OPTIMUM_INTEL.exists():
+        subprocess.run(["make", str(OPTIMUM_INTEL)], check=True)
+    exporter = [OPTIMUM_INTEL / "bin" / "python", "-m", "optimum.commands.optimum_cli", "export", "openvino"]
     options = ["--library", "transformers", "--task", model.task, "--weight-format", "fp32"]
     run([*exporter, "--model", model.make(), *options, place])
 

@@ -7,7 +7,17 @@ from pathlib import Path
 import click
 
 from benchmarks.record import record, settle_memory
-from benchmarks.subjects import CHECKPOINTS, TARGETS, dynamic_int8, forget_ours, our_engines, ours, plain_exports
+from benchmarks.subjects import (
+    CHECKPOINTS,
+    TARGETS,
+    dynamic_int8,
+    forget_ours,
+    nncf_int8,
+    our_engines,
+    ours,
+    plain_exports,
+    vnni_int8,
+)
 from planish.optimizer.cli.options import parse_shapes
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.measure import EngineRef, Timing, alternate, timing
@@ -21,6 +31,8 @@ def field(name: str) -> dict[str, tuple[str, Path]]:
         found[f"{way} on onnxruntime"] = (TARGETS[0], path)
     found["torch.onnx.export on openvino"] = (TARGETS[1], plain_exports(name)["torch.onnx.export"])
     found["onnxruntime's dynamic int8"] = (TARGETS[0], dynamic_int8(name))
+    found["optimum's int8 for VNNI"] = (TARGETS[0], vnni_int8(name))
+    found["NNCF's static int8 on openvino"] = (TARGETS[1], nncf_int8(name))
     return found | our_engines(name)
 
 

@@ -12,15 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from planish.optimizer import optimize
+from planish.optimizer.backend import Arrays
 from planish.optimizer.lowering.calls import plain
 from planish.optimizer.lowering.module import wrap
+from planish.optimizer.lowering.tokenizer import load_tokenizer
 from planish.optimizer.manifest import Manifest
+from tests.sentences import sentences
 
 PLACE = Path("build") / "benchmarks"
 PEERS = PLACE / "peers"
 """A virtual environment of its own: optimum-onnx cannot be installed beside transformers 5."""
 PEER_PACKAGES = ("torch==2.13.0", "optimum-onnx==0.1.0", "onnxruntime==1.31.1", "requests")
+NNCF = PLACE / "nncf"
+NNCF_PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0")
+KEEP = {"minilm": ("cosine>=0.998",), "bert-base": ("cosine>=0.999",)}
+"""What our engines in few bits must keep of each token's hidden state."""
 PRESETS = ("exact", "fast", "small")
 TARGETS = ("onnxruntime{threads=2}", "openvino{threads=2}")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -167,12 +176,58 @@ def dynamic_int8(name: str) -> Path:
     return path
 
 
+def vnni_int8(name: str) -> Path:
+    """optimum's dynamic quantization of its own export for processors with VNNI."""
+    folder = PLACE / "plain" / name / "optimum-int8"
+    if not folder.exists():
+        source = plain_exports(name)["optimum export"].parent
+        command = [PEERS / "bin" / "optimum-cli", "onnxruntime", "quantize", "--onnx_model", source, "--avx512_vnni"]
+        subprocess.run(list(map(str, [*command, "-o", folder])), check=True, stdout=subprocess.DEVNULL)
+    return folder / "model_quantized.onnx"
+
+
+def nncf_int8(name: str) -> Path:
+    """NNCF's static quantization of OpenVINO's own conversion, calibrated on the same data as ours."""
+    path = PLACE / "plain" / name / "nncf" / "openvino_model.xml"
+    if not path.exists():
+        print(f"exporting {name}: NNCF", file=sys.stderr)
+        if not NNCF.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(NNCF)], check=True)
+            subprocess.run([NNCF / "bin" / "pip", "install", "-q", *NNCF_PACKAGES], check=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cases = path.with_name("calibration.npz")
+        arrays = {f"{i}/{n}": array for i, case in enumerate(calibration(name)) for n, array in case.items()}
+        np.savez(cases, **arrays)  # type: ignore[arg-type]  # they are no options of its own
+        script = Path(__file__).with_name("nncf_quantize.py")
+        source = plain_exports(name)["torch.onnx.export"]
+        command = [NNCF / "bin" / "python", script, source, cases, path]
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def calibration(name: str) -> list[Arrays]:
+    """What everybody calibrates on: natural sentences that are not measured on; random tokens where all is random."""
+    if name != "minilm":
+        rng = np.random.default_rng(1)
+        ids = [rng.integers(5, 30_000, (1, int(rng.integers(16, 129)))) for _ in range(64)]
+        return [{"input_ids": one, "attention_mask": one * 0 + 1, "token_type_ids": one * 0} for one in ids]
+    tokenizer: Any = load_tokenizer(minilm())
+    return [dict(tokenizer([text], return_tensors="np")) for text in held_out()]
+
+
+def held_out(measured: int = 160, count: int = 160) -> list[str]:
+    """Sentences that the first ``measured`` are not among."""
+    known = set(sentences(measured))
+    return [text for text in sentences(measured + count + 40) if text not in known][:count]
+
+
 def ours(name: str, preset: str) -> Path:
     """Our engines for both CPU targets, built anew unless they stand there already."""
     folder = PLACE / "ours" / f"{name}-{preset}"
     if not folder.exists():
         print(f"building {name}, {preset}", file=sys.stderr)
-        optimize(CHECKPOINTS[name](), folder, targets=TARGETS, preset=preset)
+        rounded: dict[str, Any] = {} if preset == "exact" else {"keep": KEEP[name], "calibration": calibration(name)}
+        optimize(CHECKPOINTS[name](), folder, targets=TARGETS, preset=preset, **rounded)
     return folder
 
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from planish.optimizer import spec
 from planish.optimizer.graph import location_of
+from planish.optimizer.observations import Observation
 
 OPTIONS_CONFIG: dict[str, Any] = {
     "arbitrary_types_allowed": True,
@@ -54,6 +55,14 @@ class Question:
     """The sizes on which the answer depends, as text."""
     graph: Callable[[], ir.Model]
     """Makes the graph, all sizes fixed; the pass with each value of the option writes one form of it."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """An activation that a pass wants to have seen before it runs: afterwards `seen(value, what)` has it."""
+
+    value: ir.Value
+    what: type[Observation]
 
 
 _left: ContextVar[list[int] | None] = ContextVar("sites that may still be rewritten", default=None)
@@ -115,6 +124,10 @@ class Pass(ir.passes.InPlacePass):
 
     def questions(self, model: ir.Model, sizes: Mapping[str, int]) -> Sequence[Question]:
         """What the pass wants to know of its target before it runs on ``model``, whose axes will have these sizes."""
+        return ()
+
+    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+        """What the pass wants to have seen of activations of ``model`` before it runs on it."""
         return ()
 
     def __str__(self) -> str:

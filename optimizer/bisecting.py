@@ -23,6 +23,7 @@ from planish.optimizer.compare import Budget, compare
 from planish.optimizer.errors import BadInput, CheckFailed, PlanishError
 from planish.optimizer.lowering import lower
 from planish.optimizer.manifest import Manifest
+from planish.optimizer.observing import Observe
 from planish.optimizer.output import staged_file
 from planish.optimizer.pipeline import Pipeline
 from planish.optimizer.program import Signature
@@ -95,6 +96,8 @@ class Trial:
         """Run the last of the passes, on at most so many of its sites, over what the others made of the model."""
         with at_most(sites) as left:
             try:
+                load = registry.backend(CHECKER).load
+                Observe(self.signature, lambda: self.reference.inputs, load).gather(applied[-1], model)
                 result = applied[-1](model)
             except Exception as error:  # noqa: BLE001 - a pass that breaks is what is looked for
                 return Attempt(None, [f"{type(error).__name__}: {error}"], sites - max(left[0], 0))

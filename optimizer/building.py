@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,24 +14,31 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from planish.optimizer import choosing, instruments, onnx_io, presets, registry, spec
+from planish.optimizer import choosing, instruments, onnx_io, registry
 from planish.optimizer.backend import Arrays, Backend
 from planish.optimizer.base import Pass
 from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engines, demand_room
-from planish.optimizer.compare import Budget, Clause
+from planish.optimizer.compare import Budget, Clause, Comparison
 from planish.optimizer.errors import CheckFailed
+from planish.optimizer.evaluating import Evaluation, scored
 from planish.optimizer.instruments import Instrument
 from planish.optimizer.lock import Choice, LockedPass, Product
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.manifest import instruction_set
 from planish.optimizer.measure import EngineRef, Timing, race
-from planish.optimizer.pipeline import Outcome, Pipeline
+from planish.optimizer.observing import Observe
+from planish.optimizer.pipeline import Outcome, PassReport, Pipeline
 from planish.optimizer.profile import Profile, Tune
 from planish.optimizer.reference import References, default_shapes, known_sizes, quick, sized_case
+from planish.optimizer.request import Request
 from planish.optimizer.sensitivity import Select, tightened
 
 NOT_CHECKED = "NOT CHECKED"
 """What is said of an engine that was compared with nothing."""
+EVALUATION = "own measure"
+"""Where the user's own measure stands among the comparisons of components."""
+GIVEN = "given"
+"""What is said of the user's own inputs."""
 OFFLOADED = "weights stay in their files"
 """Why something was not done that needs all of them in memory."""
 _STRICTER = (0.5, 0.25, 0.1)
@@ -40,41 +48,13 @@ _SAME_TOKENS = (Clause("kl", "<=", 1e-6), Clause("greedy", ">=", 1.0))
 
 
 @dataclass(frozen=True)
-class Request:
-    """What was asked for, checked before anything is done."""
-
-    targets: tuple[Backend, ...]
-    preset: str | None
-    pipelines: Mapping[str, Pipeline]
-    """By the name of the target."""
-    asked: Budget
-    """What `--keep` says; without it, the default of the preset."""
-    shapes: tuple[Mapping[str, int], ...]
-    extra: Pipeline
-    """Passes that are tried behind the pipeline of each target, and kept where that is faster."""
-    profile: Path | None
-    """Where is kept what the targets run fast; passes keep their usual options without."""
-
-    @property
-    def fixed(self) -> Mapping[str, int]:
-        """Axes that every engine has in one size only."""
-        return next(iter(self.pipelines.values())).fixed
-
-    def described(self) -> dict[str, str]:
-        """The request as texts, for lock and manifest."""
-        what = {"preset": self.preset} if self.preset else {"pipeline": str(next(iter(self.pipelines.values())))}
-        fixed = {"fixed": ",".join(f"{axis}={size}" for axis, size in self.fixed.items())} if self.fixed else {}
-        return what | fixed | {"budget": str(self.asked)}
-
-
-@dataclass(frozen=True)
 class Contender:
     """An engine that may be shipped: what made it, where it stands, and how it compares with the reference."""
 
     outcomes: Mapping[str, Outcome]
     """By component."""
-    extra: str
-    """The passes that were tried behind the pipeline; nothing for the pipeline alone."""
+    tried: str
+    """The passes that were tried behind the pipeline, or instead of some of it; nothing for the pipeline alone."""
     place: Path
     budgets: Mapping[str, Budget]
     fidelity: Fidelity
@@ -85,8 +65,8 @@ class Contender:
         return self.fidelity.violations(self.budgets)
 
     def obstacle(self, without: Contender) -> str | None:
-        """Why the extra passes cannot win against the engine without them, before anything is timed."""
-        own = [report for n, o in self.outcomes.items() for report in o.reports[len(without.outcomes[n].reports) :]]
+        """Why the passes that were tried cannot win against the engine without them, before anything is timed."""
+        own = _own(self.outcomes, without.outcomes)
         undone = next((report.rolled_back for report in own if report.rolled_back is not None), None)
         if undone is not None:
             return f"undone: {undone}"
@@ -139,6 +119,8 @@ class Builder:
     references: Callable[[], References] | None
     inputs: Mapping[str, Sequence[Arrays]]
     """The reference inputs by component; the outputs may still be on their way."""
+    batches: Mapping[str, Callable[[], Iterable[Arrays]]]
+    """What passes see activations on, by component."""
     folder: Path
     """Where the engines' folders are made."""
     scratch: Path
@@ -150,8 +132,19 @@ class Builder:
     """What the user should read after the build."""
     profiles: dict[str, Profile] = field(default_factory=dict)
     """What was asked about each target."""
-    selections: dict[tuple[str, str], Select] = field(default_factory=dict)
-    """What rounding each product would cost, by target and component."""
+    selections: dict[tuple[str, str, str], Select] = field(default_factory=dict)
+    """What rounding each product would cost, by target, component and pipeline."""
+    observers: list[Observe] = field(default_factory=list)
+    plain_scores: dict[str, float] = field(default_factory=dict)
+    """The user's own measure of the plain lowering, by target."""
+
+    def calibrated_on(self, origin: str) -> str:
+        """What passes saw activations on, if any did; a note if those are not the user's own."""
+        if not any(observer.asked for observer in self.observers):
+            return "nothing"
+        if origin != GIVEN:
+            self.notes.append(f"calibrated on inputs {origin}, which are not like yours: give --calibration")
+        return origin
 
     def build(self, target: Backend, choice: Choice | None) -> Built:
         """Build the engine of one target; ``choice`` says what to do if it was decided before."""
@@ -161,7 +154,7 @@ class Builder:
             self.notes.append(f"the profile was not asked about {target.name}: {why}")
         contenders = self._contenders(target, choice, place)
         for share in _STRICTER if choice is None and self.request.preset is not None else ():
-            if not contenders[0].violations or not self._products(target, None):
+            if any(not one.violations for one in contenders) or not self._products(target, None):
                 break
             self.stages.total += 3
             self.notes.append(f"{target.name} strayed too far: rounding is held to {share:g} of the error allowed")
@@ -183,8 +176,6 @@ class Builder:
             best = self._plain_instead(target, best, place)
         elif best.place != place:
             _replace(best.place, place)
-        for name in self.lowered.companions:
-            self._copy_companion(name, place)
         if not choice.products:
             made = best if choice.shipped == "optimized" else None
             choice = choice.model_copy(update={"products": self._products(target, made)})
@@ -195,46 +186,73 @@ class Builder:
 
         ``share`` of the error that is allowed may be spent on rounding.
         """
-        components = self.lowered.program.components
         with self.stages.stage(f"{target.name}: passes"):
-            ways = {"": {name: self._run_passes(target, name, choice, share) for name in components}}
+            ways = {"": self._run_all(target, choice, share)}
+            trying = choice is None and not self._unmeasured(target)
+            main = self.request.pipelines[target.name].passes
+            for other in self.request.alternatives.get(target.name, ()) if trying else ():
+                instead = ",".join(str(step) for step in other.passes if step not in main)
+                ways[instead] = self._run_all(target, None, share, other)
             extra = self.request.extra
-            if extra.passes and choice is None and not self._unmeasured(target):
-                ways[str(extra)] = {name: self._run_further(name, done, extra) for name, done in ways[""].items()}
+            for text, done in list(ways.items()) if trying and extra.passes else ():
+                behind = f"{text},{extra}" if text else str(extra)
+                ways[behind] = {name: self._run_further(name, outcome, extra) for name, outcome in done.items()}
             changed = {text: outcomes for text, outcomes in ways.items() if not text or _went_on(outcomes, ways[""])}
-        places = {text: self.scratch / f"{target.name}-extra" if text else place for text in ways}
+        places = {text: self.scratch / f"{target.name}-{n}" if n else place for n, text in enumerate(ways)}
         with self.stages.stage(f"{target.name}: emission"):
             for text, outcomes in changed.items():
                 shutil.rmtree(places[text], ignore_errors=True)  # of an attempt that missed the budget
                 self._emit(target, {name: outcome.model for name, outcome in outcomes.items()}, places[text])
         with self.stages.stage(f"{target.name}: check"):
             found = {text: self._contender(target, outcomes, text, places[text]) for text, outcomes in changed.items()}
-        return [found.get(text) or replace(found[""], outcomes=outcomes, extra=text) for text, outcomes in ways.items()]
+        return [found.get(text) or replace(found[""], outcomes=outcomes, tried=text) for text, outcomes in ways.items()]
 
-    def _contender(self, target: Backend, outcomes: Mapping[str, Outcome], extra: str, place: Path) -> Contender:
+    def _contender(self, target: Backend, outcomes: Mapping[str, Outcome], tried: str, place: Path) -> Contender:
         budgets = self._budgets({name: outcome.applied.passes for name, outcome in outcomes.items()})
-        return Contender(outcomes, extra, place, budgets, self._check(target, place))
+        return Contender(outcomes, tried, place, budgets, self._check(target, place))
 
     def _unmeasured(self, target: Backend) -> bool:
         """Whether nothing can be timed."""
         return self.references is None or self.offload or target.missing() is not None
 
-    def _run_passes(self, target: Backend, component: str, choice: Choice | None, share: float) -> Outcome:
-        """Run the pipeline over a copy of a component; presets undo passes that leave the budget, locks never do."""
+    def _run_all(
+        self, target: Backend, choice: Choice | None, share: float, instead: Pipeline | None = None
+    ) -> dict[str, Outcome]:
+        """Run the pipeline, or another instead of it, over a copy of each component."""
+        names = self.lowered.program.components
+        pipelines = {name: instead or self._pipeline(target, name, choice) for name in names}
+        return {name: self._run_passes(target, name, pipelines[name], choice, share) for name in names}
+
+    def _run_passes(
+        self, target: Backend, component: str, pipeline: Pipeline, choice: Choice | None, share: float
+    ) -> Outcome:
+        """Run a pipeline over a copy of a component; presets undo passes that leave the budget, locks never do."""
         undo = self.request.preset is not None and choice is None
         model = self.lowered.program.components[component].clone()
-        first = [*self._tuning(target, component), *self._selecting(target, component, share)] if undo else []
-        return self._run(component, model, self._pipeline(target, component, choice), undo=undo, first=first)
+        first: list[Instrument] = self._tuning(target, component) if undo else []
+        first.append(self._observing(target, component))
+        first += self._selecting(target, component, pipeline, share) if undo else []
+        return self._run(component, model, pipeline, undo=undo, first=first)
 
-    def _selecting(self, target: Backend, component: str, share: float) -> list[Instrument]:
+    def _observing(self, target: Backend, component: str) -> Observe:
+        """What lets passes see activations."""
+
+        def say(what: str) -> None:
+            self.stages.report(f"{target.name}: {what}", self.stages.done, self.stages.total)
+
+        signature, load = self.lowered.program.signatures[component], registry.backend(CHECKER).load
+        self.observers.append(Observe(signature, self.batches[component], load, say))
+        return self.observers[-1]
+
+    def _selecting(self, target: Backend, component: str, pipeline: Pipeline, share: float) -> list[Instrument]:
         """What decides which products are rounded, if the outputs have a budget and can be compared."""
-        if self.references is None or self.offload or not self.request.asked.clauses:
+        if self.references is None or self.offload or not self.request.steering.clauses:
             return []
         references, load = self.references, registry.backend(CHECKER).load
-        budget = tightened(self.request.asked, share)
+        budget = tightened(self.request.steering, share)
         signature = self.lowered.program.signatures[component]
         select = Select(signature, lambda: references().components[component], budget, load)
-        self.selections[target.name, component] = select
+        self.selections[target.name, component, str(pipeline)] = select
         return [select]
 
     def _products(self, target: Backend, engine: Contender | None) -> list[Product]:
@@ -242,7 +260,7 @@ class Builder:
         outcomes = {} if engine is None else engine.outcomes
         return [
             one
-            for (name, component), select in self.selections.items()
+            for (name, component, _), select in self.selections.items()
             if name == target.name
             for one in select.products(component, outcomes[component].applied.passes if component in outcomes else ())
         ]
@@ -289,7 +307,7 @@ class Builder:
         """What one pass may change: rounding if it is exact, else what was asked for."""
         if step.exact and self.references is not None:
             return self.references().components[component].exact_budget()
-        return self.request.asked
+        return self.request.steering
 
     def _budgets(self, passes: Mapping[str, Sequence[Pass]]) -> dict[str, Budget]:
         """What each component of an engine may differ from the reference, given the passes that made it.
@@ -309,11 +327,15 @@ class Builder:
         if references.continuations:
             asked = self.request.asked.clauses
             budgets[GENERATION] = Budget((*(_SAME_TOKENS if all(exact.values()) else ()), *asked))
+        if self.request.evaluation is not None:
+            budgets[EVALUATION] = self.request.asked
         return budgets
 
     def _emit(self, target: Backend, models: Mapping[str, ir.Model], place: Path) -> None:
         place.mkdir(parents=True)
         target.emit(replace(self.lowered.program, components=dict(models)), place)
+        for name in self.lowered.companions:
+            self._copy_companion(name, place)
 
     def _check(self, target: Backend, place: Path) -> Fidelity:
         """Run the engine on every reference input, in processes of its own."""
@@ -321,7 +343,22 @@ class Builder:
             return Fidelity({}, NOT_CHECKED, 0)
         if self.offload:
             demand_room(target, sum(path.stat().st_size for path in place.rglob("*") if path.is_file()))
-        return check_engines(target, place, self.lowered.program.signatures, self.references(), mapped=self.offload)
+        signatures = self.lowered.program.signatures
+        found = check_engines(target, place, signatures, self.references(), mapped=self.offload)
+        if self.request.evaluation is None:
+            return found
+        own = Comparison({"engine": self._scores(target, place, self.request.evaluation)})
+        return replace(found, comparisons={**found.comparisons, EVALUATION: own})
+
+    def _scores(self, target: Backend, place: Path, evaluation: Evaluation) -> Mapping[str, float]:
+        """The user's own measure of an engine; of the plain one as well, once, if a budget compares with it."""
+        score = evaluation.score(place)
+        if not any(clause.metric == "score_ratio" for clause in self.request.asked.clauses):
+            return scored(score, None)
+        if target.name not in self.plain_scores:
+            plain = self._plain(target)
+            self.plain_scores[target.name] = score if plain == place else evaluation.score(plain)
+        return scored(score, self.plain_scores[target.name])
 
     def _choose(
         self, target: Backend, contenders: Sequence[Contender]
@@ -356,17 +393,17 @@ class Builder:
         engine = self._joined(target, won) if won else sound[0]
         if engine.violations:
             return engine, _choice(target, engine, "plain", f"outside the budget: {engine.violations[0]}"), {}
-        by_extra = {contender.extra: own for contender, own in zip(sound, others, strict=True)}
+        by_tried = {contender.tried: own for contender, own in zip(sound, others, strict=True)}
         trials = [
             choosing.trial(
-                tried.extra,
-                tried.obstacle(contenders[0]),
-                [name for name, winner in won.items() if winner is tried],
+                one.tried,
+                one.obstacle(contenders[0]),
+                [name for name, winner in won.items() if winner is one],
                 list(won),
-                by_extra.get(tried.extra, {}),
+                by_tried.get(one.tried, {}),
             )
-            for tried in contenders
-            if tried.extra
+            for one in contenders
+            if one.tried
         ]
         choice = _choice(target, engine, "optimized" if won else "plain", choosing.reason(list(plain), list(won)))
         choice = choice.model_copy(update={"measured": choosing.speeds(timed), "tried": trials})
@@ -422,11 +459,19 @@ class Builder:
             onnx_io.copy_file(self.lowered.folder / name, place / name)
 
 
+def _own(outcomes: Mapping[str, Outcome], before: Mapping[str, Outcome]) -> list[PassReport]:
+    """What was done that is not the beginning of ``before`` as well."""
+    found: list[PassReport] = []
+    for name, outcome in outcomes.items():
+        pairs = itertools.zip_longest(outcome.reports, before[name].reports)
+        alike = itertools.takewhile(lambda pair: None not in pair and pair[0].text == pair[1].text, pairs)
+        found += outcome.reports[sum(1 for _ in alike) :]
+    return found
+
+
 def _went_on(outcomes: Mapping[str, Outcome], before: Mapping[str, Outcome]) -> bool:
-    """Whether the passes behind those of ``before`` changed a component."""
-    return any(
-        r.modified for n, o in outcomes.items() for r in o.reports[len(before[n].reports) :] if not r.rolled_back
-    )
+    """Whether passes that are not those of ``before`` changed a component."""
+    return any(report.modified and not report.rolled_back for report in _own(outcomes, before))
 
 
 def _choice(target: Backend, engine: Contender, shipped: Literal["optimized", "plain"], why: str) -> Choice:
@@ -451,18 +496,3 @@ def _replace(source: Path, place: Path) -> None:
     """Let a copy of a folder take the place of another."""
     shutil.rmtree(place)
     shutil.copytree(source, place)
-
-
-def pipelines_for(
-    targets: Sequence[Backend], preset: str | None, text: str | None, fix: Mapping[str, int]
-) -> dict[str, Pipeline]:
-    """The pipeline of each target: the text that was given, or what the preset says; first the sizes that are fixed."""
-    first = [spec.format_spec(presets.SPECIALIZE, fix)] if fix else []
-    texts = {t.name: text if text is not None else presets.pipeline_text(preset or "exact", t.name) for t in targets}
-    return {name: Pipeline.parse(",".join([*first, own])) for name, own in texts.items()}
-
-
-def extra_for(preset: str | None, shapes: Sequence[Mapping[str, int]]) -> Pipeline:
-    """What is tried behind the pipeline of a preset: where several texts are timed at once, some of them are padded."""
-    several = any(sizes.get("batch", 1) > 1 for sizes in shapes)
-    return Pipeline.parse(presets.EXTRA) if several and preset is not None else Pipeline()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +20,83 @@ from planish.optimizer.program import SIGNALS, SUM, Axis, Signature, TensorSpec
 _BATCH = 4
 _CASES = 8
 """At most this many cases serve as reference: one long, one single, the others padded batches."""
+_HELD_OUT = _BATCH * _CASES
+"""Texts that serve as reference; those behind them are calibrated on, if there are as many again."""
+SAMPLES = 256
+"""Texts that are calibrated on, unless another number is asked for."""
+
+Given = str | Path | Iterable[str] | Iterable[Case]
+"""A `.txt` or `.jsonl` file of texts or an `.npz` file of arrays by input name; or texts or arrays themselves."""
 
 
-def read_cases(path: Path, signature: Signature, tokenizer: Any | None) -> list[Case]:
-    """Cases from a `.txt` or `.jsonl` file of texts, or from an `.npz` file of arrays by input name.
+@dataclass(frozen=True)
+class Samples:
+    """The user's own inputs: the first are the reference that engines are held against, the rest is calibrated on.
 
-    BadInput if the file is missing, empty, has the wrong keys, or holds texts and there is no tokenizer.
+    Files are read anew each time, a text at a time: what is in memory does not grow with their length.
     """
-    if not path.is_file():
-        raise BadInput("there is no such file", where=path)
-    if path.suffix == ".npz":
-        return [read_arrays(path, signature)]
-    if tokenizer is None:
-        raise BadInput(
-            "texts need a tokenizer, and the source brings none", where=path, advice="give an .npz file of arrays"
-        )
-    texts = list(read_texts(path))
-    return batches_of(texts[: _BATCH * _CASES], signature, tokenizer)
+
+    source: Path | tuple[str | Case, ...]
+    count: int = SAMPLES
+    """At most so many are calibrated on."""
+
+    @classmethod
+    def of(cls, given: Given, count: int | None = None) -> Samples:
+        """What was given, checked; of an iterable no more is taken than is needed."""
+        count = SAMPLES if count is None else count
+        if isinstance(given, str | Path):
+            if not Path(given).is_file():
+                raise BadInput("there is no such file", where=given)
+            return cls(Path(given), count)
+        taken: tuple[str | Case, ...] = tuple(itertools.islice(given, _HELD_OUT + count))
+        if not taken:
+            raise BadInput("the calibration data hold nothing", advice="give texts, or arrays by input name")
+        return cls(taken, count)
+
+    def reference(self, signature: Signature, tokenizer: Any | None) -> list[Case]:
+        """The cases that engines are held against. BadInput if data are missing, empty, have the wrong keys or types,
+        or are texts and there is no tokenizer."""
+        arrays = self._arrays(signature)
+        if arrays is not None:
+            return arrays[:_CASES]
+        return batches_of(list(itertools.islice(self._texts(tokenizer), _HELD_OUT)), signature, tokenizer)
+
+    def batches(self, signature: Signature, tokenizer: Any | None) -> Iterator[Case]:
+        """The cases that are calibrated on; those of the reference if there are not twice as many."""
+        arrays = self._arrays(signature)
+        if arrays is not None:
+            yield from arrays[_CASES:] if len(arrays) >= 2 * _CASES else arrays
+            return
+        enough = sum(1 for _ in itertools.islice(self._texts(tokenizer), 2 * _HELD_OUT)) == 2 * _HELD_OUT
+        first = _HELD_OUT if enough else 0
+        texts = itertools.islice(self._texts(tokenizer), first, first + self.count)
+        while group := list(itertools.islice(texts, _BATCH)):
+            yield from batches_of(group, signature, tokenizer)
+
+    def _arrays(self, signature: Signature) -> list[Case] | None:
+        """Nothing if these are texts."""
+        if isinstance(self.source, Path):
+            return [read_arrays(self.source, signature)] if self.source.suffix == ".npz" else None
+        if isinstance(self.source[0], str):
+            return None
+        where = "calibration data"
+        if not all(isinstance(case, Mapping) for case in self.source):
+            raise BadInput("some of them are arrays by name, others are not", where=where)
+        return [fitted(dict(case), signature, where) for case in self.source if isinstance(case, Mapping)]
+
+    def _texts(self, tokenizer: Any | None) -> Iterator[str]:
+        if tokenizer is None:
+            where = self.source if isinstance(self.source, Path) else "calibration data"
+            raise BadInput(
+                "texts need a tokenizer, and the source brings none", where=where, advice="give an .npz file of arrays"
+            )
+        if isinstance(self.source, Path):
+            yield from read_texts(self.source)
+            return
+        for number, text in enumerate(self.source):
+            if not isinstance(text, str):
+                raise BadInput(f"it is {type(text).__name__}, not a text", where=f"calibration data, entry {number}")
+            yield text
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -91,16 +153,21 @@ def read_arrays(path: Path, signature: Signature) -> Case:
             found = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise BadInput(f"this is not an .npz file of plain arrays ({error})", where=path) from error
+    return fitted(found, signature, path)
+
+
+def fitted(found: Mapping[str, Any], signature: Signature, where: Path | str) -> Case:
+    """Arrays by name as a component takes them; BadInput says which is missing or does not fit, and how."""
     for tensor in signature.inputs:
         if tensor.name not in found:
-            raise BadInput(f"it has no array {tensor.name!r}; it has {sorted(found)}", where=path)
-        _refuse_misfit(found[tensor.name], tensor, path)
-    arrays = {tensor.name: found[tensor.name].astype(tensor.numpy_dtype()) for tensor in signature.inputs}
-    _refuse_other_sizes(arrays, signature, path)
+            raise BadInput(f"it has no array {tensor.name!r}; it has {sorted(found)}", where=where)
+        _refuse_misfit(np.asarray(found[tensor.name]), tensor, where)
+    arrays = {tensor.name: np.asarray(found[tensor.name], tensor.numpy_dtype()) for tensor in signature.inputs}
+    _refuse_other_sizes(arrays, signature, where)
     return arrays
 
 
-def _refuse_misfit(array: np.ndarray, tensor: TensorSpec, path: Path) -> None:
+def _refuse_misfit(array: np.ndarray, tensor: TensorSpec, path: Path | str) -> None:
     """BadInput if one array is not what one input takes."""
     wanted = tensor.numpy_dtype()
     if tensor.role in SIGNALS and array.dtype.kind != "f":  # raw pixels or samples, which nobody has processed
@@ -119,7 +186,7 @@ def _refuse_misfit(array: np.ndarray, tensor: TensorSpec, path: Path) -> None:
         raise BadInput(f"array {tensor.name!r} has shape {list(array.shape)}, the model takes [{taken}]", where=path)
 
 
-def _refuse_other_sizes(arrays: Case, signature: Signature, path: Path) -> None:
+def _refuse_other_sizes(arrays: Case, signature: Signature, path: Path | str) -> None:
     """BadInput if two arrays disagree about an axis, or one is longer along it than the model takes."""
     sizes: dict[str, int] = {}
     for tensor in signature.inputs:

@@ -8,7 +8,10 @@ max_rel     largest absolute difference, divided by the largest magnitude of the
 cosine      mean cosine of the vectors along the last axis
 cosine_min  smallest such cosine
 top1        share of vectors whose largest entry stays the largest (logits only)
+perplexity  of the next tokens of the inputs, as a multiple of the original's (decoders only)
 kl, greedy  of continuations, see `continuation.py`
+score       what a command of the user's own prints, see `evaluating.py`; as a multiple of the plain engine's it is
+            score_ratio, in a budget `score>=0.98x`
 ==========  ==========================================================================================
 """
 
@@ -26,9 +29,13 @@ from planish.optimizer.errors import CheckFailed, UsageError
 from planish.optimizer.program import SUM, Role, Signature, TensorSpec
 from planish.optimizer.spec import did_you_mean
 
-METRICS = ("max_abs", "max_rel", "cosine", "cosine_min", "top1", "kl", "greedy")
-_ERRORS = ("max_abs", "max_rel", "kl")
+METRICS = ("max_abs", "max_rel", "cosine", "cosine_min", "top1", "perplexity", "kl", "greedy", "score")
+_ERRORS = ("max_abs", "max_rel", "perplexity", "kl")
 """Metrics of which less is better."""
+WHOLE = ("kl", "greedy", "score", "score_ratio")
+"""Metrics of a whole engine, which no single graph has."""
+_MULTIPLES = ("perplexity", "score_ratio")
+"""Metrics that are multiples of the original's."""
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 _BLOCK = 1 << 16
 """Elements that are compared at a time."""
@@ -60,7 +67,7 @@ class Comparison:
 def _round(metric: str, value: float, digits: int) -> float:
     if not math.isfinite(value):
         return value
-    if metric in _ERRORS:
+    if metric in _ERRORS and metric != "perplexity":
         return float(f"{value:.{digits - 1}e}")
     return 1.0 - float(f"{1.0 - value:.{digits - 1}e}")
 
@@ -74,8 +81,9 @@ class Clause:
     bound: float
 
     def __str__(self) -> str:
-        """`cosine>=0.999`."""
-        return f"{self.metric}{self.relation}{self.bound:.6g}"
+        """`cosine>=0.999`, `perplexity<=1.02x`."""
+        times = "x" if self.metric in _MULTIPLES else ""
+        return f"{self.metric.removesuffix('_ratio')}{self.relation}{self.bound:.6g}{times}"
 
     def holds(self, value: float) -> bool:
         """Whether ``value`` meets the bound; NaN never does."""
@@ -114,15 +122,21 @@ class Budget:
 
 
 def _clause(text: str) -> Clause:
-    match = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*([-+0-9.eE]+)\s*", text)
+    match = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*([-+0-9.eE]+)((?<=[0-9.])x)?\s*", text)
     if match is None:
         raise UsageError(f"cannot read the budget {text!r}", advice="write METRIC>=X or METRIC<=X")
-    metric, relation, bound = match.groups()
+    metric, relation, bound, times = match.groups()
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}", where=text)
-    if (relation == "<=") != (metric in _ERRORS):
+    if metric != "score" and (relation == "<=") != (metric in _ERRORS):
         wanted = "<=" if metric in _ERRORS else ">="
         raise UsageError(f"a budget on {metric} is written {metric}{wanted}X", where=text)
+    metric = "score_ratio" if metric == "score" and times else metric
+    if bool(times) != (metric in _MULTIPLES):
+        what = (
+            "a multiple of the original's: perplexity<=1.02x" if not times else f"a number: {metric}{relation}{bound}"
+        )
+        raise UsageError(f"a budget on {metric} is {what}", where=text)
     try:
         return Clause(metric, relation, float(bound))
     except ValueError:
@@ -149,7 +163,10 @@ def compare(
             if name not in got:
                 raise ValueError(f"output {name!r} is missing")
             visible = _visible(tally.tensor, mask, counts)
-            tally.add(wanted[name], got[name], None if visible is None else _end(visible, tally.tensor, wanted[name]))
+            visible = None if visible is None else _end(visible, tally.tensor, wanted[name])
+            tally.add(wanted[name], got[name], visible)
+            if signature.cached and tally.tensor.role is Role.LOGITS:
+                tally.read_on(feeds.get("input_ids"), wanted[name], got[name], visible)
     return Comparison(_joined({name: (tally.tensor, tally.metrics()) for name, tally in tallies.items()}))
 
 
@@ -197,6 +214,8 @@ class _Tally:
         self.max_abs = 0.0
         self.scale = 0.0
         self.cosines: list[np.ndarray] = []
+        self.surprise: list[np.ndarray] = []
+        """How much less likely the engine holds each next token than the original does, in nats."""
         self.agreements: list[np.ndarray] = []
 
     def add(self, expected: np.ndarray, actual: np.ndarray, visible: np.ndarray | None) -> None:
@@ -211,6 +230,21 @@ class _Tally:
         step = max(1, _BLOCK // width)
         for rows in (slice(start, start + step) for start in range(0, len(wanted), step)):
             self._add_rows(wanted[rows], got[rows], shown[rows], vectors=expected.ndim > 0)
+
+    def read_on(
+        self, ids: np.ndarray | None, expected: np.ndarray, actual: np.ndarray, visible: np.ndarray | None
+    ) -> None:
+        """Take in how likely the next token of each text is, where the scores are those of all words at each token."""
+        if ids is None or expected.shape[:-1] != ids.shape or expected.shape[-1] != self.tensor.shape[-1]:
+            return
+        both = np.ones(ids[:, 1:].shape, bool)
+        if visible is not None:
+            seen = np.broadcast_to(visible, expected.shape)[..., 0]
+            both = seen[:, 1:] & seen[:, :-1]
+        following = ids[:, 1:][both]
+        if following.size:
+            found = [_log_likelihoods(scores[:, :-1][both], following) for scores in (expected, actual)]
+            self.surprise.append(found[0] - found[1])
 
     def _add_rows(self, expected: np.ndarray, actual: np.ndarray, shown: np.ndarray, *, vectors: bool) -> None:
         """Take in a few rows, as many as stay in the processor's cache."""
@@ -239,9 +273,20 @@ class _Tally:
         if cosines := [part for part in self.cosines if part.size]:
             joined = np.concatenate(cosines)
             found |= {"cosine": float(joined.mean()), "cosine_min": float(joined.min())}
+        if self.surprise:
+            with np.errstate(over="ignore"):
+                found["perplexity"] = float(np.nan_to_num(np.exp(np.concatenate(self.surprise).mean()), nan=np.inf))
         if agreements := [part for part in self.agreements if part.size]:
             found["top1"] = float(np.concatenate(agreements).mean())
         return found
+
+
+def _log_likelihoods(scores: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Logarithm of the probability of one token for each row of scores."""
+    values = scores.astype(np.float64)
+    values -= values.max(axis=-1, keepdims=True)
+    chosen = np.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
+    return np.asarray(chosen - np.log(np.exp(values).sum(axis=-1)))
 
 
 def _ratio(part: float, whole: float) -> float:

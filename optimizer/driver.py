@@ -18,20 +18,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from planish.optimizer import manifest as records
-from planish.optimizer import presets, registry
+from planish.optimizer import registry
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.building import (
+    GIVEN,
     NOT_CHECKED,
     OFFLOADED,
     Builder,
     Built,
-    Request,
     Stages,
-    extra_for,
-    pipelines_for,
 )
-from planish.optimizer.calibration import read_cases
-from planish.optimizer.checking import check_engines, demand_room
+from planish.optimizer.calibration import Given, Samples
+from planish.optimizer.checking import CHECKER, check_engines, demand_room
 from planish.optimizer.compare import Budget, Comparison
 from planish.optimizer.errors import UsageError
 from planish.optimizer.generate import Decoding
@@ -44,7 +42,9 @@ from planish.optimizer.manifest import MEASUREMENTS, Manifest
 from planish.optimizer.output import holding_interrupts, staged_file, staged_folder
 from planish.optimizer.profile import Profile, host_of
 from planish.optimizer.reference import Reference, References, make_inputs, make_prompts, noise_floor
+from planish.optimizer.rehearsal import Rehearsal
 from planish.optimizer.report import write_report
+from planish.optimizer.request import Request, request_of
 from planish.optimizer.sites import Expectation, PassSites, check_expectations, write_sites
 
 _PRECISE_CASES = 1
@@ -89,8 +89,10 @@ def optimize(
     targets: Sequence[str] = ("onnxruntime",),
     preset: str | None = None,
     pipeline: str | None = None,
-    calibration: str | Path | None = None,
+    calibration: Given | None = None,
+    samples: int | None = None,
     keep: Sequence[str] = (),
+    evaluate: str | None = None,
     shapes: Sequence[Mapping[str, int]] = (),
     fix: Mapping[str, int] | None = None,
     expect: Sequence[str] = (),
@@ -104,7 +106,10 @@ def optimize(
 ) -> Result:
     """Turn a checkpoint folder, an `.onnx` file or an `nn.Module` into engines in the folder ``out``.
 
-    ``preset`` (`exact` by default) and ``pipeline`` exclude each other. ``keep`` are budgets (`cosine>=0.999`),
+    ``preset`` (`exact` by default) and ``pipeline`` exclude each other. ``calibration`` are the user's own inputs: a
+    file of texts or arrays, or an iterable of them; the first are held against, ``samples`` more (256) calibrated on.
+    ``keep`` are budgets (`cosine>=0.999`); ``evaluate`` is a command that is given an engine's folder and prints a
+    number on its last line, for budgets `score>=0.9` or, as a multiple of the plain engine's, `score>=0.99x`.
     ``shapes`` sizes of axes at which engines are timed, ``fix`` sizes that axes always have (`{"sequence": 128}`).
     ``expect`` is how often a pass must fire on every target (`fuse-attention=12`). ``profile`` is a file of what the
     targets run fast: presets choose by it, and what it lacks is measured. ``lock`` is used if the file exists and
@@ -117,7 +122,8 @@ def optimize(
 
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
-    request = _request(targets, preset, pipeline, keep, shapes, fix or {}, profile)
+    calibrated = calibration is not None
+    request = request_of(targets, preset, pipeline, keep, shapes, fix or {}, profile, evaluate, calibrated=calibrated)
     wanted = [Expectation.parse(text) for text in expect]
     known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
     offload, timed = reference == "offload", known is None and reference == "full"
@@ -127,14 +133,16 @@ def optimize(
             lowered = _lowered(source, task, adapter, reference, sample_inputs=sample_inputs, dynamic_axes=dynamic_axes)
             lowered = lowered.with_fixed(request.fixed)
         _check_lock(known, lock, lowered, request)
-        inputs, references = _asked(lowered, request, calibration, reference, stages)
+        data = None if calibration is None else Samples.of(calibration, samples)
+        inputs, references = _asked(lowered, request, data, reference, stages)
         places = folder, Path(scratch), Path(f"{out}.failed")
-        builder = Builder(request, lowered, references, inputs, *places, stages, offload)
+        batches = _batches(lowered, data, inputs, references)
+        builder = Builder(request, lowered, references, inputs, batches, *places, stages, offload)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
         check_expectations(wanted, _sites(built), [t.name for t in request.targets])
         with stages.stage("report"):
             made = None if references is None else references()
-            record = _reference_record(lowered, made, calibration, reference)
+            record = _reference_record(lowered, made, builder.calibrated_on(_origin(lowered, data)), data, reference)
             result = _write(folder, request, lowered, made, record, built, stages, builder.profiles)
             result.notes.extend(builder.notes)
     if lock is not None and known is None:
@@ -173,32 +181,8 @@ def _lowered(
     return lowered
 
 
-def _request(
-    targets: Sequence[str],
-    preset: str | None,
-    pipeline: str | None,
-    keep: Sequence[str],
-    shapes: Sequence[Mapping[str, int]],
-    fix: Mapping[str, int],
-    profile: str | Path | None,
-) -> Request:
-    if preset is not None and pipeline is not None:
-        raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
-    if profile is not None and pipeline is not None:
-        raise UsageError("a profile chooses for presets, not for a pipeline", advice="write the options into the text")
-    backends = tuple(registry.backend(text) for text in targets)
-    names = [backend.name for backend in backends]
-    if not names or len(set(names)) != len(names):
-        raise UsageError(f"each target must be given once, got {names}", advice="build two folders for two variants")
-    preset = "exact" if pipeline is None and preset is None else preset
-    asked = Budget.parse(keep) if keep else presets.budget(preset)
-    pipelines = pipelines_for(backends, preset, pipeline, fix)
-    place = None if profile is None else Path(profile)
-    return Request(backends, preset, pipelines, asked, tuple(shapes), extra_for(preset, shapes), place)
-
-
 def _asked(
-    lowered: Lowered, request: Request, calibration: str | Path | None, reference: ReferenceMode, stages: Stages
+    lowered: Lowered, request: Request, data: Samples | None, reference: ReferenceMode, stages: Stages
 ) -> tuple[dict[str, list[Arrays]], Callable[[], References] | None]:
     """Reference inputs, and the function that waits for the original's outputs; nothing if it shall not run.
 
@@ -210,7 +194,7 @@ def _asked(
         plain = max(weight_bytes(model) for model in lowered.program.components.values())
         for target in request.targets:
             demand_room(target, plain)
-    inputs = _inputs(lowered, calibration)
+    inputs = _inputs(lowered, data)
     references = _references(lowered, inputs)
     if reference == "offload":
         with stages.stage("reference"):
@@ -218,7 +202,7 @@ def _asked(
     return inputs, references
 
 
-def _inputs(lowered: Lowered, calibration: str | Path | None) -> dict[str, list[Arrays]]:
+def _inputs(lowered: Lowered, data: Samples | None) -> dict[str, list[Arrays]]:
     """Reference inputs by component: the user's, and the longest that the signature allows; or all from the signature.
 
     The user's are for the component that takes texts, which is the first.
@@ -226,11 +210,54 @@ def _inputs(lowered: Lowered, calibration: str | Path | None) -> dict[str, list[
     made: dict[str, list[Arrays]] = {
         name: list(make_inputs(signature)) for name, signature in lowered.program.signatures.items()
     }
-    if calibration is None:
+    if data is None:
         return made
     first, signature = next(iter(lowered.program.signatures.items()))
-    tokenizer = None if lowered.folder is None else load_tokenizer(lowered.folder)
-    return made | {first: [*read_cases(Path(calibration), signature, tokenizer), made[first][-1]]}
+    return made | {first: [*data.reference(signature, _tokenizer(lowered)), made[first][-1]]}
+
+
+def _tokenizer(lowered: Lowered) -> Any | None:
+    return None if lowered.folder is None else load_tokenizer(lowered.folder)
+
+
+def _batches(
+    lowered: Lowered,
+    data: Samples | None,
+    inputs: Mapping[str, Sequence[Arrays]],
+    references: Callable[[], References] | None,
+) -> dict[str, Callable[[], Iterable[Arrays]]]:
+    """What each component is calibrated on: the user's data, or what the model writes itself, or its reference inputs.
+
+    The user's data are for the component that takes texts, which is the first; the others overhear how it goes on.
+    """
+    signatures = lowered.program.signatures
+    made = {name: list(inputs.get(name) or make_inputs(own)) for name, own in signatures.items()}
+    found: dict[str, Callable[[], Iterable[Arrays]]] = {n: functools.partial(iter, own) for n, own in made.items()}
+    first, signature = next(iter(signatures.items()))
+    if data is not None:
+        found[first] = functools.partial(data.batches, signature, _tokenizer(lowered))
+    if lowered.program.generates and references is not None:
+        rehearsal = Rehearsal(lowered.program.components, registry.backend(CHECKER).load)
+        if signature.cached and data is None:
+            found[first] = functools.partial(rehearsal.texts, signature)
+        for name in [name for name in signatures if name != first]:
+            found[name] = functools.partial(_overheard, rehearsal, name, found[first], references)
+    return found
+
+
+def _origin(lowered: Lowered, data: Samples | None) -> str:
+    """What calibration data are, in a few words."""
+    writes = lowered.program.generates and next(iter(lowered.program.signatures.values())).cached
+    return GIVEN if data is not None else "written by the model itself" if writes else "made from the signature"
+
+
+def _overheard(
+    rehearsal: Rehearsal,
+    name: str,
+    prompts: Callable[[], Iterable[Arrays]],
+    references: Callable[[], References],
+) -> Iterable[Arrays]:
+    return rehearsal.parts(name, prompts(), references().continuations[0].start[0])
 
 
 def _references(lowered: Lowered, inputs: Mapping[str, Sequence[Arrays]]) -> Callable[[], References]:
@@ -295,16 +322,17 @@ def _write(
 
 
 def _reference_record(
-    lowered: Lowered, references: References | None, calibration: str | Path | None, mode: ReferenceMode
+    lowered: Lowered, references: References | None, calibrated_on: str, data: Samples | None, mode: ReferenceMode
 ) -> records.ReferenceRecord:
     known = {} if references is None else references.components
-    inputs = "made from the signature" if calibration is None else "given"
+    inputs = "made from the signature" if data is None else GIVEN
     passes = {"full": "compared one by one", "offload": f"not compared one by one: {OFFLOADED}", "none": NOT_CHECKED}
     return records.ReferenceRecord(
         mode=mode,
         passes=passes[mode],
         origin=NOT_CHECKED if references is None else lowered.original.description,
         inputs="none" if references is None else inputs,
+        calibrated_on=calibrated_on,
         noise={name: dict(reference.noise) for name, reference in known.items()},
         exact_budget={name: str(reference.exact_budget()) for name, reference in known.items()},
     )

@@ -91,6 +91,8 @@ class ReferenceRecord(Record):
     """How single passes were checked."""
     origin: str
     inputs: str
+    calibrated_on: str
+    """What passes saw activations on."""
     noise: dict[str, dict[str, float]]
     """By component and output."""
     exact_budget: dict[str, str]

@@ -34,17 +34,26 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
     "fast": {
         "onnxruntime": f"{_SHARED},pack-projections,quantize-int8{{activations=token}},legalize-onnxruntime,{_LAST}",
         "openvino": f"{_SHARED},quantize-int8{{activations=runtime}},{_OPENVINO},{_LAST}",
-        "tensorrt": f"{_SHARED},{_TENSORRT},{_LAST}",
+        "tensorrt": f"{_SHARED},{_TENSORRT},convert-float16,{_LAST}",
     },
     "small": {
         "onnxruntime": f"{_SHARED},{_SMALL},use-matmul-nbits,legalize-onnxruntime,{_LAST}",
         "openvino": f"{_SHARED},{_SMALL},{_OPENVINO},{_LAST}",
-        "tensorrt": f"{_SHARED},{_TENSORRT},{_LAST}",
+        "tensorrt": f"{_SHARED},{_TENSORRT},convert-float16,{_LAST}",
     },
 }
-"""Preset -> target -> pipeline. For tensorrt `fast` and `small` are `exact` until quantization has forms of its own.
+"""Preset -> target -> pipeline. For tensorrt `fast` and `small` compute in float16 where that does not overflow.
 
 `fast` quantizes the head of a language model, so that its embedding has no second copy to share."""
+
+_STATIC = "quantize-int8{activations=static range=mse signed=true}"
+
+CALIBRATED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "fast": {"openvino": (f"{_SHARED},{_OPENVINO},{_STATIC},{_LAST}",)},
+}
+"""What is tried instead of the pipeline of a preset if there are calibration data, and kept where that is faster.
+
+Fixed steps come last: whatever moves an activation by a rounding error, exact as it is, can move it by a whole step."""
 
 EXTRA = "remove-padding"
 """Costs a little for a single text and gains much for padded ones: tried behind the pipeline of a preset, and kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -11,8 +11,9 @@ import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge
 
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import is_weight_matrix, location_of
+from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
+from planish.optimizer.graph import add_initializer, constant_of, is_weight_matrix, location_of, rank_of, sole_user
+from planish.optimizer.observations import Channels, seen
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,28 @@ class Quantizing(Pass):
     skip: tuple[str, ...] = ()
     """Names of products that stay in float: those that would cost the most accuracy."""
 
+    correct_bias: bool = False
+    """Whether the mean error of each product's rounded matrix, over calibration data, is taken out of the bias behind
+    it (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.2)."""
+
+    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+        """The mean of each channel, if biases are corrected."""
+        corrected = [site for site in self.candidates(model) if _bias_of(site)] if self.correct_bias else []
+        return [Wish(site.data, Channels) for site in corrected]
+
     def obstacle(self, site: Site) -> str | None:
         """Why this form cannot say this matrix; nothing if it can."""
+        return None
+
+    def unready(self, site: Site) -> str | None:
+        """Why a product that could be rounded cannot be rounded now; nothing if it can."""
         return None
 
     @abc.abstractmethod
     def rounded(self, site: Site) -> np.ndarray:
         """The matrix of a site as its product will see it, float32, shape as given."""
 
-    def heard(self, data: np.ndarray) -> np.ndarray:
+    def heard(self, site: Site, data: np.ndarray) -> np.ndarray:
         """An activation as a product will see it; as it is, unless the form rounds it."""
         return data
 
@@ -62,7 +76,7 @@ class Quantizing(Pass):
         """Rewrite every such MatMul of the main graph."""
         result = PassResult(model, modified=False)
         taken: list[Site] = []
-        for node in _products(model):
+        for node in products_of(model):
             site = site_of(node)
             reason = "its right operand is not a constant matrix" if site is None else self._reason(site)
             if site is None or reason is not None:
@@ -70,21 +84,39 @@ class Quantizing(Pass):
             elif admitted():
                 result.sites.append(location_of(node))
                 taken.append(site)
+        corrected = [self._correct(model.graph, site) for site in taken] if self.correct_bias else []
         if taken:
             self.rewrite(model, taken)
             for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
                 del model.graph.initializers[value.name or ""]
         result.modified = bool(taken)
-        result.facts = {"quantized": len(taken)}
+        result.facts["quantized"] = len(taken)
+        if self.correct_bias:
+            result.facts["corrected"] = sum(corrected)
         return result
 
     def candidates(self, model: ir.Model) -> list[Site]:
         """Products that can be rounded, those that are skipped among them."""
-        return [s for s in map(site_of, _products(model)) if s is not None and self._misfit(s) is None]
+        return [s for s in map(site_of, products_of(model)) if s is not None and self._misfit(s) is None]
+
+    def _correct(self, graph: ir.Graph, site: Site) -> bool:
+        """Add the mean of what rounding takes away to the bias behind a product; False if there is none."""
+        place, channels = _bias_of(site), seen(site.data, Channels)
+        if place is None or channels is None:
+            return False
+        node, index = place
+        bias = constant_of(node.inputs[index])
+        if bias is None:
+            return False
+        corrected = bias + channels.mean @ (site.tensor.numpy() - self.rounded(site))
+        node.replace_input_with(index, add_initializer(graph, f"{node.name}_corrected", corrected.astype(np.float32)))
+        return True
 
     def _reason(self, site: Site) -> str | None:
         """Why this product stays in float."""
-        return "it is skipped, as the pass was asked to" if site.name in self.skip else self._misfit(site)
+        if site.name in self.skip:
+            return "it is skipped, as the pass was asked to"
+        return self._misfit(site) or self.unready(site)
 
     def _misfit(self, site: Site) -> str | None:
         """Why this matrix cannot be rounded, or is not worth it."""
@@ -97,7 +129,8 @@ class Quantizing(Pass):
         return self.obstacle(site)
 
 
-def _products(model: ir.Model) -> list[ir.Node]:
+def products_of(model: ir.Model) -> list[ir.Node]:
+    """Every product of the main graph."""
     return [node for node in model.graph if node.op_type == "MatMul" and node.domain == ""]
 
 
@@ -107,6 +140,16 @@ def site_of(node: ir.Node) -> Site | None:
     if data is None or weight is None or not is_weight_matrix(weight) or weight.const_value is None:
         return None
     return Site(node, data, weight, weight.const_value)
+
+
+def _bias_of(site: Site) -> tuple[ir.Node, int] | None:
+    """The Add of a constant vector that alone reads a product, and which of its inputs that is."""
+    node = sole_user(site.node.outputs[0])
+    if node is None or node.op_type != "Add" or node.domain != "":
+        return None
+    found = (index for index, value in enumerate(node.inputs) if rank_of(value) == 1 and constant_of(value) is not None)
+    index = next(found, None)
+    return None if index is None else (node, index)
 
 
 def one_of(*numbers: int) -> Callable[[int], int]:

@@ -20,6 +20,7 @@ from planish.optimizer.compare import Budget, compare
 from planish.optimizer.graph import location_of, sizes_of
 from planish.optimizer.instruments import Instrument, Step
 from planish.optimizer.lock import Product
+from planish.optimizer.observing import activations
 from planish.optimizer.program import Signature
 from planish.optimizer.quantizing import Quantizing, Site
 from planish.optimizer.reference import Reference, quick, thin
@@ -49,7 +50,7 @@ def losses(
     step: Quantizing, model: ir.Model, inputs: Sequence[Arrays], load: Callable[[ir.Model], Engine]
 ) -> list[Loss]:
     """The loss of every product that ``step`` can round in ``model``, the dearest first; one run for each input."""
-    sites = step.candidates(model)
+    sites = [site for site in step.candidates(model) if step.unready(site) is None]
     heard = _activations(model, sites, inputs, load)
     found = [
         Loss(site.name, location_of(site.node), _noise(step, site, heard[site.data.name or ""]), _size(site))
@@ -67,20 +68,12 @@ def _activations(
     model: ir.Model, sites: Sequence[Site], inputs: Sequence[Arrays], load: Callable[[ir.Model], Engine]
 ) -> dict[str, np.ndarray]:
     """What each product multiplies, as rows, over all inputs."""
-    probe = model.clone()
-    values = {value.name: value for node in probe.graph for value in node.outputs}
-    wanted = sorted({site.data.name or "" for site in sites})
-    given = {value.name for value in probe.graph.inputs}
-    there = {value.name for value in probe.graph.outputs}
-    probe.graph.outputs.extend(values[name] for name in wanted if name in values and name not in there)
-    engine = load(probe)
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
-    for case in inputs:
-        results = engine.run(case)
-        for name in wanted:
-            array = np.asarray(case[name] if name in given else results[name], np.float32)
-            rows[name].append(array.reshape(-1, array.shape[-1]))
-    return {name: _some(np.concatenate(parts)) for name, parts in rows.items()}
+    names = sorted({site.data.name or "" for site in sites})
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for rows in activations(model, names, inputs, load):
+        for name in names:
+            parts[name].append(rows[name])
+    return {name: _some(np.concatenate(own)) for name, own in parts.items()}
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
@@ -89,7 +82,7 @@ def _some(rows: np.ndarray) -> np.ndarray:
 
 def _noise(step: Quantizing, site: Site, data: np.ndarray) -> float:
     wanted = data @ site.tensor.numpy()
-    error = step.heard(data) @ step.rounded(site) - wanted
+    error = step.heard(site, data) @ step.rounded(site) - wanted
     power = float(np.square(wanted, dtype=np.float64).sum())
     return float(f"{float(np.square(error, dtype=np.float64).sum()) / power:.3g}") if power else 0.0
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from planish.optimizer import instruments, onnx_io, presets, registry
 from planish.optimizer.base import Pass
+from planish.optimizer.calibration import Given, Samples
 from planish.optimizer.checking import CHECKER
 from planish.optimizer.compare import Budget
 from planish.optimizer.errors import UsageError
 from planish.optimizer.instruments import Instrument
 from planish.optimizer.lowering import Lowered, lower
+from planish.optimizer.observing import Observe
 from planish.optimizer.output import staged_file
 from planish.optimizer.pipeline import PassReport, Pipeline
 from planish.optimizer.reference import Reference, make_inputs, noise_floor, quick
@@ -31,11 +33,13 @@ def optimize_file(
     print_after_change: bool = False,
     check: bool = True,
     expect: Sequence[str] = (),
+    calibration: Given | None = None,
 ) -> list[PassReport]:
     """Run a pipeline over the ONNX file ``source`` and write the result to ``out``.
 
     A failed check raises CheckFailed after a reproducer was written beside ``out``; ``out`` is then not written. So
-    does an expectation (`fuse-attention=12`) that does not hold.
+    does an expectation (`fuse-attention=12`) that does not hold. Passes see activations on ``calibration`` (arrays by
+    input name), or on small made inputs.
     """
     wanted = [Expectation.parse(text) for text in expect]
     name = registry.backend(target).name
@@ -50,7 +54,8 @@ def optimize_file(
     if print_after or print_after_change:
         watchers.append(instruments.PrintIR("after" if print_after else "after-change"))
     watchers += _checks(lowered, asked) if check else []
-    outcome = steps.run(lowered.program.sole()[0], [*watchers, instruments.Timing()])
+    watchers = [observing(lowered, calibration), *watchers, instruments.Timing()]
+    outcome = steps.run(lowered.program.sole()[0], watchers)
     check_expectations(wanted, [PassSites.of(name, "model", report) for report in outcome.reports], [name])
     with staged_file(out) as path:
         onnx_io.save(outcome.model, path)
@@ -72,8 +77,17 @@ def explain(
             raise UsageError("an output keeps what its own pipeline did", advice="give an .onnx file to try another")
         return read_sites(source)
     name = registry.backend(target).name
-    reports = _steps(pipeline, preset, name).run(lower(source).program.sole()[0]).reports
+    lowered = lower(source)
+    reports = _steps(pipeline, preset, name).run(lowered.program.sole()[0], [observing(lowered)]).reports
     return [PassSites.of(name, "model", report) for report in reports]
+
+
+def observing(lowered: Lowered, calibration: Given | None = None) -> Observe:
+    """What lets passes see activations of an ONNX file: on arrays that were given, or on small made ones."""
+    signature = lowered.program.sole()[1]
+    inputs = quick(make_inputs(signature)) if calibration is None else Samples.of(calibration).batches(signature, None)
+    cases = list(inputs)
+    return Observe(signature, lambda: cases, registry.backend(CHECKER).load)
 
 
 def _steps(pipeline: str | None, preset: str | None, target: str) -> Pipeline:

@@ -29,9 +29,13 @@ PASSES = {
         ("memory", "share-transposed-weights", "ShareTransposedWeights"),
         ("pruning", "prune-ffn", "PruneFfn"),
         ("pruning", "remove-padding", "RemovePadding"),
+        ("quantization", "convert-float16", "ConvertFloat16"),
         ("quantization", "quantize-embeddings", "QuantizeEmbeddings"),
+        ("quantization", "quantize-float8", "QuantizeFloat8"),
         ("quantization", "quantize-int8", "QuantizeInt8"),
         ("quantization", "quantize-weights", "QuantizeWeights"),
+        ("quantization", "rotate-residual", "RotateResidual"),
+        ("quantization", "smooth-activations", "SmoothActivations"),
     )
 }
 """Name of each pass -> `module:Class`, read through the entry point `planish.passes`."""

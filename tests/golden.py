@@ -33,6 +33,8 @@ from planish.optimizer import Pipeline, registry
 from planish.optimizer.base import Refusal
 from planish.optimizer.graph import graphs_of
 from planish.optimizer.instruments import VerifyEach
+from planish.optimizer.observing import Observe
+from planish.optimizer.program import Role, Signature, TensorSpec
 
 FOLDER = Path(__file__).parent / "data" / "passes"
 _SIZES = {"batch": 2, "sequence": 5, "N": 3, "M": 4}
@@ -88,8 +90,16 @@ def _read_case(path: Path, block: str) -> Case:
 
 def run(case: Case) -> tuple[ir.Model, list[Refusal]]:
     """The graph after the pipeline, and everything that was refused."""
-    outcome = Pipeline.parse(case.pipeline).run(case.model(), [VerifyEach()])
+    model = case.model()
+    signature = Signature(tuple(map(_spec, model.graph.inputs)), ())
+    feeds = _feeds(model, np.random.default_rng(0))
+    observe = Observe(signature, lambda: [feeds], registry.backend("onnxruntime").load)
+    outcome = Pipeline.parse(case.pipeline).run(model, [observe, VerifyEach()])
     return outcome.model, [refusal for report in outcome.reports for refusal in report.refusals]
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    return TensorSpec(value.name or "", value.dtype or ir.DataType.FLOAT, (), Role.VALUES)
 
 
 def text_of(model: ir.Model) -> str:

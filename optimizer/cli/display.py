@@ -101,7 +101,7 @@ def _latency(shapes: Mapping[str, Any]) -> str:
 
 def fidelity_text(comparison: Mapping[str, Mapping[str, float]]) -> str:
     """A few metrics of each output."""
-    shown = ("max_abs", "cosine", "top1", "kl", "greedy")
+    shown = ("max_abs", "cosine", "top1", "perplexity", "kl", "greedy", "score", "score_ratio")
     return "\n".join(
         f"{output}: " + " ".join(f"{metric} {metrics[metric]:.6g}" for metric in shown if metric in metrics)
         for output, metrics in comparison.items()

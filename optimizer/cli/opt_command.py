@@ -18,6 +18,7 @@ from planish.optimizer.errors import UsageError
 @click.option("--preset", help="The pipeline of a preset, for --target.")
 @click.option("--target", default="onnxruntime", show_default=True, help="The target that --preset is resolved for.")
 @click.option("--keep", multiple=True, metavar="METRIC>=X", help="Fidelity that passes which are not exact must keep.")
+@click.option("--calibration", type=existing, help="Your own inputs, .npz of arrays: what passes see activations on.")
 @click.option("--print-before", is_flag=True, help="Print the graph before each pass.")
 @click.option("--print-after", is_flag=True, help="Print the graph after each pass.")
 @click.option("--print-after-change", is_flag=True, help="Print the graph after each pass that changed it.")

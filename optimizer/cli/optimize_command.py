@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -32,7 +32,12 @@ from planish.optimizer.cli.options import (
 @click.option("--preset", help="A named pipeline: exact (default), fast or small.")
 @click.option("--pipeline", metavar="TEXT", help="The passes to run, as text: a,b{k=v},c. Failed checks end the run.")
 @click.option("--calibration", type=existing, help="Your own inputs: .txt or .jsonl of texts, or .npz of arrays.")
+@click.option("--samples", type=click.IntRange(1), help="Texts that are calibrated on, at most; 256 if not given.")
 @click.option("--keep", multiple=True, metavar="METRIC>=X", help="Fidelity that passes must keep, e.g. cosine>=0.999.")
+@click.option(
+    "--evaluate", metavar="COMMAND",
+    help="Your own measure: given an engine's folder, it prints a number last, for --keep 'score>=0.9' or '>=0.99x'.",
+)  # fmt: skip
 @shapes_option
 @fix_option
 @expect_option
@@ -51,21 +56,11 @@ from planish.optimizer.cli.options import (
 def command(
     source: Path,
     out: Path,
-    task: str | None,
-    targets: tuple[str, ...],
-    preset: str | None,
-    pipeline: str | None,
-    calibration: Path | None,
-    keep: tuple[str, ...],
     shapes: tuple[str, ...],
     fix: str | None,
-    expect: tuple[str, ...],
-    profile: Path | None,
-    lock: Path | None,
-    adapter: Path | None,
-    reference: Literal["full", "offload", "none"],
     depfile: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Turn SOURCE (a checkpoint folder or an .onnx file) into checked, measured engines."""
     from planish.optimizer.cli.display import print_result, progress_bar
@@ -73,29 +68,13 @@ def command(
     from planish.optimizer.lock import LOCK, Lock
 
     with progress_bar(quiet=as_json) as progress:
-        result = optimize(
-            source,
-            out,
-            task=task,
-            targets=targets,
-            preset=preset,
-            pipeline=pipeline,
-            calibration=calibration,
-            keep=keep,
-            shapes=parse_shapes(shapes),
-            fix=parse_fixed(fix),
-            expect=expect,
-            profile=profile,
-            lock=lock,
-            adapter=adapter,
-            reference=reference,
-            progress=progress,
-        )
+        result = optimize(source, out, shapes=parse_shapes(shapes), fix=parse_fixed(fix), progress=progress, **options)
     for note in result.notes:
         click.echo(f"planish: note: {note}", err=True)
     if depfile is not None:
-        folders = [folder for folder in (adapter, source) if folder is not None]
-        _write_depfile(depfile, folders, out, [*result.manifest.source.files], [p for p in (calibration, lock) if p])
+        folders = [folder for folder in (options["adapter"], source) if folder is not None]
+        others = [path for path in (options["calibration"], options["lock"]) if path]
+        _write_depfile(depfile, folders, out, [*result.manifest.source.files], others)
     if as_json:
         print_json(
             {

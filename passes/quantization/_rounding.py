@@ -27,18 +27,23 @@ class Blocks:
     zero_point: np.ndarray | None
     """Whole numbers of the same shape; None for a range that is symmetric around zero."""
     bits: int
+    chosen: np.ndarray | None = None
+    """The integers themselves, shape of the matrix, where they are not simply the nearest."""
 
     def integers(self, matrix: np.ndarray) -> np.ndarray:
         """The entries of the matrix as whole numbers, shape as given, int8 or (with zero points) uint8."""
-        blocks = _cut(matrix, self.scale.shape[0])
-        found = _round(blocks, self.scale, self.zero_point, self.bits)
+        found = self._steps(matrix)
         return found.reshape(matrix.shape).astype(np.int8 if self.zero_point is None else np.uint8)
 
     def restored(self, matrix: np.ndarray) -> np.ndarray:
         """What the integers of the matrix stand for, float32, shape as given."""
-        blocks = _cut(matrix, self.scale.shape[0])
-        found = _round(blocks, self.scale, self.zero_point, self.bits)
-        return _real(found, self.scale, self.zero_point).reshape(matrix.shape)
+        return _real(self._steps(matrix), self.scale, self.zero_point).reshape(matrix.shape)
+
+    def _steps(self, matrix: np.ndarray) -> np.ndarray:
+        """Whole numbers, shape (blocks, entries, columns)."""
+        if self.chosen is not None:
+            return _cut(self.chosen, self.scale.shape[0])
+        return _round(_cut(matrix, self.scale.shape[0]), self.scale, self.zero_point, self.bits)
 
 
 def blocks_of(matrix: np.ndarray, bits: int, block: int, *, symmetric: bool, method: Method) -> Blocks:
@@ -63,7 +68,7 @@ def _cut(matrix: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(matrix, np.float32).reshape(count, -1, matrix.shape[1])
 
 
-def _limits(bits: int, *, symmetric: bool) -> tuple[int, int]:
+def limits(bits: int, *, symmetric: bool) -> tuple[int, int]:
     """The lowest and the highest integer."""
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
 
@@ -72,7 +77,7 @@ def _ranged(
     blocks: np.ndarray, bits: int, share: np.float32, *, symmetric: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Scale and zero point of blocks that keep a share of their range; a block of zeros has scale one."""
-    low, high = _limits(bits, symmetric=symmetric)
+    low, high = limits(bits, symmetric=symmetric)
     if symmetric:
         scale = np.abs(blocks).max(axis=1) * share / np.float32(high)
         return np.where(scale > 0, scale, np.float32(1)), None
@@ -109,14 +114,14 @@ def _half_quadratic(blocks: np.ndarray, scale: np.ndarray, zero: np.ndarray, bit
         kept = np.sign(error) * np.maximum(size - (size + 1e-12) ** (_NORM - 1) / beta, 0)
         found = np.rint((integers - (blocks - kept) / step).mean(axis=1))
         beta *= _GROWTH
-    return np.asarray(np.clip(best, *_limits(bits, symmetric=False)))
+    return np.asarray(np.clip(best, *limits(bits, symmetric=False)))
 
 
 def _round(blocks: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int) -> np.ndarray:
     """Blocks as whole numbers (in float), rounded to even."""
     steps = np.rint(blocks / scale[:, None])
     steps = steps if zero is None else steps + zero[:, None]
-    return np.asarray(np.clip(steps, *_limits(bits, symmetric=zero is None)))
+    return np.asarray(np.clip(steps, *limits(bits, symmetric=zero is None)))
 
 
 def _real(integers: np.ndarray, scale: np.ndarray, zero: np.ndarray | None) -> np.ndarray:

@@ -9,21 +9,30 @@ After:   (activations=token; w8 and s are w in int8 with one scale per column)
          (activations=runtime)
          d = DequantizeLinear <axis=1> (w8, s);  r = MatMul (x, d)
 
+         (activations=static; t and z from what was seen of x over calibration data)
+         q = QuantizeLinear (x, t, z);  e = DequantizeLinear (q, t, z);  d = DequantizeLinear <axis=1> (w8, s)
+         r = MatMul (e, d)
+
 Everything written is of the ONNX standard. Jacob et al. 2018, "Quantization and Training of Neural Networks for
 Efficient Integer-Arithmetic-Only Inference"; scales per token as in Yao et al. 2022, "ZeroQuant", section 4.1.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
+from planish.optimizer.base import Wish
 from planish.optimizer.graph import NAME_SCOPES, add_initializer, sizes_of
+from planish.optimizer.observations import Range, seen
 from planish.optimizer.quantizing import Quantizing, Site
 from planish.optimizer.tensors import lazy
+from planish.passes.quantization._ranges import RangeMethod, Steps, steps_for
 from planish.passes.quantization._rounding import Blocks, blocks_of
 
 _LEVELS = 127
@@ -41,34 +50,67 @@ class QuantizeInt8(Quantizing):
 
     name: ClassVar[str] = "quantize-int8"
 
-    activations: Literal["token", "tensor", "runtime"] = "token"
+    activations: Literal["token", "tensor", "runtime", "static"] = "token"
     """Where activations get their scale: one per token (rows do not influence each other: a padded batch gives the
-    same results as single rows), one per tensor (fewer operators, coarser, and rows do influence each other), or left
-    to the runtime, which sees float products with stored int8 weights."""
+    same results as single rows), one per tensor (fewer operators, coarser, and rows do influence each other), left
+    to the runtime, which sees float products with stored int8 weights, or fixed beforehand by calibration data."""
+
+    range: RangeMethod = "mse"
+    """How fixed scales follow from calibration data: all that was seen (`minmax`), the mean of the batches' extremes
+    (`average`), 99.99 % (`percentile`), the closest distribution (`entropy`), or the least squared error (`mse`)."""
+
+    signed: bool = False
+    """Whether fixed scales are for int8 around zero; else for uint8 from the lowest to the highest entry."""
+
+    reduced: bool = False
+    """Give weights 7 bits: on x86 without VNNI two products of 8 bits overflow the 16 bits that they are added in."""
 
     method: Literal["nearest", "mse"] = "nearest"
     """How the scale of a column is found: `nearest` keeps its whole range, `mse` the share with the least error."""
+
+    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+        """The range of each activation, if scales are to be fixed."""
+        fixed = self.candidates(model) if self.activations == "static" else []
+        return [*super().wishes(model), *(Wish(site.data, Range) for site in fixed)]
+
+    def unready(self, site: Site) -> str | None:
+        """Why a fixed scale cannot be given."""
+        if self.activations != "static":
+            return None
+        found = seen(site.data, Range)
+        if found is None:
+            return "nothing was seen of its activation: fixed scales need calibration data"
+        return None if found.finite else "its activation holds NaN or infinity"
 
     def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
         """Write the integer form of each product."""
         writer = _Writer(model.graph, self)
         for site in sites:
-            writer.rewrite(site.node)
+            writer.rewrite(site)
 
     def rounded(self, site: Site) -> np.ndarray:
         """The matrix as products will see it."""
         matrix = site.tensor.numpy()
         return self.columns(matrix).restored(matrix)
 
-    def heard(self, data: np.ndarray) -> np.ndarray:
-        """An activation as products will see it: in steps of each row's largest entry, or of the whole tensor's."""
+    def heard(self, site: Site, data: np.ndarray) -> np.ndarray:
+        """An activation as products will see it: in fixed steps, or in those of each row's or the tensor's largest."""
+        if self.activations == "static":
+            return self.steps(site).heard(data)
         over = None if self.activations == "tensor" else -1
         step = np.maximum(np.abs(data).max(axis=over, keepdims=True), _TINY) / _LEVELS
         return np.asarray(np.rint(data / step) * step, np.float32)
 
     def columns(self, matrix: np.ndarray) -> Blocks:
         """Scales of the columns of a matrix."""
-        return blocks_of(matrix, 8, matrix.shape[0], symmetric=True, method=self.method)
+        return blocks_of(matrix, 7 if self.reduced else 8, matrix.shape[0], symmetric=True, method=self.method)
+
+    def steps(self, site: Site) -> Steps:
+        """The fixed steps of an activation that was seen."""
+        found = seen(site.data, Range)
+        if found is None:
+            raise ValueError(f"{site.data.name!r} was not seen")
+        return steps_for(found, self.range, signed=self.signed)
 
 
 @dataclass
@@ -79,19 +121,21 @@ class _Writer:
     options: QuantizeInt8
     rows: dict[int, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     """Quantized rows and their scale (per token or per tensor), by activation."""
+    fixed: dict[int, ir.Value] = field(default_factory=dict)
+    """Activations in fixed steps, by activation."""
     zero_points: dict[int, ir.Value | None] = field(default_factory=dict)
     weights: dict[int, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     constants: dict[str, ir.Value] = field(default_factory=dict)
 
-    def rewrite(self, node: ir.Node) -> None:
+    def rewrite(self, site: Site) -> None:
         """Replace one product."""
-        data, weight = node.inputs[0], node.inputs[1]
-        if data is None or weight is None:
-            return
-        stored, scale = self._stored(weight)
-        if self.options.activations == "runtime":
-            real = self._add(node, "weight", "DequantizeLinear", [stored, scale], {"axis": 1}, shape=weight.shape)
+        node, data = site.node, site.data
+        stored, scale = self._stored(site.weight)
+        if self.options.activations in ("runtime", "static"):
+            real = self._add(node, "weight", "DequantizeLinear", [stored, scale], {"axis": 1}, shape=site.weight.shape)
             node.replace_input_with(1, real)
+            if self.options.activations == "static":
+                node.replace_input_with(0, self._fixed(site))
             return
         rows, size = self._rows(node, data)
         shape = node.outputs[0].shape
@@ -134,6 +178,19 @@ class _Writer:
             array = (scale.const_value.numpy() / np.float32(_LEVELS)).astype(np.float32)
             self.constants[name] = add_initializer(self.graph, name, array)
         return self.constants[name]
+
+    def _fixed(self, site: Site) -> ir.Value:
+        """The activation in fixed steps, made real again."""
+        data = site.data
+        if id(data) not in self.fixed:
+            steps = self.options.steps(site)
+            scale = self._constant(f"{data.name}_scale", np.array(steps.scale, np.float32))
+            zero = self._constant(f"{data.name}_zero_point", np.array(steps.zero_point, steps.dtype))
+            dtype = ir.DataType.from_numpy(steps.dtype)
+            add = functools.partial(self._add, site.node, shape=data.shape)
+            integers = add("steps", "QuantizeLinear", [data, scale, zero], dtype=dtype)
+            self.fixed[id(data)] = add("real", "DequantizeLinear", [integers, scale, zero])
+        return self.fixed[id(data)]
 
     def _rows(self, node: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The activation in uint8, and what its products must be multiplied by."""

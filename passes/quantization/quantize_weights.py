@@ -9,18 +9,22 @@ step of a decoder reads every weight once and computes little: it is as fast as 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal, cast
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from pydantic import AfterValidator
 
+from planish.optimizer.base import Wish
 from planish.optimizer.graph import NAME_SCOPES, add_initializer, sizes_of
+from planish.optimizer.observations import Gram, seen
 from planish.optimizer.quantizing import Quantizing, Site, one_of
 from planish.optimizer.tensors import lazy
-from planish.passes.quantization._rounding import Blocks, Method, blocks_of
+from planish.passes.quantization._gptq import gptq
+from planish.passes.quantization._rounding import Blocks, blocks_of
 
 _TYPES = {
     (4, True): (ir.DataType.INT4, ml_dtypes.int4),
@@ -45,9 +49,24 @@ class QuantizeWeights(Quantizing):
     symmetric: bool = True
     """Whether ranges are symmetric around zero; else each block has a zero point as well."""
 
-    method: Method = "mse"
+    method: Literal["nearest", "mse", "hqq", "gptq"] = "mse"
     """How scales are found: `nearest` keeps the whole range, `mse` the share of it with the least error, `hqq` (with
-    zero points) weighs large errors less."""
+    zero points) weighs large errors less. `gptq` takes those of `mse`, and chooses integers that keep the products
+    with calibration data instead of the matrix itself."""
+
+    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+        """What the error of a product depends on, for gptq."""
+        sites = self.candidates(model) if self.method == "gptq" else []
+        return [*super().wishes(model), *(Wish(site.data, Gram) for site in sites)]
+
+    def unready(self, site: Site) -> str | None:
+        """Why gptq cannot be done."""
+        if self.method != "gptq":
+            return None
+        found = seen(site.data, Gram)
+        if found is None:
+            return "nothing was seen of its activation: gptq needs calibration data"
+        return None if np.isfinite(found.matrix).all() else "its activation holds NaN or infinity"
 
     def obstacle(self, site: Site) -> str | None:
         """Why a matrix cannot be cut into blocks."""
@@ -64,15 +83,24 @@ class QuantizeWeights(Quantizing):
 
     def rounded(self, site: Site) -> np.ndarray:
         """The matrix as products will see it."""
-        matrix = site.tensor.numpy()
-        return self._blocks(matrix).restored(matrix)
+        return self._blocks(site).restored(site.tensor.numpy())
 
-    def _blocks(self, matrix: np.ndarray) -> Blocks:
-        return blocks_of(matrix, self.bits, self.block, symmetric=self.symmetric, method=self.method)
+    def _blocks(self, site: Site) -> Blocks:
+        """Scales and, for gptq, integers; kept beside the matrix, since they are asked for in every trial."""
+        key = f"{self.name}{self.bits, self.block, self.symmetric, self.method}"
+        if key not in site.weight.meta:
+            site.weight.meta[key] = self._found(site)
+        return cast("Blocks", site.weight.meta[key])
+
+    def _found(self, site: Site) -> Blocks:
+        matrix, gram = site.tensor.numpy(), seen(site.data, Gram)
+        method = "mse" if self.method == "gptq" else self.method
+        blocks = blocks_of(matrix, self.bits, self.block, symmetric=self.symmetric, method=method)
+        return gptq(matrix, gram.mean, blocks) if self.method == "gptq" and gram is not None else blocks
 
     def _stored(self, graph: ir.Graph, site: Site) -> ir.Value:
         tensor, name = site.tensor, site.weight.name or ""
-        blocks = self._blocks(tensor.numpy())
+        blocks = self._blocks(site)
         dtype, kind = _TYPES[self.bits, self.symmetric]
         stored = lazy(lambda: blocks.integers(tensor.numpy()).astype(kind), dtype, sizes_of(tensor), f"{name}_q")
         parts = [add_initializer(graph, f"{name}_q", stored), add_initializer(graph, f"{name}_scale", blocks.scale)]

@@ -391,14 +391,14 @@ def test_a_missing_runtime(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_calibration_files(tiny: Path, tmp_path: Path) -> None:
-    from planish.optimizer.calibration import read_cases
+    from planish.optimizer.calibration import Samples
     from planish.optimizer.program import Signature, TensorSpec
 
     signature = Signature((TensorSpec("x", ir.DataType.FLOAT, ("batch", 2)),), ())
 
     def failure(name: str, tokenizer: object = None) -> str:
         with pytest.raises(BadInput) as caught:
-            read_cases(tmp_path / name, signature, tokenizer)
+            Samples.of(tmp_path / name).reference(signature, tokenizer)
         return str(caught.value)
 
     (tmp_path / "empty.txt").write_text("\n \n")

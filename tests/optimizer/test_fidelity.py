@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fidelity import encode, engine_outputs, figures_of, original
+from benchmarks.fidelity import engine_outputs, figures_of, inputs, original
 from planish.optimizer import Result, optimize
+from planish.optimizer.backend import Arrays
 from planish.optimizer.measure import Timing
-from tests.sentences import sentences
 
 pytestmark = pytest.mark.slow
 TARGETS = ("onnxruntime", "openvino")
 
 
 @pytest.fixture(scope="module")
-def corpus(minilm: Path) -> tuple[list[dict[str, np.ndarray]], list[np.ndarray]]:
+def corpus(minilm: Path) -> tuple[list[Arrays], list[np.ndarray]]:
     """160 natural sentences in padded batches of two, and what PyTorch makes of them."""
-    batches = encode(sentences(160))
-    return batches, original(batches)  # type: ignore[return-value]
+    batches = inputs("minilm", 160)
+    return batches, original("minilm", batches)
 
 
 def build(minilm: Path, out: Path, preset: str) -> Result:

@@ -9,7 +9,7 @@ import pytest
 
 from planish.optimizer import Pipeline, optimize
 from planish.optimizer.answering import AnyAnswerer, open_answerer
-from planish.optimizer.calibration import read_cases
+from planish.optimizer.calibration import Samples
 from planish.optimizer.driver import Result
 from planish.optimizer.errors import UsageError
 from planish.optimizer.lowering.tokenizer import load_tokenizer
@@ -60,7 +60,7 @@ def test_padding_is_among_the_cases(tiny: Path, tmp_path: Path) -> None:
     assert {int(case["attention_mask"].sum()) for case in cases} == {2, 16}
     (tmp_path / "texts.txt").write_text("w1\nw2 w3\nw4\nw5 w6 w7\n")
     signature = result.manifest.signatures["model"].signature()
-    read = read_cases(tmp_path / "texts.txt", signature, load_tokenizer(tiny))
+    read = Samples.of(tmp_path / "texts.txt").reference(signature, load_tokenizer(tiny))
     assert {case["input_ids"].shape for case in read} == {(1, 16)}
     assert len(read) == 4
 

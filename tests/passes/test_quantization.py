@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from planish.optimizer import Pipeline, registry
 from planish.optimizer.instruments import VerifyEach
+from planish.optimizer.observing import Observe
+from planish.optimizer.program import Role, Signature, TensorSpec
 from planish.passes.quantization._rounding import Method, blocks_of
 
 ROWS, COLUMNS = 64, 24
@@ -38,7 +40,7 @@ def answer(model: ir.Model, data: np.ndarray) -> np.ndarray:
     return np.asarray(registry.backend("onnxruntime").load(model).run({"x": data})["r"])
 
 
-def matrix_of(seed: int, shape: tuple[int, int] = (ROWS, COLUMNS)) -> np.ndarray:
+def matrix_of(seed: int, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
@@ -112,3 +114,134 @@ def test_what_is_skipped_or_does_not_fit_says_why() -> None:
     for name in ("quantize-weights{minimum=0}", "quantize-int8{minimum=0}"):
         (report,) = Pipeline.parse(name).run(product(broken)).reports
         assert (report.modified, report.refusals[0].reason) == (False, "its matrix holds NaN or infinity")
+
+
+def observed(model: ir.Model, data: np.ndarray, text: str) -> ir.Model:
+    """The model after a pipeline whose passes saw ``data``."""
+    names = [value.name or "" for value in model.graph.inputs]
+    signature = Signature(tuple(TensorSpec(n, ir.DataType.FLOAT, (), Role.VALUES) for n in names), ())
+    load = registry.backend("onnxruntime").load
+    Pipeline.parse(text).run(model, [Observe(signature, lambda: [dict.fromkeys(names, data)], load), VerifyEach()])
+    return model
+
+
+def heavy(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Data whose channels are correlated, and a few of them large: what activations look like."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).standard_normal((shape[-1], shape[-1])).astype(np.float32) / 4
+    mixing[:, :3] *= 20
+    return np.asarray(rng.standard_normal(shape).astype(np.float32) @ mixing)
+
+
+def test_gptq_keeps_products_and_not_the_matrix() -> None:
+    matrix, seen_data, unseen = matrix_of(0, (256, 32)), heavy(1, (1, 600, 256)), heavy(2, (1, 200, 256))
+    wanted = answer(product(matrix), unseen)
+    errors = {
+        method: float(np.square(answer(observed(product(matrix), seen_data, text), unseen) - wanted).sum())
+        for method in ("nearest", "mse", "gptq")
+        for text in [f"quantize-weights{{bits=4 minimum=0 method={method}}}"]
+    }
+    assert errors["gptq"] < 0.5 * min(errors["nearest"], errors["mse"])
+
+
+def test_gptq_of_channels_that_were_never_used() -> None:
+    matrix, data = matrix_of(0), matrix_of(1, (1, 40, ROWS))
+    data[..., 5:20] = 0
+    found = answer(observed(product(matrix), data, "quantize-weights{bits=4 minimum=0 method=gptq}"), data)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, answer(product(matrix), data), atol=0.2 * np.abs(found).max())
+
+
+@pytest.mark.parametrize("method", ["minmax", "average", "percentile", "entropy", "mse"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_fixed_steps_keep_ordinary_entries(method: str, signed: bool) -> None:
+    matrix, data = matrix_of(0), matrix_of(1, (4, 300, ROWS)) + np.float32(0.5)
+    text = f"quantize-int8{{activations=static range={method} signed={str(signed).lower()} minimum=0}}"
+    found, wanted = answer(observed(product(matrix), data, text), data), answer(product(matrix), data)
+    assert np.square(found - wanted).sum() < 1e-3 * np.square(wanted).sum()
+
+
+def test_outliers_are_given_up_or_weighed() -> None:
+    matrix, data = matrix_of(0), matrix_of(1, (4, 300, ROWS))
+    data[0, 0, 0] = 300
+    wanted = answer(product(matrix), data)
+    found = {
+        method: np.square(answer(observed(product(matrix), data, text), data) - wanted)
+        for method in ("minmax", "percentile", "entropy", "mse")
+        for text in [f"quantize-int8{{activations=static range={method} minimum=0}}"]
+    }
+    ordinary = {method: float(error[1:].sum()) for method, error in found.items()}
+    assert ordinary["percentile"] < 0.1 * ordinary["minmax"]
+    assert ordinary["entropy"] < 0.1 * ordinary["minmax"]
+    assert found["mse"].sum() < min(found["minmax"].sum(), found["percentile"].sum())  # the outlier counts
+
+
+def test_a_constant_activation_and_one_that_was_not_seen() -> None:
+    matrix = matrix_of(0)
+    zeros = np.zeros((1, 4, ROWS), np.float32)
+    static = "quantize-int8{activations=static minimum=0}"
+    assert not answer(observed(product(matrix), zeros, static), zeros).any()
+    for text, reason in (
+        (static, "fixed scales need calibration data"),
+        ("quantize-weights{method=gptq minimum=0}", "gptq"),
+    ):
+        (report,) = Pipeline.parse(text).run(product(matrix)).reports
+        assert reason in report.refusals[0].reason
+    broken = zeros.copy()
+    broken[0, 0, 0] = math.nan
+    model = observed(product(matrix), broken, static)
+    assert {node.op_type for node in model.graph} == {"MatMul", "Add"}
+
+
+def normalized(matrix: np.ndarray) -> ir.Model:
+    """r = LayerNormalization (x) · matrix, the scale of the normalization large for a few channels."""
+    scale = np.ones(len(matrix), np.float32)
+    scale[:4] = 60
+    tensors = [nh.from_array(matrix, "w"), nh.from_array(scale, "g"), nh.from_array(scale * 0, "b")]
+    nodes = [
+        oh.make_node("LayerNormalization", ["x", "g", "b"], ["y"], name="norm"),
+        oh.make_node("MatMul", ["y", "w"], ["r"], name="product"),
+    ]
+    shapes = [("x", len(matrix)), ("y", len(matrix)), ("r", matrix.shape[1])]
+    values = [oh.make_tensor_value_info(name, 1, ["batch", "sequence", width]) for name, width in shapes]
+    graph = oh.make_graph(nodes, "g", values[:1], values[2:], tensors, value_info=values[1:2])
+    model: ir.Model = ir.from_proto(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 23)], ir_version=10))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("smooth", "quantize"),
+    [
+        ("smooth-activations", "quantize-int8{activations=static minimum=0 range=minmax}"),
+        ("smooth-activations{method=search}", "quantize-weights{bits=4 minimum=0 method=nearest}"),
+    ],
+)
+def test_even_channels_lose_less(smooth: str, quantize: str) -> None:
+    matrix, data = matrix_of(0), matrix_of(1, (2, 100, ROWS))
+    wanted = answer(normalized(matrix), data)
+    np.testing.assert_allclose(answer(observed(normalized(matrix), data, smooth), data), wanted, rtol=1e-3, atol=1e-3)
+    errors = [
+        float(np.square(answer(observed(normalized(matrix), data, text), data) - wanted).sum())
+        for text in (quantize, f"{smooth},{quantize}")
+    ]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_a_corrected_bias_takes_out_the_mean_error() -> None:
+    matrix, data = matrix_of(0), matrix_of(1, (1, 300, ROWS)) + np.float32(2)
+
+    def biased() -> ir.Model:
+        model = product(matrix)
+        add = model.graph[-1]
+        bias = ir.Value(name="c", shape=ir.Shape([COLUMNS]), type=ir.TensorType(ir.DataType.FLOAT))
+        bias.const_value = ir.tensor(np.ones(COLUMNS, np.float32), name="c")
+        model.graph.register_initializer(bias)
+        add.replace_input_with(1, bias)
+        return model
+
+    wanted = answer(biased(), data)
+    errors = [
+        np.abs((answer(observed(biased(), data, text), data) - wanted).mean(axis=(0, 1))).max()
+        for text in ("quantize-weights{bits=4 minimum=0}", "quantize-weights{bits=4 minimum=0 correct_bias=true}")
+    ]
+    assert errors[1] < 0.01 * errors[0]

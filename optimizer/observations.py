@@ -1,0 +1,177 @@
+"""Accumulators of what was seen of an activation: they take rows, batch after batch, and never grow.
+
+Each is a small, mergeable summary: what it knows of a thousand batches has the size of what it knows of one.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Self, TypeVar, cast
+
+import numpy as np
+import onnx_ir as ir
+
+BINS = 4096
+
+
+class Observation(abc.ABC):
+    """What was seen of one activation, whose rows have ``width`` entries (0: not known before)."""
+
+    rows: int = 0
+    """How many rows were seen."""
+
+    @classmethod
+    @abc.abstractmethod
+    def size(cls, width: int) -> int:
+        """Bytes that it takes."""
+
+    @classmethod
+    @abc.abstractmethod
+    def of_width(cls, width: int) -> Self:
+        """Nothing seen yet."""
+
+    @abc.abstractmethod
+    def add(self, rows: np.ndarray) -> None:
+        """Take in rows, float32, shape (rows, width)."""
+
+
+Seen = TypeVar("Seen", bound=Observation)
+
+
+def seen(value: ir.Value, what: type[Seen]) -> Seen | None:
+    """What was seen of a value; nothing if nobody looked, or if there were no rows."""
+    found = cast("Seen | None", value.meta.get(what.__name__))
+    return found if found is not None and found.rows else None
+
+
+class Range(Observation):
+    """The distribution of all entries: extremes, and a histogram over a range that doubles as it must.
+
+    Bins have equal width and the range is a power of two, so that two old bins make one new bin exactly.
+    """
+
+    def __init__(self) -> None:
+        self.bound = 0.0
+        """Bins are laid over [-bound, bound]."""
+        self.counts = np.zeros(BINS, np.int64)
+        self.low = math.inf
+        self.high = -math.inf
+        self.lows: float = 0.0
+        self.highs: float = 0.0
+        self.batches = 0
+
+    @classmethod
+    def size(cls, width: int) -> int:
+        """The histogram's, whatever the width."""
+        return BINS * 8
+
+    @classmethod
+    def of_width(cls, width: int) -> Self:
+        """An empty histogram."""
+        return cls()
+
+    def add(self, rows: np.ndarray) -> None:
+        """Count entries; NaN or infinity makes the extremes NaN."""
+        if not rows.size:
+            return
+        low, high = float(rows.min()), float(rows.max())
+        self.rows += len(rows)
+        self.batches += 1
+        self.low, self.high = np.minimum(self.low, low).item(), np.maximum(self.high, high).item()
+        self.lows += low
+        self.highs += high
+        if math.isfinite(low) and math.isfinite(high):
+            self._grow(max(-low, high))
+            self.counts += np.histogram(rows, BINS, (-self.bound, self.bound))[0]
+
+    def _grow(self, largest: float) -> None:
+        needed = 2.0 ** math.ceil(math.log2(max(largest, 2.0**-60)))
+        if not self.counts.any():
+            self.bound = max(self.bound, needed)
+        while self.bound < needed:
+            middle = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts = np.pad(middle, BINS // 4)
+            self.bound *= 2
+
+    @property
+    def finite(self) -> bool:
+        """Whether all entries were finite."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
+    def centers(self) -> np.ndarray:
+        """The middle of each bin."""
+        return (np.arange(BINS) + 0.5) * (2 * self.bound / BINS) - self.bound
+
+
+class Channels(Observation):
+    """Each channel (entry of a row) by itself: largest magnitude, mean, and mean magnitude."""
+
+    def __init__(self, width: int) -> None:
+        self.largest = np.zeros(width, np.float32)
+        self._sum = np.zeros(width, np.float64)
+        self._magnitude = np.zeros(width, np.float64)
+
+    @classmethod
+    def size(cls, width: int) -> int:
+        """Three numbers a channel."""
+        return 20 * width
+
+    @classmethod
+    def of_width(cls, width: int) -> Self:
+        """Zeros; ValueError if the width is not known."""
+        if not width:
+            raise ValueError("the width of an activation must be known")
+        return cls(width)
+
+    def add(self, rows: np.ndarray) -> None:
+        """Take in rows."""
+        size = np.abs(rows)
+        self.rows += len(rows)
+        self.largest = np.maximum(self.largest, size.max(axis=0, initial=0))
+        self._sum += rows.sum(axis=0, dtype=np.float64)
+        self._magnitude += size.sum(axis=0, dtype=np.float64)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of each channel, float32."""
+        return np.asarray(self._sum / max(self.rows, 1), np.float32)
+
+    @property
+    def magnitude(self) -> np.ndarray:
+        """Mean magnitude of each channel, float32."""
+        return np.asarray(self._magnitude / max(self.rows, 1), np.float32)
+
+
+class Gram(Observation):
+    """Products of every two channels, summed over all rows: what the squared error of a product depends on.
+
+    For an error E of a matrix, the squared error of X · E is the trace of Eᵀ · (Xᵀ · X) · E.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.matrix = np.zeros((width, width), np.float32)
+        """Sum over rows of rowᵀ · row."""
+
+    @classmethod
+    def size(cls, width: int) -> int:
+        """A square matrix, and another while a batch is added."""
+        return 8 * width * width
+
+    @classmethod
+    def of_width(cls, width: int) -> Self:
+        """Zeros; ValueError if the width is not known."""
+        if not width:
+            raise ValueError("the width of an activation must be known")
+        return cls(width)
+
+    def add(self, rows: np.ndarray) -> None:
+        """Take in rows."""
+        self.rows += len(rows)
+        self.matrix += rows.T @ rows
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The mean over rows, float64."""
+        return self.matrix.astype(np.float64) / max(self.rows, 1)

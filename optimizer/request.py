@@ -1,0 +1,120 @@
+"""What was asked for, checked before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from planish.optimizer import presets, registry, spec
+from planish.optimizer.backend import Backend
+from planish.optimizer.compare import WHOLE, Budget
+from planish.optimizer.errors import UsageError
+from planish.optimizer.evaluating import Evaluation
+from planish.optimizer.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Request:
+    """Targets, pipelines, budget and sizes."""
+
+    targets: tuple[Backend, ...]
+    preset: str | None
+    pipelines: Mapping[str, Pipeline]
+    """By the name of the target."""
+    asked: Budget
+    """What `--keep` says; without it, the default of the preset."""
+    shapes: tuple[Mapping[str, int], ...]
+    extra: Pipeline
+    """Passes that are tried behind the pipeline of each target, and kept where that is faster."""
+    alternatives: Mapping[str, Sequence[Pipeline]]
+    """Pipelines that are tried instead, by the name of the target, and kept where they are faster."""
+    evaluation: Evaluation | None
+    """The user's own measure of an engine."""
+    profile: Path | None
+    """Where is kept what the targets run fast; passes keep their usual options without."""
+
+    @property
+    def fixed(self) -> Mapping[str, int]:
+        """Axes that every engine has in one size only."""
+        return next(iter(self.pipelines.values())).fixed
+
+    def described(self) -> dict[str, str]:
+        """The request as texts, for lock and manifest."""
+        what = {"preset": self.preset} if self.preset else {"pipeline": str(next(iter(self.pipelines.values())))}
+        fixed = {"fixed": ",".join(f"{axis}={size}" for axis, size in self.fixed.items())} if self.fixed else {}
+        own = {} if self.evaluation is None else {"evaluate": str(self.evaluation)}
+        return what | fixed | own | {"budget": str(self.asked)}
+
+    @property
+    def steering(self) -> Budget:
+        """What decides, pass by pass, which products are rounded: the clauses that hold of a component's outputs.
+
+        Where there are none (a budget of tokens, or of the user's own measure), the preset's usual one.
+        """
+        clauses = tuple(one for one in self.asked.clauses if one.metric not in WHOLE)
+        return Budget(clauses) if clauses or not self.asked.clauses else presets.budget(self.preset)
+
+
+def request_of(
+    targets: Sequence[str],
+    preset: str | None,
+    pipeline: str | None,
+    keep: Sequence[str],
+    shapes: Sequence[Mapping[str, int]],
+    fix: Mapping[str, int],
+    profile: str | Path | None,
+    evaluate: str | None,
+    *,
+    calibrated: bool,
+) -> Request:
+    """The request, or UsageError: the preset is `exact` where nothing is said."""
+    if preset is not None and pipeline is not None:
+        raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
+    if profile is not None and pipeline is not None:
+        raise UsageError("a profile chooses for presets, not for a pipeline", advice="write the options into the text")
+    backends = tuple(registry.backend(text) for text in targets)
+    names = [backend.name for backend in backends]
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"each target must be given once, got {names}", advice="build two folders for two variants")
+    preset = "exact" if pipeline is None and preset is None else preset
+    asked = Budget.parse(keep) if keep else presets.budget(preset)
+    pipelines = _pipelines_for(backends, preset, pipeline, fix)
+    own = None if evaluate is None else Evaluation.parse(evaluate)
+    if own is None and any(clause.metric.startswith("score") for clause in asked.clauses):
+        raise UsageError("a budget on score needs a command that prints it", where="--keep", advice="give --evaluate")
+    return Request(
+        targets=backends,
+        preset=preset,
+        pipelines=pipelines,
+        asked=asked,
+        shapes=tuple(shapes),
+        extra=_extra_for(preset, shapes),
+        alternatives=_alternatives_for(backends, preset, fix, calibrated=calibrated),
+        evaluation=own,
+        profile=None if profile is None else Path(profile),
+    )
+
+
+def _pipelines_for(
+    targets: Sequence[Backend], preset: str | None, text: str | None, fix: Mapping[str, int]
+) -> dict[str, Pipeline]:
+    """The pipeline of each target: the text that was given, or what the preset says; first the sizes that are fixed."""
+    first = [spec.format_spec(presets.SPECIALIZE, fix)] if fix else []
+    texts = {t.name: text if text is not None else presets.pipeline_text(preset or "exact", t.name) for t in targets}
+    return {name: Pipeline.parse(",".join([*first, own])) for name, own in texts.items()}
+
+
+def _extra_for(preset: str | None, shapes: Sequence[Mapping[str, int]]) -> Pipeline:
+    """What is tried behind the pipeline of a preset: where several texts are timed at once, some of them are padded."""
+    several = any(sizes.get("batch", 1) > 1 for sizes in shapes)
+    return Pipeline.parse(presets.EXTRA) if several and preset is not None else Pipeline()
+
+
+def _alternatives_for(
+    targets: Sequence[Backend], preset: str | None, fix: Mapping[str, int], *, calibrated: bool
+) -> dict[str, list[Pipeline]]:
+    """Pipelines that are tried instead of the preset's: those whose choices need calibration data, if there are any."""
+    first = [spec.format_spec(presets.SPECIALIZE, fix)] if fix else []
+    known = presets.CALIBRATED.get(preset or "", {}) if calibrated else {}
+    return {t.name: [Pipeline.parse(",".join([*first, text])) for text in known.get(t.name, ())] for t in targets}

@@ -1,0 +1,121 @@
+"""Multiply in 8-bit floating point (E4M3), scales fixed beforehand by calibration data.
+
+Before:  r = MatMul (x, w)
+After:   q = QuantizeLinear (x, t, zero);  e = DequantizeLinear (q, t, zero);  d = DequantizeLinear <axis=1> (w8, s)
+         r = MatMul (e, d)                          w8: float8e4m3fn; s: one scale for each column, t: one for all of x
+
+For targets whose tensor cores multiply such numbers: TensorRT makes one operator of this form. Micikevicius et al. 2022
+("FP8 Formats for Deep Learning", section 4): a scale takes the largest magnitude to the largest number of the type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.base import Wish
+from planish.optimizer.graph import NAME_SCOPES, add_initializer, sizes_of
+from planish.optimizer.observations import Range, seen
+from planish.optimizer.quantizing import Quantizing, Site
+from planish.optimizer.tensors import lazy
+
+_FLOAT8 = ml_dtypes.float8_e4m3fn
+_LARGEST = float(ir.DataType.FLOAT8E4M3FN.max)
+
+
+@dataclass(frozen=True)
+class QuantizeFloat8(Quantizing):
+    """Quantize products with constant matrices; those that read the same activation share its quantization."""
+
+    name: ClassVar[str] = "quantize-float8"
+
+    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+        """The range of each activation."""
+        return [*super().wishes(model), *(Wish(site.data, Range) for site in self.candidates(model))]
+
+    def unready(self, site: Site) -> str | None:
+        """Why a scale cannot be given."""
+        found = seen(site.data, Range)
+        if found is None:
+            return "nothing was seen of its activation: fixed scales need calibration data"
+        return None if found.finite else "its activation holds NaN or infinity"
+
+    def rounded(self, site: Site) -> np.ndarray:
+        """The matrix as products will see it."""
+        matrix = site.tensor.numpy()
+        scale = _column_scales(matrix)
+        return np.asarray(_float8(matrix, scale).astype(np.float32) * scale)
+
+    def heard(self, site: Site, data: np.ndarray) -> np.ndarray:
+        """An activation as products will see it."""
+        scale = _scale_of(site)
+        return np.asarray(_float8(data, scale).astype(np.float32) * scale)
+
+    def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
+        """Write the 8-bit form of each product."""
+        made: dict[int, ir.Value] = {}
+        for site in sites:
+            for value, write in ((site.weight, _stored), (site.data, _rounded_data)):
+                if id(value) not in made:
+                    made[id(value)] = write(model.graph, site)
+            site.node.replace_input_with(1, made[id(site.weight)])
+            site.node.replace_input_with(0, made[id(site.data)])
+
+
+def _float8(data: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
+    return np.asarray(np.clip(data / scale, -_LARGEST, _LARGEST).astype(_FLOAT8))
+
+
+def _column_scales(matrix: np.ndarray) -> np.ndarray:
+    scale = np.abs(matrix).max(axis=0) / np.float32(_LARGEST)
+    return np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
+
+
+def _scale_of(site: Site) -> np.float32:
+    found = seen(site.data, Range)
+    reach = 0.0 if found is None else max(-found.low, found.high)
+    return np.float32(f"{reach / _LARGEST:.4g}") if reach > 0 else np.float32(1)
+
+
+def _stored(graph: ir.Graph, site: Site) -> ir.Value:
+    """The matrix in 8 bits, made real again column by column."""
+    tensor, name = site.tensor, site.weight.name or ""
+    scale = _column_scales(tensor.numpy())
+    kind, shape = ir.DataType.FLOAT8E4M3FN, sizes_of(tensor)
+    matrix = add_initializer(
+        graph, f"{name}_float8", lazy(lambda: _float8(tensor.numpy(), scale), kind, shape, f"{name}_float8")
+    )
+    return _real(graph, site, [matrix, add_initializer(graph, f"{name}_scale", scale)], site.weight, {"axis": 1})
+
+
+def _rounded_data(graph: ir.Graph, site: Site) -> ir.Value:
+    """The activation in 8 bits, made real again."""
+    name = site.data.name or ""
+    scale = add_initializer(graph, f"{name}_scale", np.array(_scale_of(site), np.float32))
+    zero = ir.tensor(np.zeros((), _FLOAT8), dtype=ir.DataType.FLOAT8E4M3FN, name=f"{name}_zero_point")
+    operands = [scale, add_initializer(graph, f"{name}_zero_point", zero)]
+    node = _placed(graph, site, ir.node("QuantizeLinear", [site.data, *operands], name=f"{name}_QuantizeLinear"))
+    steps = node.outputs[0]
+    steps.name, steps.shape, steps.type = f"{name}_float8", site.data.shape, ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+    return _real(graph, site, [steps, *operands], site.data, {})
+
+
+def _real(
+    graph: ir.Graph, site: Site, operands: Sequence[ir.Value], like: ir.Value, attributes: dict[str, int]
+) -> ir.Value:
+    node = ir.node("DequantizeLinear", operands, attributes, name=f"{like.name}_DequantizeLinear")
+    value = _placed(graph, site, node).outputs[0]
+    value.name, value.shape, value.type = f"{like.name}_real", like.shape, ir.TensorType(ir.DataType.FLOAT)
+    return value
+
+
+def _placed(graph: ir.Graph, site: Site, node: ir.Node) -> ir.Node:
+    if NAME_SCOPES in site.node.metadata_props:
+        node.metadata_props[NAME_SCOPES] = site.node.metadata_props[NAME_SCOPES]
+    graph.insert_before(site.node, node)
+    return node

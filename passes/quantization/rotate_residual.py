@@ -1,0 +1,175 @@
+"""Turn the residual stream of a decoder, so that no channel stands out: outliers are spread over all of them.
+
+Before:  h = Gather (table, ids);    y = RMSNormalization (h, g);  p = MatMul (y, w);    ...;  k = MatMul (z, v)
+         n = Add (h, k)
+After:   h = Gather (table·Q, ids);  y = RMSNormalization (h, 1);  p = MatMul (y, Qᵀgw); ...;  k = MatMul (z, vQ)
+         n = Add (h, k)
+
+Q is orthogonal: a Hadamard matrix, times a cosine transform where the width is no power of two, with signs drawn once.
+The root mean square of h is that of hQ, so normalizations see no difference once their scales are in the matrices
+behind them. Nothing is computed that was not before. Ashkboos et al. 2024, "QuaRot", section 4, stage 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.graph import add_initializer, constant_of, is_weight_matrix, location_of, rank_of, sizes_of
+from planish.optimizer.tensors import lazy
+
+_SEED = 0
+_TURNED = "planish.turned"
+"""Metadata key of a normalization that reads a stream which was turned: once is enough."""
+
+
+class _Stuck(Exception):
+    """What keeps a stream from being turned, and the node where."""
+
+    def __init__(self, node: ir.Node, reason: str, culprit: ir.Value | None = None) -> None:
+        super().__init__(reason)
+        self.refusal = Refusal.at(node, reason, culprit)
+
+
+@dataclass(frozen=True)
+class RotateResidual(Pass):
+    """Rotate everything that writes to a stream of RMSNormalizations, and back what reads it."""
+
+    name: ClassVar[str] = "rotate-residual"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rotate the streams of the main graph, each as a whole or not at all."""
+        result = PassResult(model, modified=False)
+        known: set[int] = set()
+        for node in list(model.graph):
+            if node.op_type != "RMSNormalization" or id(node.inputs[0]) in known:
+                continue
+            stream = _Stream()
+            try:
+                stream.follow(node, node.inputs[0])
+            except _Stuck as stuck:
+                result.refusals.append(stuck.refusal)
+            else:
+                if stream.tables and admitted():
+                    result.sites.append(location_of(node))
+                    stream.turn(model.graph)
+            known |= stream.values
+        result.modified = bool(result.sites)
+        return result
+
+
+@dataclass
+class _Stream:
+    """The values of a residual stream, and the constants that write to it and read it."""
+
+    values: set[int] = field(default_factory=set)
+    tables: list[tuple[ir.Node, int]] = field(default_factory=list)
+    """Constants whose last axis is the stream's: the node that reads each, and as which input."""
+    norms: list[ir.Node] = field(default_factory=list)
+
+    def follow(self, node: ir.Node, value: ir.Value | None) -> None:
+        """Take in a value that ``node`` reads or writes, and whatever is joined to it. _Stuck if that cannot be."""
+        pending = [(node, value)]
+        while pending:
+            place, one = pending.pop()
+            if one is None or id(one) in self.values:
+                continue
+            if one.is_graph_output() or one.producer() is None:
+                raise _Stuck(place, "the stream enters or leaves the model", one)
+            self.values.add(id(one))
+            pending += self._written(one)
+            for use in one.uses():
+                pending += self._read(use.node, one)
+
+    def _written(self, value: ir.Value) -> list[tuple[ir.Node, ir.Value | None]]:
+        """What else belongs to the stream because of what writes a value of it."""
+        node = value.producer()
+        if node is None:
+            return []
+        if node.op_type == "Gather" and is_weight_matrix(node.inputs[0]) and node.attributes.get_int("axis", 0) == 0:
+            self.tables.append((node, 0))
+            return []
+        if node.op_type == "MatMul" and is_weight_matrix(node.inputs[1]):
+            self.tables.append((node, 1))
+            return []
+        if node.op_type == "Add":
+            bias = next((index for index, operand in enumerate(node.inputs) if _is_vector(operand)), None)
+            if bias is not None:
+                self.tables.append((node, bias))
+            return [(node, operand) for index, operand in enumerate(node.inputs) if index != bias]
+        raise _Stuck(node, f"{node.op_type} writes to the stream", value)
+
+    def _read(self, node: ir.Node, value: ir.Value) -> list[tuple[ir.Node, ir.Value | None]]:
+        """What else belongs to the stream because of what reads a value of it."""
+        if node.op_type == "Add":
+            return [(node, node.outputs[0])]
+        if _TURNED in node.metadata_props:
+            raise _Stuck(node, "the stream is turned already", value)
+        scale = node.inputs[1] if node.op_type == "RMSNormalization" and node.inputs[0] is value else None
+        if not _is_vector(scale) or node.attributes.get_int("axis", -1) != -1:
+            raise _Stuck(node, f"{node.op_type} reads the stream", value)
+        readers = [use.node for use in node.outputs[0].uses()]
+        if node.outputs[0].is_graph_output() or not all(_multiplies(reader, node.outputs[0]) for reader in readers):
+            raise _Stuck(node, "what was normalized is read by more than products with constant matrices", value)
+        self.norms.append(node)
+        return []
+
+    def turn(self, graph: ir.Graph) -> None:
+        """Rotate the constants."""
+        rotation = rotation_of(sizes_of(_tensor(self.norms[0].inputs[1]))[0])
+        for node, index in self.tables:
+            _replace(graph, node, index, lambda array: array @ rotation)
+        for norm in self.norms:
+            scale = _tensor(norm.inputs[1]).numpy().astype(np.float32)
+            back = np.ascontiguousarray(rotation.T * scale)
+            for reader in [use.node for use in norm.outputs[0].uses()]:
+                _replace(graph, reader, 1, functools.partial(np.matmul, back))
+            _replace(graph, norm, 1, np.ones_like)
+            norm.metadata_props[_TURNED] = "1"
+
+
+def rotation_of(width: int) -> np.ndarray:
+    """An orthogonal matrix, float32, that spreads every channel over all others; the same for the same width."""
+    import scipy.fft
+    import scipy.linalg
+
+    power = width & -width
+    signs = np.random.default_rng(_SEED).choice([-1.0, 1.0], width)
+    spread = scipy.linalg.hadamard(power) / np.sqrt(power)
+    rest = scipy.fft.dct(np.eye(width // power), norm="ortho", axis=0)
+    return np.asarray(signs[:, None] * np.kron(rest, spread), np.float32)
+
+
+def _multiplies(node: ir.Node, data: ir.Value) -> bool:
+    return node.op_type == "MatMul" and node.inputs[0] is data and is_weight_matrix(node.inputs[1])
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    return rank_of(value) == 1 and constant_of(value) is not None
+
+
+def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
+    array = constant_of(value) if value is not None and value.const_value is None else None
+    tensor = ir.tensor(array) if array is not None else None if value is None else value.const_value
+    if tensor is None:
+        raise ValueError("this constant was not checked")
+    return tensor
+
+
+def _replace(graph: ir.Graph, node: ir.Node, index: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Let a node read a changed copy of a constant, made when it is read; who else reads the constant keeps it."""
+    value, tensor = node.inputs[index], _tensor(node.inputs[index])
+    name = f"{'' if value is None else value.name}_rotated"
+    while name in graph.initializers:
+        name += "_"
+    read = lambda: np.asarray(change(tensor.numpy().astype(np.float32)), np.float32)  # noqa: E731
+    made = lazy(read, ir.DataType.FLOAT, sizes_of(tensor), name)
+    node.replace_input_with(index, add_initializer(graph, name, made))
+    if value is not None and not value.uses() and value.name in graph.initializers and not value.is_graph_output():
+        del graph.initializers[value.name or ""]

@@ -1,0 +1,215 @@
+"""Even out the channels of an activation before it is rounded: what they differ by goes into the weights behind it.
+
+Before:  y = LayerNormalization (x, g, b);      r = MatMul (y, w)
+After:   y = LayerNormalization (x, g/s, b/s);  r = MatMul (y, s·w)         s: one number for each channel of y
+
+1. y comes from a normalization that only such products read: s goes into its scale and bias.
+2. y = a ⊙ u, and u (or u + a bias) is a product that only this reads: s goes into the columns of its matrix.
+3. y comes from Attention, and only it reads its values, a product, which have as many heads: s goes there likewise.
+4. Anything else gets a Mul in front of the products, if that is asked for.
+
+Products stay what they are up to rounding. Xiao et al. 2023, "SmoothQuant", section 4; for scales that are searched,
+Lin et al. 2024, "AWQ: Activation-aware Weight Quantization", section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from annotated_types import Ge, Le
+from pydantic import AfterValidator
+
+from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
+from planish.optimizer.graph import NAME_SCOPES, add_initializer, constant_of, location_of, rank_of, sizes_of, sole_user
+from planish.optimizer.observations import Channels, Gram, seen
+from planish.optimizer.quantizing import Site, one_of, products_of, site_of
+from planish.optimizer.tensors import lazy
+from planish.passes.quantization._rounding import blocks_of
+
+_NORMS = ("LayerNormalization", "RMSNormalization")
+_RATIOS = np.linspace(0, 1, 21)
+"""Exponents that a search tries."""
+
+
+@dataclass(frozen=True)
+class SmoothActivations(Pass):
+    """Scale each activation that products with constant matrices read, and the rows of these matrices inversely."""
+
+    name: ClassVar[str] = "smooth-activations"
+
+    method: Literal["balance", "search"] = "balance"
+    """`balance` lets activations and weights share the difference (SmoothQuant); `search` takes the power of the
+    channels' mean magnitude that leaves the least error once weights are rounded in blocks (AWQ)."""
+
+    strength: Annotated[float, Ge(0), Le(1)] = 0.5
+    """For `balance`: how much of the difference goes into the weights; 0 nothing, 1 all of it."""
+
+    bits: Annotated[int, AfterValidator(one_of(4, 8))] = 4
+    """For `search`: the bits that weights will have."""
+
+    block: Annotated[int, AfterValidator(one_of(16, 32, 64, 128, 256))] = 32
+    """For `search`: the entries of a column that will share a scale."""
+
+    anywhere: bool = False
+    """Whether a Mul is written where no operator in front of the products takes the scale in."""
+
+    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+        """Each channel's magnitudes, and for a search what the error depends on."""
+        kinds = (Channels,) if self.method == "balance" else (Channels, Gram)
+        return [Wish(sites[0].data, kind) for sites in _groups(model) for kind in kinds]
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Scale what can be scaled in the main graph."""
+        result = PassResult(model, modified=False)
+        for sites in _groups(model):
+            reason = self._obstacle(sites)
+            if reason is not None:
+                result.refusals.append(Refusal.at(sites[0].node, reason, sites[0].data))
+            elif admitted():
+                result.sites.append(location_of(sites[0].node))
+                self._rewrite(model.graph, sites)
+        result.modified = bool(result.sites)
+        return result
+
+    def _obstacle(self, sites: Sequence[Site]) -> str | None:
+        """Why an activation stays as it is."""
+        channels = seen(sites[0].data, Channels)
+        if channels is None:
+            return "nothing was seen of its activation: scales need calibration data"
+        if not np.isfinite(channels.largest).all():
+            return "its activation holds NaN or infinity"
+        if self.method == "search" and any(sizes_of(site.tensor)[0] % self.block for site in sites):
+            return f"the rows of a matrix are no multiple of a block of {self.block}"
+        if any(len(list(site.weight.uses())) > 1 or site.weight.is_graph_output() for site in sites):
+            return "a matrix is read by something else as well"
+        if not self.anywhere and _taker(sites) is None:
+            return "nothing in front of its products can take a scale in"
+        return None
+
+    def _rewrite(self, graph: ir.Graph, sites: Sequence[Site]) -> None:
+        scale = self._scale(sites)
+        taker = _taker(sites)
+        if taker is None:
+            _insert(graph, sites, scale)
+        else:
+            for node, index in taker:
+                _scale_operand(graph, node, index, 1 / scale)
+        for site in sites:
+            _scale_operand(graph, site.node, 1, scale[:, None])
+
+    def _scale(self, sites: Sequence[Site]) -> np.ndarray:
+        """One number for each channel, which the weights are multiplied by."""
+        channels, gram = seen(sites[0].data, Channels), seen(sites[0].data, Gram)
+        if channels is None:
+            raise ValueError(f"{sites[0].data.name!r} was not seen")
+        if self.method == "balance":
+            rows = np.max([np.abs(site.tensor.numpy()).max(axis=1) for site in sites], axis=0)
+            return _balanced(channels.largest, rows, self.strength)
+        matrices = [site.tensor.numpy() for site in sites]
+        mean = np.eye(len(channels.magnitude)) if gram is None else gram.mean
+        tried = [_balanced(channels.magnitude, np.ones_like(channels.magnitude), ratio) for ratio in _RATIOS]
+        return min(tried, key=lambda scale: sum(self._error(matrix, scale, mean) for matrix in matrices))
+
+    def _error(self, matrix: np.ndarray, scale: np.ndarray, gram: np.ndarray) -> float:
+        """Squared error of the products if the scaled matrix is rounded."""
+        scaled = matrix * scale[:, None]
+        rounded = blocks_of(scaled, self.bits, self.block, symmetric=True, method="nearest").restored(scaled)
+        error = rounded / scale[:, None] - matrix
+        return float((error * (gram.astype(np.float32) @ error)).sum())
+
+
+def _balanced(activation: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
+    """activationˢ / weights¹⁻ˢ, around one; one for a channel that is never used."""
+    used = (activation > 0) & (weights > 0)
+    if not used.any():
+        return np.ones_like(activation)
+    logs = strength * np.log(activation, where=used, out=np.zeros_like(activation))
+    logs -= (1 - strength) * np.log(weights, where=used, out=np.zeros_like(activation))
+    logs -= (logs[used].max() + logs[used].min()) / 2
+    return np.where(used, np.exp(logs), 1).astype(np.float32)
+
+
+def _groups(model: ir.Model) -> list[list[Site]]:
+    """Products with constant float matrices by the activation that they read."""
+    found: dict[int, list[Site]] = {}
+    for site in filter(None, map(site_of, products_of(model))):
+        if site.tensor.dtype is ir.DataType.FLOAT:
+            found.setdefault(id(site.data), []).append(site)
+    return list(found.values())
+
+
+Operands = list[tuple[ir.Node, int]]
+"""Constants whose last axis has the channels: the node that reads each, and as which input."""
+
+
+def _taker(sites: Sequence[Site]) -> Operands | None:
+    """What in front of the products can take a scale in; nothing if nothing can."""
+    data = sites[0].data
+    node = data.producer()
+    if node is None or data.is_graph_output() or {use.node for use in data.uses()} != {site.node for site in sites}:
+        return None
+    if node.op_type in _NORMS:
+        constants = [index for index, value in enumerate(node.inputs) if index and value is not None]
+        return [(node, i) for i in constants] if all(_is_vector(node.inputs[i]) for i in constants) else None
+    if node.op_type == "Mul":
+        return next((found for found in map(_product, node.inputs) if found is not None), None)
+    if node.op_type == "Attention" and rank_of(data) == 3 and data is node.outputs[0]:
+        heads = {node.attributes[key].as_int() for key in ("q_num_heads", "kv_num_heads") if key in node.attributes}
+        return _product(node.inputs[2]) if len(heads) == 1 else None
+    return None
+
+
+def _product(value: ir.Value | None) -> Operands | None:
+    """The matrix of a product, and the bias behind it, whose columns only become the channels of ``value``."""
+    node = None if value is None or sole_user(value) is None else value.producer()
+    if node is not None and node.op_type == "Add":
+        bias = next((index for index, operand in enumerate(node.inputs) if _is_vector(operand)), None)
+        inner = None if bias is None else _product(node.inputs[1 - bias])
+        return None if inner is None or bias is None else [*inner, (node, bias)]
+    site = site_of(node) if node is not None and node.op_type == "MatMul" else None
+    if site is None or site.tensor.dtype is not ir.DataType.FLOAT or len(list(site.weight.uses())) > 1:
+        return None
+    return [(site.node, 1)]
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    return (
+        rank_of(value) == 1
+        and value is not None
+        and value.dtype is ir.DataType.FLOAT
+        and constant_of(value) is not None
+    )
+
+
+def _insert(graph: ir.Graph, sites: Sequence[Site], scale: np.ndarray) -> None:
+    """A Mul between the activation and its products."""
+    data, first = sites[0].data, sites[0].node
+    factor = add_initializer(graph, f"{data.name}_smooth_scale", 1 / scale)
+    node = ir.node("Mul", [data, factor], name=f"{data.name}_smooth")
+    if NAME_SCOPES in first.metadata_props:
+        node.metadata_props[NAME_SCOPES] = first.metadata_props[NAME_SCOPES]
+    smooth = node.outputs[0]
+    smooth.name, smooth.shape, smooth.type = f"{data.name}_smoothed", data.shape, data.type
+    graph.insert_before(first, node)
+    for site in sites:
+        site.node.replace_input_with(0, smooth)
+
+
+def _scale_operand(graph: ir.Graph, node: ir.Node, index: int, factor: np.ndarray) -> None:
+    """Let a node read a constant times ``factor``; whoever else reads the constant keeps it as it is."""
+    value = node.inputs[index]
+    array = constant_of(value)
+    tensor = value.const_value if value is not None and array is None else None if array is None else ir.tensor(array)
+    if value is None or tensor is None:
+        raise ValueError(f"input {index} of {node.name!r} was not checked")
+    name = f"{value.name}_smooth"
+    while name in graph.initializers:
+        name += "_"
+    made = lazy(lambda: np.asarray(tensor.numpy() * factor, np.float32), tensor.dtype, sizes_of(tensor), name)
+    node.replace_input_with(index, add_initializer(graph, name, made))
+    if not value.uses() and not value.is_graph_output() and value.name in graph.initializers:
+        del graph.initializers[value.name or ""]
