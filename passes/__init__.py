@@ -24,6 +24,7 @@ PASSES = {
         ("legalize", "legalize-onnxruntime", "LegalizeOnnxRuntime"),
         ("legalize", "legalize-openvino", "LegalizeOpenVino"),
         ("legalize", "legalize-tensorrt", "LegalizeTensorRt"),
+        ("legalize", "use-matmul-integer-to-float", "UseMatMulIntegerToFloat"),
         ("legalize", "use-matmul-nbits", "UseMatMulNBits"),
         ("memory", "order-for-memory", "OrderForMemory"),
         ("memory", "share-transposed-weights", "ShareTransposedWeights"),
