@@ -15,7 +15,7 @@ import numpy as np
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fitting import Room
-from planish.optimizer.program import SIGNALS, SUM, Axis, Signature, TensorSpec
+from planish.optimizer.program import SIGNALS, SUM, Axis, Role, Signature, TensorSpec
 
 _BATCH = 4
 _CASES = 8
@@ -97,6 +97,19 @@ class Samples:
             if not isinstance(text, str):
                 raise BadInput(f"it is {type(text).__name__}, not a text", where=f"calibration data, entry {number}")
             yield text
+
+
+def one_behind_the_other(given: Sequence[Case], longest: Case, signature: Signature) -> Case:
+    """``longest`` with the tokens of all given texts in it, as often as they fit: made-up ones are like nobody's texts,
+    and what was calibrated on texts makes more of them than of those."""
+    tokens = [tensor.name for tensor in signature.inputs if tensor.role is Role.TOKENS]
+    mask = signature.mask()
+    if mask is None or len(tokens) != 1 or len(mask.shape) != 2:
+        return longest
+    (name,) = tokens
+    shown = [(case[name], case[mask.name][:, -case[name].shape[1] :] != 0) for case in given]
+    known = np.concatenate([ids[visible] for ids, visible in shown])
+    return {**longest, name: np.resize(known, longest[name].shape).astype(longest[name].dtype)}
 
 
 def read_texts(path: Path) -> Iterator[str]:

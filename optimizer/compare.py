@@ -156,14 +156,11 @@ def compare(
     ValueError if an output is missing or has another shape than expected.
     """
     tallies = {tensor.name: _Tally(tensor) for tensor in signature.outputs if tensor.name in expected[0]}
-    mask = signature.mask()
     for feeds, wanted, got in zip(inputs, expected, actual, strict=True):
-        counts = None if mask is None else feeds.get(mask.name)
         for name, tally in tallies.items():
             if name not in got:
                 raise ValueError(f"output {name!r} is missing")
-            visible = _visible(tally.tensor, mask, counts)
-            visible = None if visible is None else _end(visible, tally.tensor, wanted[name])
+            visible = visible_part(signature, tally.tensor, feeds, wanted[name])
             tally.add(wanted[name], got[name], visible)
             if signature.cached and tally.tensor.role is Role.LOGITS:
                 tally.read_on(feeds.get("input_ids"), wanted[name], got[name], visible)
@@ -177,6 +174,13 @@ def _joined(found: Mapping[str, tuple[TensorSpec, dict[str, float]]]) -> dict[st
     worst = {metric: parts.worst(metric) for metric in METRICS}
     cache = {metric: value for metric, value in worst.items() if value is not None}
     return rest | ({"cache": cache} if cache else {})
+
+
+def visible_part(signature: Signature, tensor: TensorSpec, feeds: Case, wanted: np.ndarray) -> np.ndarray | None:
+    """Where an output ``wanted`` for the inputs ``feeds`` means something, as a mask that fits it; None: everywhere."""
+    mask = signature.mask()
+    visible = _visible(tensor, mask, None if mask is None else feeds.get(mask.name))
+    return None if visible is None else _end(visible, tensor, wanted)
 
 
 def _end(visible: np.ndarray, tensor: TensorSpec, wanted: np.ndarray) -> np.ndarray:
@@ -243,7 +247,8 @@ class _Tally:
             both = seen[:, 1:] & seen[:, :-1]
         following = ids[:, 1:][both]
         if following.size:
-            found = [_log_likelihoods(scores[:, :-1][both], following) for scores in (expected, actual)]
+            parts = [log_probabilities(scores[:, :-1][both]) for scores in (expected, actual)]
+            found = [np.take_along_axis(part, following[:, None], axis=-1) for part in parts]
             self.surprise.append(found[0] - found[1])
 
     def _add_rows(self, expected: np.ndarray, actual: np.ndarray, shown: np.ndarray, *, vectors: bool) -> None:
@@ -281,12 +286,17 @@ class _Tally:
         return found
 
 
-def _log_likelihoods(scores: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Logarithm of the probability of one token for each row of scores."""
+def log_probabilities(scores: np.ndarray) -> np.ndarray:
+    """Of scores along the last axis, in double precision."""
     values = scores.astype(np.float64)
     values -= values.max(axis=-1, keepdims=True)
-    chosen = np.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
-    return np.asarray(chosen - np.log(np.exp(values).sum(axis=-1)))
+    return np.asarray(values - np.log(np.exp(values).sum(axis=-1, keepdims=True)))
+
+
+def divergence(wanted: np.ndarray, given: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence of scores along the last axis, in nats."""
+    one, other = log_probabilities(wanted), log_probabilities(given)
+    return float((np.exp(one) * (one - other)).sum(axis=-1).mean())
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from planish.optimizer.compare import Comparison
+from planish.optimizer.compare import Comparison, log_probabilities
 from planish.optimizer.generate import Decoding
 from planish.optimizer.reference import Continuation, rows_at
 
@@ -40,8 +40,8 @@ def follow(decoding: Decoding, wanted: Continuation) -> np.ndarray:
 def compare_continuations(pairs: Iterable[tuple[Continuation, np.ndarray]]) -> Comparison:
     """Metrics over all steps of all texts; the output is called `next token`."""
     found = list(pairs)
-    wanted = [_log_likelihoods(continuation.scores) for continuation, _ in found]
-    given = [_log_likelihoods(scores) for _, scores in found]
+    wanted = [log_probabilities(continuation.scores) for continuation, _ in found]
+    given = [log_probabilities(scores) for _, scores in found]
     agreeing = [_agree(continuation.scores, scores) for continuation, scores in found]
     divergences = [(np.exp(one) * (one - other)).sum(-1) for one, other in zip(wanted, given, strict=True)]
     before = [np.cumprod(same, axis=0).mean(axis=0) for same in agreeing]
@@ -63,9 +63,3 @@ def _agree(wanted: np.ndarray, given: np.ndarray) -> np.ndarray:
     chosen = np.take_along_axis(wanted, given.argmax(-1)[..., None], axis=-1)[..., 0]
     rounding = _ROUNDING * np.abs(wanted).max(axis=-1)
     return np.asarray(chosen >= wanted.max(axis=-1) - rounding)
-
-
-def _log_likelihoods(scores: np.ndarray) -> np.ndarray:
-    values = scores.astype(np.float64)
-    values = values - values.max(axis=-1, keepdims=True)
-    return np.asarray(values - np.log(np.exp(values).sum(axis=-1, keepdims=True)))

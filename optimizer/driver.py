@@ -28,7 +28,7 @@ from planish.optimizer.building import (
     Built,
     Stages,
 )
-from planish.optimizer.calibration import Given, Samples
+from planish.optimizer.calibration import Given, Samples, one_behind_the_other
 from planish.optimizer.checking import CHECKER, check_engines, demand_room
 from planish.optimizer.compare import Budget, Comparison
 from planish.optimizer.errors import UsageError
@@ -213,7 +213,8 @@ def _inputs(lowered: Lowered, data: Samples | None) -> dict[str, list[Arrays]]:
     if data is None:
         return made
     first, signature = next(iter(lowered.program.signatures.items()))
-    return made | {first: [*data.reference(signature, _tokenizer(lowered)), made[first][-1]]}
+    given = data.reference(signature, _tokenizer(lowered))
+    return made | {first: [*given, one_behind_the_other(given, made[first][-1], signature)]}
 
 
 def _tokenizer(lowered: Lowered) -> Any | None:

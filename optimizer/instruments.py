@@ -34,6 +34,8 @@ class Step:
     comparison: Comparison | None = None
     measured: dict[str, float] = field(default_factory=dict)
     failure: CheckFailed | None = None
+    vetted: bool = False
+    """Whether it is known already, from more cases than `CompareEach` has, that the model stays within its budget."""
 
     def __post_init__(self) -> None:
         """Until the pass has run, its result is: nothing."""
@@ -106,7 +108,7 @@ class CompareEach(Instrument):
         after = self._run_changed(step)
         step.comparison = compare(self.signature, self.inputs, self._outputs, after)
         violations = budget.violations(step.comparison)
-        if violations:
+        if violations and not step.vetted:
             raise CheckFailed(f"{step.pass_.name} moved the outputs: {'; '.join(violations)}")
         self._outputs = after
 

@@ -60,6 +60,8 @@ class Product(BaseModel):
     location: str
     noise: float
     """Squared error of its output if it is rounded, relative to the square of the output."""
+    effect: float | None = None
+    """Distance of the model's outputs if it alone is rounded; None if that was too much work."""
     weights: int
     rounded: bool
 
@@ -96,7 +98,7 @@ class Lock(BaseModel):
 
     def text(self) -> str:
         """The file's content."""
-        return tomli_w.dumps(self.model_dump(), multiline_strings=False)
+        return tomli_w.dumps(self.model_dump(exclude_none=True), multiline_strings=False)
 
     @classmethod
     def read(cls, path: Path) -> Lock:

@@ -1,13 +1,18 @@
 """Which products may be rounded: what each loses by itself, and the largest set that stays within a budget.
 
-The loss of a product is a proxy that one run of the model in float gives for all of them: the error that its rounded
-operands make in its own output, relative to that output (the inverse of a signal-to-quantization-noise ratio). Products
-are ordered by loss per multiplication saved; how many of them go back to float is then decided by running the model,
-with the outputs of the original as the measure (Dong et al. 2019, "HAWQ", orders layers likewise, by curvature).
+The loss of a product is the distance of the model's outputs from what they were if it alone is rounded. One run in
+float gives what every product multiplies; its error is computed from that, and put into the model by an addition behind
+it: no model is built for a candidate. Losses of products nearly add up to that of all. Where even that takes too long,
+the error of the product itself, relative to its size, stands for it.
+
+Products are ordered by loss per multiplication saved; how many of them go back to float is then decided by running the
+rounded model, with the outputs of the original as the measure. (Dong et al. 2019, "HAWQ", orders layers likewise, by
+curvature.)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -16,17 +21,18 @@ import onnx_ir as ir
 
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.base import Pass
-from planish.optimizer.compare import Budget, compare
-from planish.optimizer.graph import location_of, sizes_of
+from planish.optimizer.compare import Budget, compare, divergence, visible_part
+from planish.optimizer.graph import location_of, rank_of, sizes_of, weight_bytes
 from planish.optimizer.instruments import Instrument, Step
 from planish.optimizer.lock import Product
-from planish.optimizer.observing import activations
-from planish.optimizer.program import Signature
+from planish.optimizer.program import Role, Signature, TensorSpec
 from planish.optimizer.quantizing import Quantizing, Site
-from planish.optimizer.reference import Reference, quick, thin
+from planish.optimizer.reference import Reference, size_of_case, thin
 
-_ROWS = 512
-"""Rows of an activation that a loss is estimated on, taken evenly."""
+_CASES = 3
+"""Of the smallest inputs, how many losses are found on."""
+_WORK = 5e11
+"""Bytes of weights that may be read to find the losses of all products; else they are estimated."""
 
 
 @dataclass(frozen=True)
@@ -37,54 +43,116 @@ class Loss:
     location: str
     noise: float
     """Squared error of its output, relative to the square of the output."""
+    effect: float | None
+    """Distance of the model's outputs; None if it was too much work."""
     weights: int
     """Elements of its matrix: multiplications saved for each token."""
 
     @property
     def price(self) -> float:
-        """Noise for each multiplication saved."""
-        return self.noise / self.weights
+        """Loss for each multiplication saved."""
+        return (self.noise if self.effect is None else self.effect) / self.weights
 
 
 def losses(
-    step: Quantizing, model: ir.Model, inputs: Sequence[Arrays], load: Callable[[ir.Model], Engine]
+    step: Quantizing,
+    model: ir.Model,
+    inputs: Sequence[Arrays],
+    load: Callable[[ir.Model], Engine],
+    signature: Signature,
 ) -> list[Loss]:
-    """The loss of every product that ``step`` can round in ``model``, the dearest first; one run for each input."""
+    """The loss of every product that ``step`` can round in ``model``, the dearest first."""
     sites = [site for site in step.candidates(model) if step.unready(site) is None]
-    heard = _activations(model, sites, inputs, load)
-    found = [
-        Loss(site.name, location_of(site.node), _noise(step, site, heard[site.data.name or ""]), _size(site))
-        for site in sites
-    ]
+    if not sites:
+        return []
+    cases = sorted(inputs, key=size_of_case)[:_CASES]
+    probe = _Probe(model, sites, load, signature)
+    seen = [probe.run(case) for case in cases]
+    traced = len(sites) * weight_bytes(model) <= _WORK
+    found = []
+    for site in sites:
+        errors, power = _errors(step, site, [one[site.data.name or ""] for one in seen])
+        noise = sum(float(np.square(error, dtype=np.float64).sum()) for error in errors) / power if power else 0.0
+        effects = [probe.effect(site, *one) for one in zip(cases, seen, errors, strict=True)] if traced else []
+        effect = _short(sum(effects) / len(effects)) if effects else None
+        found.append(Loss(site.name, location_of(site.node), _short(noise), effect, math.prod(sizes_of(site.tensor))))
     return sorted(found, key=lambda loss: (-loss.price, loss.product))
 
 
-def _size(site: Site) -> int:
-    rows, columns = sizes_of(site.tensor)
-    return rows * columns
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
-def _activations(
-    model: ir.Model, sites: Sequence[Site], inputs: Sequence[Arrays], load: Callable[[ir.Model], Engine]
-) -> dict[str, np.ndarray]:
-    """What each product multiplies, as rows, over all inputs."""
-    names = sorted({site.data.name or "" for site in sites})
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for rows in activations(model, names, inputs, load):
-        for name in names:
-            parts[name].append(rows[name])
-    return {name: _some(np.concatenate(own)) for name, own in parts.items()}
+def _errors(step: Quantizing, site: Site, data: Sequence[np.ndarray]) -> tuple[list[np.ndarray], float]:
+    """What rounding changes of a product for each input, and the square of all that it would be."""
+    matrix, rounded = site.tensor.numpy(), step.rounded(site)
+    wanted = [one @ matrix for one in data]
+    errors = [step.heard(site, one) @ rounded - right for one, right in zip(data, wanted, strict=True)]
+    return errors, sum(float(np.square(right, dtype=np.float64).sum()) for right in wanted)
 
 
-def _some(rows: np.ndarray) -> np.ndarray:
-    return rows[:: -(-len(rows) // _ROWS)]
+class _Probe:
+    """A model in float that shows what its products multiply, and takes an error for each of them."""
+
+    def __init__(
+        self, model: ir.Model, sites: Sequence[Site], load: Callable[[ir.Model], Engine], signature: Signature
+    ) -> None:
+        self._signature = signature
+        copy = model.clone()
+        nodes = {node.outputs[0].name: node for node in copy.graph}
+        self._quiet = {site.name: _take_error(copy.graph, nodes[site.node.outputs[0].name]) for site in sites}
+        shown = {value.name for value in copy.graph.outputs}
+        values = {value.name: value for node in copy.graph for value in node.outputs}
+        self._wanted = {site.data.name or "" for site in sites}
+        copy.graph.outputs.extend(values[name] for name in sorted(self._wanted - shown) if name in values)
+        self._engine = load(copy)
+
+    def run(self, case: Arrays, errors: Arrays | None = None) -> dict[str, np.ndarray]:
+        """Outputs, and what the products multiply; with an error behind some of them, by the product's name."""
+        given = {**self._quiet, **(errors or {})}
+        found = self._engine.run({**case, **{f"{name}{_ERROR}": array for name, array in given.items()}})
+        return found | {name: np.asarray(case[name], np.float32) for name in self._wanted if name in case}
+
+    def effect(self, site: Site, case: Arrays, right: Arrays, error: np.ndarray) -> float:
+        """Distance of the outputs if one product has this error: relative squared error, or for scores the mean
+        Kullback-Leibler divergence, summed over all outputs but the cache."""
+        found = self.run(case, {site.name: error})
+        return sum(
+            _distance(self._signature, tensor, case, right[tensor.name], found[tensor.name])
+            for tensor in self._signature.outputs
+            if tensor.role is not Role.CACHE
+        )
 
 
-def _noise(step: Quantizing, site: Site, data: np.ndarray) -> float:
-    wanted = data @ site.tensor.numpy()
-    error = step.heard(site, data) @ step.rounded(site) - wanted
-    power = float(np.square(wanted, dtype=np.float64).sum())
-    return float(f"{float(np.square(error, dtype=np.float64).sum()) / power:.3g}") if power else 0.0
+_ERROR = "_error"
+
+
+def _take_error(graph: ir.Graph, node: ir.Node) -> np.ndarray:
+    """Add an input of the graph to a product; returns what stands for no error."""
+    old = node.outputs[0]
+    rank = rank_of(old) or 2
+    error = ir.Value(name=f"{node.name or old.name}{_ERROR}", type=ir.TensorType(ir.DataType.FLOAT))
+    error.shape = ir.Shape([f"{error.name}_{axis}" for axis in range(rank)])
+    graph.inputs.append(error)
+    add = ir.node("Add", [old, error], name=f"{old.name}_with_error")
+    new = add.outputs[0]
+    new.shape, new.type = old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    add.replace_input_with(0, old)
+    old.name, new.name = f"{old.name}_right", old.name
+    graph.insert_after(node, add)
+    return np.zeros([1] * rank, np.float32)
+
+
+def _distance(signature: Signature, tensor: TensorSpec, case: Arrays, right: np.ndarray, found: np.ndarray) -> float:
+    mask = visible_part(signature, tensor, case, right)
+    visible = np.broadcast_to(True if mask is None else mask, right.shape)
+    if tensor.role is Role.LOGITS and right.ndim > 1 and right.shape[-1] > 1:
+        kept = visible.all(axis=-1)
+        return divergence(right[kept], found[kept]) if kept.any() else 0.0
+    wanted, got = right[visible].astype(np.float64), found[visible].astype(np.float64)
+    power = float(np.square(wanted).sum())
+    return float(np.square(got - wanted).sum()) / power if power else 0.0
 
 
 @dataclass
@@ -107,9 +175,10 @@ class Select(Instrument):
         pass_ = step.pass_
         if not isinstance(pass_, Quantizing) or pass_.skip:
             return
-        order = losses(pass_, step.model, self.reference().inputs, self.load)
+        order = losses(pass_, step.model, self.reference().inputs, self.load, self.signature)
         self.found[str(pass_)] = order
         count = self._fewest(pass_, step.model, order)
+        step.vetted = bool(order)
         if count:
             text = str(pass_)
             step.pass_ = replace(pass_, skip=tuple(sorted(loss.product for loss in order[:count])))
@@ -126,22 +195,12 @@ class Select(Instrument):
         return good
 
     def _holds(self, pass_: Quantizing, model: ir.Model, order: Sequence[Loss], count: int) -> bool:
-        """Whether the model stays within the budget with the ``count`` dearest products in float.
-
-        Over all cases, and over the few that single passes are checked with.
-        """
+        """Whether the model stays within the budget with the ``count`` dearest products in float."""
         tried = model.clone()
         replace(pass_, skip=tuple(loss.product for loss in order[:count]))(tried)
         engine, reference = self.load(tried), self.reference()
-        made = [thin(engine.run(case)) for case in reference.inputs]
-        few = [
-            index for index, case in enumerate(reference.inputs) if any(case is one for one in quick(reference.inputs))
-        ]
-        for kept in (range(len(made)), few):
-            inputs, wanted, got = ([row[i] for i in kept] for row in (reference.inputs, reference.outputs, made))
-            if self.budget.violations(compare(self.signature, inputs, wanted, got)):
-                return False
-        return True
+        made = (thin(engine.run(case)) for case in reference.inputs)
+        return not self.budget.violations(compare(self.signature, reference.inputs, reference.outputs, made))
 
     def products(self, component: str, applied: Sequence[Pass]) -> list[Product]:
         """What was measured, and what came of it in the passes that were applied."""

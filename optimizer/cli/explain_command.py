@@ -88,9 +88,16 @@ def _print_products(source: Path, only: str | None) -> None:
             title = f"{target}, {component}: {text} rounds {len(rounded)} of {len(own)} products, {share}"
             listed = own if text.partition("{")[0] == only else []
             forms = {True: "rounded", False: "float"}
-            rows = [(p.location, forms[p.rounded], f"{_decibels(p):.1f}", f"{p.weights / total:.1%}") for p in listed]
-            columns = ("product", "form", "signal over noise, dB", "share of weights")
+            rows = [
+                (p.location, forms[p.rounded], _effect(p), f"{_decibels(p):.1f}", f"{p.weights / total:.1%}")
+                for p in listed
+            ]
+            columns = ("product", "form", "moves the outputs by", "signal over noise, dB", "share of weights")
             click.echo(title) if not rows else print_table(title, columns, rows)
+
+
+def _effect(product: Product) -> str:
+    return "not measured" if product.effect is None else f"{product.effect:.1e}"
 
 
 def _decibels(product: Product) -> float:
