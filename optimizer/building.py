@@ -232,7 +232,10 @@ class Builder:
         first: list[Instrument] = self._tuning(target, component) if undo else []
         first.append(self._observing(target, component))
         first += self._selecting(target, component, pipeline, share) if undo else []
-        return self._run(component, model, pipeline, undo=undo, first=first)
+        outcome = self._run(component, model, pipeline, undo=undo, first=first)
+        for select in (watcher for watcher in first if isinstance(watcher, Select)):
+            select.outcomes.append(outcome)
+        return outcome
 
     def _observing(self, target: Backend, component: str) -> Observe:
         """What lets passes see activations."""
@@ -258,12 +261,8 @@ class Builder:
     def _products(self, target: Backend, engine: Contender | None) -> list[Product]:
         """What quantizing passes chose among, in every component, and what is rounded in an engine (none: nothing)."""
         outcomes = {} if engine is None else engine.outcomes
-        return [
-            one
-            for (name, component, _), select in self.selections.items()
-            if name == target.name
-            for one in select.products(component, outcomes[component].applied.passes if component in outcomes else ())
-        ]
+        selected = [(part, one) for (name, part, _), one in self.selections.items() if name == target.name]
+        return [product for part, one in selected for product in one.products(part, outcomes.get(part))]
 
     def _tuning(self, target: Backend, component: str) -> list[Instrument]:
         """What gives passes the options that the target runs fastest at the shapes asked for, if there is a profile."""
@@ -277,7 +276,11 @@ class Builder:
     def _run_further(self, component: str, outcome: Outcome, extra: Pipeline) -> Outcome:
         """Go on with a copy of what a pipeline made of a component."""
         found = self._run(component, outcome.model.clone(), extra, undo=True)
-        return Outcome(found.model, [*outcome.reports, *found.reports])
+        further = Outcome(found.model, [*outcome.reports, *found.reports])
+        for select in self.selections.values():
+            if any(one is outcome for one in select.outcomes):
+                select.outcomes.append(further)
+        return further
 
     def _run(
         self, component: str, model: ir.Model, pipeline: Pipeline, *, undo: bool, first: Sequence[Instrument] = ()

@@ -106,17 +106,19 @@ class Range(Observation):
 
 
 class Channels(Observation):
-    """Each channel (entry of a row) by itself: largest magnitude, mean, and mean magnitude."""
+    """Each channel (entry of a row) by itself: extremes, mean, mean magnitude and mean square."""
 
     def __init__(self, width: int) -> None:
-        self.largest = np.zeros(width, np.float32)
-        self._sum = np.zeros(width, np.float64)
-        self._magnitude = np.zeros(width, np.float64)
+        self.low = np.zeros(width, np.float32)
+        """Smallest entry, or zero."""
+        self.high = np.zeros(width, np.float32)
+        """Largest entry, or zero."""
+        self._sums = np.zeros((3, width), np.float64)
 
     @classmethod
     def size(cls, width: int) -> int:
-        """Three numbers a channel."""
-        return 20 * width
+        """Five numbers a channel."""
+        return 32 * width
 
     @classmethod
     def of_width(cls, width: int) -> Self:
@@ -127,21 +129,34 @@ class Channels(Observation):
 
     def add(self, rows: np.ndarray) -> None:
         """Take in rows."""
-        size = np.abs(rows)
         self.rows += len(rows)
-        self.largest = np.maximum(self.largest, size.max(axis=0, initial=0))
-        self._sum += rows.sum(axis=0, dtype=np.float64)
-        self._magnitude += size.sum(axis=0, dtype=np.float64)
+        self.low = np.minimum(self.low, rows.min(axis=0, initial=0))
+        self.high = np.maximum(self.high, rows.max(axis=0, initial=0))
+        for index, part in enumerate((rows, np.abs(rows), np.square(rows))):
+            self._sums[index] += part.sum(axis=0, dtype=np.float64)
+
+    @property
+    def largest(self) -> np.ndarray:
+        """Largest magnitude of each channel, float32."""
+        return np.maximum(-self.low, self.high)
 
     @property
     def mean(self) -> np.ndarray:
         """Mean of each channel, float32."""
-        return np.asarray(self._sum / max(self.rows, 1), np.float32)
+        return self._mean(0)
 
     @property
     def magnitude(self) -> np.ndarray:
         """Mean magnitude of each channel, float32."""
-        return np.asarray(self._magnitude / max(self.rows, 1), np.float32)
+        return self._mean(1)
+
+    @property
+    def square(self) -> np.ndarray:
+        """Mean square of each channel, float32."""
+        return self._mean(2)
+
+    def _mean(self, index: int) -> np.ndarray:
+        return np.asarray(self._sums[index] / max(self.rows, 1), np.float32)
 
 
 class Gram(Observation):

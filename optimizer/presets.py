@@ -46,15 +46,16 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
 
 `fast` quantizes the head of a language model, so that its embedding has no second copy to share."""
 
-_SMOOTH = "smooth-activations{anywhere=true strength=0.8}"
-_STATIC = "quantize-int8{activations=static range=average correct_bias=true}"
+_SMOOTH = "smooth-activations{anywhere=true}"
+_STATIC = "quantize-int8{activations=static range=average method=gptq correct_bias=true}"
 
 CALIBRATED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "fast": {
         "onnxruntime": (
-            f"{_SHARED},{_SMOOTH},pack-projections,legalize-onnxruntime,{_STATIC},use-matmul-integer-to-float,{_LAST}",
+            f"{_SHARED},{_SMOOTH},pack-projections,legalize-onnxruntime,{_STATIC},quantize-int8,"
+            f"use-matmul-integer-to-float,{_LAST}",
         ),
-        "openvino": (f"{_SHARED},{_SMOOTH},{_OPENVINO},{_STATIC},{_LAST}",),
+        "openvino": (f"{_SHARED},{_SMOOTH},{_OPENVINO},{_STATIC},quantize-int8{{activations=runtime}},{_LAST}",),
     },
 }
 """What is tried instead of the pipeline of a preset if there are calibration data, and kept where that is faster.

@@ -20,11 +20,11 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.backend import Arrays, Engine
-from planish.optimizer.base import Pass
 from planish.optimizer.compare import Budget, compare, divergence, visible_part
 from planish.optimizer.graph import location_of, rank_of, sizes_of, weight_bytes
 from planish.optimizer.instruments import Instrument, Step
 from planish.optimizer.lock import Product
+from planish.optimizer.pipeline import Outcome
 from planish.optimizer.program import Role, Signature, TensorSpec
 from planish.optimizer.quantizing import Quantizing, Site
 from planish.optimizer.reference import Reference, size_of_case, thin
@@ -130,9 +130,9 @@ _ERROR = "_error"
 def _take_error(graph: ir.Graph, node: ir.Node) -> np.ndarray:
     """Add an input of the graph to a product; returns what stands for no error."""
     old = node.outputs[0]
-    rank = rank_of(old) or 2
+    rank = rank_of(old)
     error = ir.Value(name=f"{node.name or old.name}{_ERROR}", type=ir.TensorType(ir.DataType.FLOAT))
-    error.shape = ir.Shape([f"{error.name}_{axis}" for axis in range(rank)])
+    error.shape = None if rank is None else ir.Shape([f"{error.name}_{axis}" for axis in range(rank)])
     graph.inputs.append(error)
     add = ir.node("Add", [old, error], name=f"{old.name}_with_error")
     new = add.outputs[0]
@@ -141,7 +141,7 @@ def _take_error(graph: ir.Graph, node: ir.Node) -> np.ndarray:
     add.replace_input_with(0, old)
     old.name, new.name = f"{old.name}_right", old.name
     graph.insert_after(node, add)
-    return np.zeros([1] * rank, np.float32)
+    return np.zeros([1] * (rank or 1), np.float32)
 
 
 def _distance(signature: Signature, tensor: TensorSpec, case: Arrays, right: np.ndarray, found: np.ndarray) -> float:
@@ -169,6 +169,8 @@ class Select(Instrument):
     load: Callable[[ir.Model], Engine]
     found: dict[str, list[Loss]] = field(default_factory=dict)
     """What was measured, by the text of the pass without the products to skip."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    """What came of the pipelines that it watched."""
 
     def before(self, step: Step) -> None:
         """Try with none skipped first, then look for the fewest."""
@@ -202,8 +204,10 @@ class Select(Instrument):
         made = (thin(engine.run(case)) for case in reference.inputs)
         return not self.budget.violations(compare(self.signature, reference.inputs, reference.outputs, made))
 
-    def products(self, component: str, applied: Sequence[Pass]) -> list[Product]:
-        """What was measured, and what came of it in the passes that were applied."""
+    def products(self, component: str, outcome: Outcome | None) -> list[Product]:
+        """What was measured, and what is rounded of it in an outcome: nothing if that is not of its own making."""
+        ours = outcome if any(one is outcome for one in self.outcomes) else None
+        applied = [] if ours is None else ours.applied.passes
         skipped = {str(replace(one, skip=())): set(one.skip) for one in applied if isinstance(one, Quantizing)}
         return [
             Product(

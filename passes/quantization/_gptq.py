@@ -8,15 +8,44 @@ in order of how strong their channel is, and scales of blocks are found beforeha
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal, cast
 
 import numpy as np
 
-from planish.passes.quantization._rounding import Blocks, limits
+from planish.optimizer.observations import Gram, seen
+from planish.optimizer.quantizing import Site
+from planish.passes.quantization._rounding import Blocks, blocks_of, limits
+
+AnyMethod = Literal["nearest", "mse", "hqq", "gptq"]
 
 _DAMPING = 0.01
 """Share of the mean of the diagonal that is added to it."""
 _STRIP = 128
 """Rows whose errors are handed on together."""
+
+
+def unready(site: Site, method: AnyMethod) -> str | None:
+    """Why a matrix cannot be rounded in a way; nothing if it can."""
+    if method != "gptq":
+        return None
+    found = seen(site.data, Gram)
+    if found is None:
+        return "nothing was seen of its activation: gptq needs calibration data"
+    return None if np.isfinite(found.matrix).all() else "its activation holds NaN or infinity"
+
+
+def blocks_for(site: Site, bits: int, block: int, *, symmetric: bool, method: AnyMethod) -> Blocks:
+    """Scales and, for gptq, integers of a matrix; kept beside it, since they are asked for in every trial."""
+    key = f"blocks {bits} {block} {symmetric} {method}"
+    if key not in site.weight.meta:
+        site.weight.meta[key] = _found(site, bits, block, symmetric=symmetric, method=method)
+    return cast("Blocks", site.weight.meta[key])
+
+
+def _found(site: Site, bits: int, block: int, *, symmetric: bool, method: AnyMethod) -> Blocks:
+    matrix, gram = site.tensor.numpy(), seen(site.data, Gram)
+    scaled = blocks_of(matrix, bits, block, symmetric=symmetric, method="mse" if method == "gptq" else method)
+    return gptq(matrix, gram.mean, scaled) if method == "gptq" and gram is not None else scaled
 
 
 def gptq(matrix: np.ndarray, gram: np.ndarray, found: Blocks) -> Blocks:

@@ -29,11 +29,12 @@ import onnx_ir as ir
 
 from planish.optimizer.base import Wish
 from planish.optimizer.graph import NAME_SCOPES, add_initializer, sizes_of
-from planish.optimizer.observations import Range, seen
+from planish.optimizer.observations import Gram, Observation, Range, seen
 from planish.optimizer.quantizing import Quantizing, Site
 from planish.optimizer.tensors import lazy
+from planish.passes.quantization._gptq import blocks_for, unready
 from planish.passes.quantization._ranges import RangeMethod, Steps, steps_for
-from planish.passes.quantization._rounding import Blocks, blocks_of
+from planish.passes.quantization._rounding import Blocks
 
 _LEVELS = 127
 _ZERO_POINT = 128
@@ -65,22 +66,25 @@ class QuantizeInt8(Quantizing):
     reduced: bool = False
     """Give weights 7 bits: on x86 without VNNI two products of 8 bits overflow the 16 bits that they are added in."""
 
-    method: Literal["nearest", "mse"] = "nearest"
-    """How the scale of a column is found: `nearest` keeps its whole range, `mse` the share with the least error."""
+    method: Literal["nearest", "mse", "gptq"] = "nearest"
+    """How a column is rounded: `nearest` keeps its whole range, `mse` the share with the least error; `gptq` chooses
+    integers that keep the products with calibration data instead of the matrix itself."""
 
     def wishes(self, model: ir.Model) -> Sequence[Wish]:
-        """The range of each activation, if scales are to be fixed."""
-        fixed = self.candidates(model) if self.activations == "static" else []
-        return [*super().wishes(model), *(Wish(site.data, Range) for site in fixed)]
+        """The range of each activation if scales are to be fixed, what products depend on for gptq."""
+        kinds: list[type[Observation]] = [Range] if self.activations == "static" else []
+        kinds += [Gram] if self.method == "gptq" else []
+        sites = self.candidates(model) if kinds else []
+        return [*super().wishes(model), *(Wish(site.data, kind) for site in sites for kind in kinds)]
 
     def unready(self, site: Site) -> str | None:
-        """Why a fixed scale cannot be given."""
+        """Why a fixed scale cannot be given, or gptq cannot be done."""
         if self.activations != "static":
-            return None
+            return unready(site, self.method)
         found = seen(site.data, Range)
         if found is None:
             return "nothing was seen of its activation: fixed scales need calibration data"
-        return None if found.finite else "its activation holds NaN or infinity"
+        return unready(site, self.method) if found.finite else "its activation holds NaN or infinity"
 
     def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
         """Write the integer form of each product."""
@@ -90,8 +94,7 @@ class QuantizeInt8(Quantizing):
 
     def rounded(self, site: Site) -> np.ndarray:
         """The matrix as products will see it."""
-        matrix = site.tensor.numpy()
-        return self.columns(matrix).restored(matrix)
+        return self.columns(site).restored(site.tensor.numpy())
 
     def heard(self, site: Site, data: np.ndarray) -> np.ndarray:
         """An activation as products will see it: in fixed steps, or in those of each row's or the tensor's largest."""
@@ -101,9 +104,10 @@ class QuantizeInt8(Quantizing):
         step = np.maximum(np.abs(data).max(axis=over, keepdims=True), _TINY) / _LEVELS
         return np.asarray(np.rint(data / step) * step, np.float32)
 
-    def columns(self, matrix: np.ndarray) -> Blocks:
+    def columns(self, site: Site) -> Blocks:
         """Scales of the columns of a matrix."""
-        return blocks_of(matrix, 7 if self.reduced else 8, matrix.shape[0], symmetric=True, method=self.method)
+        bits, rows = 7 if self.reduced else 8, sizes_of(site.tensor)[0]
+        return blocks_for(site, bits, rows, symmetric=True, method=self.method)
 
     def steps(self, site: Site) -> Steps:
         """The fixed steps of an activation that was seen."""
@@ -130,7 +134,7 @@ class _Writer:
     def rewrite(self, site: Site) -> None:
         """Replace one product."""
         node, data = site.node, site.data
-        stored, scale = self._stored(site.weight)
+        stored, scale = self._stored(site)
         if self.options.activations in ("runtime", "static"):
             real = self._add(node, "weight", "DequantizeLinear", [stored, scale], {"axis": 1}, shape=site.weight.shape)
             node.replace_input_with(1, real)
@@ -154,20 +158,16 @@ class _Writer:
         old.name = f"{old_name}_float"
         product.name = old_name
 
-    def _stored(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _stored(self, site: Site) -> tuple[ir.Value, ir.Value]:
         """The matrix in int8 and its scales, one per column."""
-        if id(weight) not in self.weights:
-            tensor = weight.const_value
-            if tensor is None:
-                raise ValueError(f"{weight.name!r} has no values")
-            blocks, name = self.options.columns(tensor.numpy()), weight.name or ""
-            scale = blocks.scale[0]
+        if id(site.weight) not in self.weights:
+            tensor, blocks, name = site.tensor, self.options.columns(site), site.weight.name or ""
             int8 = lazy(lambda: blocks.integers(tensor.numpy()), ir.DataType.INT8, sizes_of(tensor), f"{name}_int8")
-            self.weights[id(weight)] = (
+            self.weights[id(site.weight)] = (
                 add_initializer(self.graph, f"{name}_int8", int8),
-                add_initializer(self.graph, f"{name}_scale", scale),
+                add_initializer(self.graph, f"{name}_scale", blocks.scale[0]),
             )
-        return self.weights[id(weight)]
+        return self.weights[id(site.weight)]
 
     def _channel_scale(self, scale: ir.Value) -> ir.Value:
         """Scales of the columns; for rows in [-1, 1] also the size of one step."""

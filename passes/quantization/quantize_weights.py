@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -20,11 +20,11 @@ from pydantic import AfterValidator
 
 from planish.optimizer.base import Wish
 from planish.optimizer.graph import NAME_SCOPES, add_initializer, sizes_of
-from planish.optimizer.observations import Gram, seen
+from planish.optimizer.observations import Gram
 from planish.optimizer.quantizing import Quantizing, Site, one_of
 from planish.optimizer.tensors import lazy
-from planish.passes.quantization._gptq import gptq
-from planish.passes.quantization._rounding import Blocks, blocks_of
+from planish.passes.quantization._gptq import AnyMethod, blocks_for, unready
+from planish.passes.quantization._rounding import Blocks
 
 _TYPES = {
     (4, True): (ir.DataType.INT4, ml_dtypes.int4),
@@ -49,7 +49,7 @@ class QuantizeWeights(Quantizing):
     symmetric: bool = True
     """Whether ranges are symmetric around zero; else each block has a zero point as well."""
 
-    method: Literal["nearest", "mse", "hqq", "gptq"] = "mse"
+    method: AnyMethod = "mse"
     """How scales are found: `nearest` keeps the whole range, `mse` the share of it with the least error, `hqq` (with
     zero points) weighs large errors less. `gptq` takes those of `mse`, and chooses integers that keep the products
     with calibration data instead of the matrix itself."""
@@ -61,12 +61,7 @@ class QuantizeWeights(Quantizing):
 
     def unready(self, site: Site) -> str | None:
         """Why gptq cannot be done."""
-        if self.method != "gptq":
-            return None
-        found = seen(site.data, Gram)
-        if found is None:
-            return "nothing was seen of its activation: gptq needs calibration data"
-        return None if np.isfinite(found.matrix).all() else "its activation holds NaN or infinity"
+        return unready(site, self.method)
 
     def obstacle(self, site: Site) -> str | None:
         """Why a matrix cannot be cut into blocks."""
@@ -86,17 +81,7 @@ class QuantizeWeights(Quantizing):
         return self._blocks(site).restored(site.tensor.numpy())
 
     def _blocks(self, site: Site) -> Blocks:
-        """Scales and, for gptq, integers; kept beside the matrix, since they are asked for in every trial."""
-        key = f"{self.name}{self.bits, self.block, self.symmetric, self.method}"
-        if key not in site.weight.meta:
-            site.weight.meta[key] = self._found(site)
-        return cast("Blocks", site.weight.meta[key])
-
-    def _found(self, site: Site) -> Blocks:
-        matrix, gram = site.tensor.numpy(), seen(site.data, Gram)
-        method = "mse" if self.method == "gptq" else self.method
-        blocks = blocks_of(matrix, self.bits, self.block, symmetric=self.symmetric, method=method)
-        return gptq(matrix, gram.mean, blocks) if self.method == "gptq" and gram is not None else blocks
+        return blocks_for(site, self.bits, self.block, symmetric=self.symmetric, method=self.method)
 
     def _stored(self, graph: ir.Graph, site: Site) -> ir.Value:
         tensor, name = site.tensor, site.weight.name or ""

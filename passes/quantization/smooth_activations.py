@@ -32,7 +32,9 @@ from planish.passes.quantization._rounding import blocks_of
 
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _RATIOS = np.linspace(0, 1, 21)
-"""Exponents that a search tries."""
+"""Exponents that are tried."""
+_WORTH = 0.8
+"""Share of the error that must be left at most for a Mul, or another matrix, to be worth it."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,10 @@ class SmoothActivations(Pass):
 
     name: ClassVar[str] = "smooth-activations"
 
-    method: Literal["balance", "search"] = "balance"
-    """`balance` lets activations and weights share the difference (SmoothQuant); `search` takes the power of the
-    channels' mean magnitude that leaves the least error once weights are rounded in blocks (AWQ)."""
+    method: Literal["fit", "balance", "search"] = "fit"
+    """`balance` lets activations and weights share the difference (SmoothQuant); `fit` does so too, and finds for each
+    activation the strength that should leave the least error once both have 8 bits; `search` takes the power of the
+    channels' mean magnitude that leaves the least error once weights alone are rounded, in blocks (AWQ)."""
 
     strength: Annotated[float, Ge(0), Le(1)] = 0.5
     """For `balance`: how much of the difference goes into the weights; 0 nothing, 1 all of it."""
@@ -59,7 +62,7 @@ class SmoothActivations(Pass):
 
     def wishes(self, model: ir.Model) -> Sequence[Wish]:
         """Each channel's magnitudes, and for a search what the error depends on."""
-        kinds = (Channels,) if self.method == "balance" else (Channels, Gram)
+        kinds = (Channels, Gram) if self.method == "search" else (Channels,)
         return [Wish(sites[0].data, kind) for sites in _groups(model) for kind in kinds]
 
     def call(self, model: ir.Model) -> PassResult:
@@ -88,11 +91,12 @@ class SmoothActivations(Pass):
             return "a matrix is read by something else as well"
         if not self.anywhere and _taker(sites) is None:
             return "nothing in front of its products can take a scale in"
-        return None
+        return "its channels are even enough" if self.method == "fit" and self._scale(sites) is None else None
 
     def _rewrite(self, graph: ir.Graph, sites: Sequence[Site]) -> None:
-        scale = self._scale(sites)
-        taker = _taker(sites)
+        scale, taker = self._scale(sites), _taker(sites)
+        if scale is None:
+            return
         if taker is None:
             _insert(graph, sites, scale)
         else:
@@ -101,18 +105,20 @@ class SmoothActivations(Pass):
         for site in sites:
             _scale_operand(graph, site.node, 1, scale[:, None])
 
-    def _scale(self, sites: Sequence[Site]) -> np.ndarray:
-        """One number for each channel, which the weights are multiplied by."""
+    def _scale(self, sites: Sequence[Site]) -> np.ndarray | None:
+        """One number for each channel, which the weights are multiplied by; None if nothing is to be won."""
         channels, gram = seen(sites[0].data, Channels), seen(sites[0].data, Gram)
         if channels is None:
             raise ValueError(f"{sites[0].data.name!r} was not seen")
-        if self.method == "balance":
-            rows = np.max([np.abs(site.tensor.numpy()).max(axis=1) for site in sites], axis=0)
-            return _balanced(channels.largest, rows, self.strength)
         matrices = [site.tensor.numpy() for site in sites]
-        mean = np.eye(len(channels.magnitude)) if gram is None else gram.mean
-        tried = [_balanced(channels.magnitude, np.ones_like(channels.magnitude), ratio) for ratio in _RATIOS]
-        return min(tried, key=lambda scale: sum(self._error(matrix, scale, mean) for matrix in matrices))
+        if self.method == "search":
+            mean = np.eye(len(channels.magnitude)) if gram is None else gram.mean
+            tried = [_balanced(channels.magnitude, np.ones_like(channels.magnitude), ratio) for ratio in _RATIOS]
+            return min(tried, key=lambda scale: sum(self._error(matrix, scale, mean) for matrix in matrices))
+        rows = np.max([np.abs(matrix).max(axis=1) for matrix in matrices], axis=0)
+        if self.method == "balance":
+            return _balanced(channels.largest, rows, self.strength)
+        return _fitted(channels, rows, matrices)
 
     def _error(self, matrix: np.ndarray, scale: np.ndarray, gram: np.ndarray) -> float:
         """Squared error of the products if the scaled matrix is rounded."""
@@ -120,6 +126,29 @@ class SmoothActivations(Pass):
         rounded = blocks_of(scaled, self.bits, self.block, symmetric=True, method="nearest").restored(scaled)
         error = rounded / scale[:, None] - matrix
         return float((error * (gram.astype(np.float32) @ error)).sum())
+
+
+def _fitted(channels: Channels, rows: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray | None:
+    """The scale of the strength that should leave the least error in 8 bits; None if it is little better than none."""
+    tried = [_balanced(channels.largest, rows, strength) for strength in _RATIOS]
+    best = min(tried, key=lambda scale: _expected(channels, scale, matrices))
+    plain = _expected(channels, np.ones_like(best), matrices)
+    return best if _expected(channels, best, matrices) < _WORTH * plain else None
+
+
+def _expected(channels: Channels, scale: np.ndarray, matrices: Sequence[np.ndarray]) -> float:
+    """Expected squared error of products with an activation in 256 fixed steps and columns in 255.
+
+    An entry that is rounded to steps of a size is off by a twelfth of its square in the mean.
+    """
+    step = float((channels.high / scale).max() - (channels.low / scale).min()) / 255
+    power = float((channels.square / np.square(scale)).sum())
+    error = 0.0
+    for matrix in matrices:
+        scaled = matrix * scale[:, None]
+        error += step**2 * float(np.square(scaled).sum()) / 12
+        error += power * float(np.square(np.abs(scaled).max(axis=0) / 127).sum()) / 12
+    return error
 
 
 def _balanced(activation: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:

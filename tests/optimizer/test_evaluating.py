@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_an_engine_that_scores_too_low_is_not_shipped(
         "print(2 if b'_int8' in b''.join(f.read_bytes() for f in place.glob('*.onnx')) else 1)\n"
     )
     monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 1, 1, 1, 1), Timing(1, 2, 2, 2, 1)])
-    options = {"pipeline": "quantize-int8{minimum=1}", "evaluate": f"{sys.executable} {script}"}
+    options: Any = {"pipeline": "quantize-int8{minimum=1}", "evaluate": f"{sys.executable} {script}"}
     kept = optimize(tiny, tmp_path / "kept", keep=["score>=2x"], **options)
     found = kept.manifest.targets["onnxruntime"].comparison
     assert found["own measure.engine"] == {"score": 2, "score_ratio": 2}
