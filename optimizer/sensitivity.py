@@ -24,7 +24,7 @@ from planish.optimizer.compare import Budget, compare, divergence, visible_part
 from planish.optimizer.graph import location_of, rank_of, sizes_of, weight_bytes
 from planish.optimizer.instruments import Instrument, Step
 from planish.optimizer.lock import Product
-from planish.optimizer.pipeline import Outcome
+from planish.optimizer.pipeline import Outcome, Pipeline
 from planish.optimizer.program import Role, Signature, TensorSpec
 from planish.optimizer.quantizing import Quantizing, Site
 from planish.optimizer.reference import Reference, size_of_case, thin
@@ -173,33 +173,43 @@ class Select(Instrument):
     """What came of the pipelines that it watched."""
 
     def before(self, step: Step) -> None:
-        """Try with none skipped first, then look for the fewest."""
+        """Find the fewest products to skip, and write them into the pass."""
         pass_ = step.pass_
         if not isinstance(pass_, Quantizing) or pass_.skip:
             return
         order = losses(pass_, step.model, self.reference().inputs, self.load, self.signature)
         self.found[str(pass_)] = order
-        count = self._fewest(pass_, step.model, order)
+        count = self._fewest(pass_, step.model, order, _that_round(step.rest))
         step.vetted = bool(order)
         if count:
             text = str(pass_)
             step.pass_ = replace(pass_, skip=tuple(sorted(loss.product for loss in order[:count])))
             step.rest = str(step.pass_) + step.rest.removeprefix(text)
 
-    def _fewest(self, pass_: Quantizing, model: ir.Model, order: Sequence[Loss]) -> int:
-        """The least number of products to skip, by bisection: fewer rounded products are taken to be closer."""
-        if not order or self._holds(pass_, model, order, 0):
+    def _fewest(self, pass_: Quantizing, model: ir.Model, order: Sequence[Loss], later: Sequence[Quantizing]) -> int:
+        """The least number of products to skip, by bisection: fewer rounded products are taken to be closer.
+
+        What is skipped shall be rounded by the passes behind, if the budget has room for that.
+        """
+        everything = len(order)
+        if not everything or self._holds(pass_, model, order, 0, later):
             return 0
-        bad, good = 0, len(order)
+        later = later if self._holds(pass_, model, order, everything, later) else []
+        if not later and self._holds(pass_, model, order, 0):
+            return 0
+        bad, good = 0, everything
         while good - bad > 1:
             middle = (bad + good) // 2
-            bad, good = (bad, middle) if self._holds(pass_, model, order, middle) else (middle, good)
+            bad, good = (bad, middle) if self._holds(pass_, model, order, middle, later) else (middle, good)
         return good
 
-    def _holds(self, pass_: Quantizing, model: ir.Model, order: Sequence[Loss], count: int) -> bool:
-        """Whether the model stays within the budget with the ``count`` dearest products in float."""
+    def _holds(
+        self, pass_: Quantizing, model: ir.Model, order: Sequence[Loss], count: int, later: Sequence[Quantizing] = ()
+    ) -> bool:
+        """Whether the model stays within the budget if the ``count`` dearest products are left to ``later`` passes."""
         tried = model.clone()
-        replace(pass_, skip=tuple(loss.product for loss in order[:count]))(tried)
+        for one in (replace(pass_, skip=tuple(loss.product for loss in order[:count])), *later):
+            one(tried)
         engine, reference = self.load(tried), self.reference()
         made = (thin(engine.run(case)) for case in reference.inputs)
         return not self.budget.violations(compare(self.signature, reference.inputs, reference.outputs, made))
@@ -219,6 +229,11 @@ class Select(Instrument):
             for text, found in self.found.items()
             for loss in found
         ]
+
+
+def _that_round(rest: str) -> list[Quantizing]:
+    """The quantizing passes behind the first of a pipeline."""
+    return [one for one in Pipeline.parse(rest).passes[1:] if isinstance(one, Quantizing)]
 
 
 def tightened(budget: Budget, share: float) -> Budget:
