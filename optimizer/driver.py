@@ -41,6 +41,7 @@ from planish.optimizer.lowering.tokenizer import load_tokenizer
 from planish.optimizer.manifest import MEASUREMENTS, Manifest
 from planish.optimizer.output import holding_interrupts, staged_file, staged_folder
 from planish.optimizer.profile import Profile, host_of
+from planish.optimizer.program import Signature
 from planish.optimizer.reference import Reference, References, make_inputs, make_prompts, noise_floor
 from planish.optimizer.rehearsal import Rehearsal
 from planish.optimizer.report import write_report
@@ -236,7 +237,7 @@ def _batches(
     found: dict[str, Callable[[], Iterable[Arrays]]] = {n: functools.partial(iter, own) for n, own in made.items()}
     first, signature = next(iter(signatures.items()))
     if data is not None:
-        found[first] = functools.partial(data.batches, signature, _tokenizer(lowered))
+        found[first] = functools.partial(_given, data, signature, _tokenizer(lowered), made[first][-1])
     if lowered.program.generates and references is not None:
         rehearsal = Rehearsal(lowered.program.components, registry.backend(CHECKER).load)
         if signature.cached and data is None:
@@ -244,6 +245,16 @@ def _batches(
         for name in [name for name in signatures if name != first]:
             found[name] = functools.partial(_overheard, rehearsal, name, found[first], references)
     return found
+
+
+def _given(data: Samples, signature: Signature, tokenizer: Any | None, longest: Arrays) -> Iterable[Arrays]:
+    """The user's data, and the longest input that there is with their tokens in it: engines are asked for that too."""
+    kept: list[Arrays] = []
+    for batch in data.batches(signature, tokenizer):
+        if sum(case[next(iter(case))].size for case in kept) < longest[next(iter(longest))].size:
+            kept.append(batch)
+        yield batch
+    yield one_behind_the_other(kept, longest, signature)
 
 
 def _origin(lowered: Lowered, data: Samples | None) -> str:

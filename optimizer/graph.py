@@ -15,6 +15,8 @@ NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 FINITE_MASK = "planish.finite_mask"
 """Metadata key of an Attention whose mask holds finite numbers only: no query sees nothing, and no result is NaN."""
+IN_FLOAT = "planish.in_float"
+"""Metadata key of a product that shall not be rounded: it has the channels that stand out."""
 SPELLED_OUT = "planish.spelled_out"
 """Metadata key of nodes that stand for one operator because a target runs them faster; the pass that wrote them."""
 

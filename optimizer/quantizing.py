@@ -12,7 +12,15 @@ import onnx_ir as ir
 from annotated_types import Ge
 
 from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
-from planish.optimizer.graph import add_initializer, constant_of, is_weight_matrix, location_of, rank_of, sole_user
+from planish.optimizer.graph import (
+    IN_FLOAT,
+    add_initializer,
+    constant_of,
+    is_weight_matrix,
+    location_of,
+    rank_of,
+    sole_user,
+)
 from planish.optimizer.observations import Channels, seen
 
 
@@ -120,6 +128,8 @@ class Quantizing(Pass):
 
     def _misfit(self, site: Site) -> str | None:
         """Why this matrix cannot be rounded, or is not worth it."""
+        if IN_FLOAT in site.node.metadata_props:
+            return "it multiplies the channels that stand out"
         if site.tensor.dtype is not ir.DataType.FLOAT:
             return f"its matrix is {site.tensor.dtype}, not FLOAT"
         if site.tensor.size < self.minimum:
@@ -140,6 +150,15 @@ def site_of(node: ir.Node) -> Site | None:
     if data is None or weight is None or not is_weight_matrix(weight) or weight.const_value is None:
         return None
     return Site(node, data, weight, weight.const_value)
+
+
+def sites_by_data(model: ir.Model) -> list[list[Site]]:
+    """Products with constant float matrices by the activation that they read."""
+    found: dict[int, list[Site]] = {}
+    for site in filter(None, map(site_of, products_of(model))):
+        if IN_FLOAT not in site.node.metadata_props and site.tensor.dtype is ir.DataType.FLOAT:
+            found.setdefault(id(site.data), []).append(site)
+    return list(found.values())
 
 
 def _bias_of(site: Site) -> tuple[ir.Node, int] | None:

@@ -37,6 +37,7 @@ PASSES = {
         ("quantization", "quantize-weights", "QuantizeWeights"),
         ("quantization", "rotate-residual", "RotateResidual"),
         ("quantization", "smooth-activations", "SmoothActivations"),
+        ("quantization", "split-outliers", "SplitOutliers"),
     )
 }
 """Name of each pass -> `module:Class`, read through the entry point `planish.passes`."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from planish.optimizer.observations import BINS, Range
+from planish.optimizer.observations import BINS, Channels, Range
 
 RangeMethod = Literal["minmax", "average", "percentile", "entropy", "mse"]
 _PERCENT = 99.99
@@ -101,3 +102,20 @@ def _divergence(seen: Range, low: float, high: float, *, signed: bool) -> float:
     true, coarse = true / true.sum(), (coarse + 1e-12) / (coarse + 1e-12).sum()
     inside = true > 0
     return float((true[inside] * np.log(true[inside] / coarse[inside])).sum())
+
+
+def expected_error(channels: Channels, scale: np.ndarray, matrices: Sequence[np.ndarray]) -> float:
+    """Expected squared error of products with an activation in 256 fixed steps and columns in 255.
+
+    Channels are divided by ``scale``, rows multiplied by it; a channel whose scale is zero is left out. An entry that
+    is rounded to steps of a size is off by a twelfth of its square in the mean.
+    """
+    inverse = np.divide(1, scale, where=scale > 0, out=np.zeros_like(scale))
+    step = float((channels.high * inverse).max() - (channels.low * inverse).min()) / 255
+    power = float((channels.square * np.square(inverse)).sum())
+    error = 0.0
+    for matrix in matrices:
+        scaled = matrix * scale[:, None]
+        error += step**2 * float(np.square(scaled).sum()) / 12
+        error += power * float(np.square(np.abs(scaled).max(axis=0) / 127).sum()) / 12
+    return error

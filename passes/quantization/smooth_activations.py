@@ -26,8 +26,9 @@ from pydantic import AfterValidator
 from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
 from planish.optimizer.graph import NAME_SCOPES, add_initializer, constant_of, location_of, rank_of, sizes_of, sole_user
 from planish.optimizer.observations import Channels, Gram, seen
-from planish.optimizer.quantizing import Site, one_of, products_of, site_of
+from planish.optimizer.quantizing import Site, one_of, site_of, sites_by_data
 from planish.optimizer.tensors import lazy
+from planish.passes.quantization._ranges import expected_error
 from planish.passes.quantization._rounding import blocks_of
 
 _NORMS = ("LayerNormalization", "RMSNormalization")
@@ -63,12 +64,12 @@ class SmoothActivations(Pass):
     def wishes(self, model: ir.Model) -> Sequence[Wish]:
         """Each channel's magnitudes, and for a search what the error depends on."""
         kinds = (Channels, Gram) if self.method == "search" else (Channels,)
-        return [Wish(sites[0].data, kind) for sites in _groups(model) for kind in kinds]
+        return [Wish(sites[0].data, kind) for sites in sites_by_data(model) for kind in kinds]
 
     def call(self, model: ir.Model) -> PassResult:
         """Scale what can be scaled in the main graph."""
         result = PassResult(model, modified=False)
-        for sites in _groups(model):
+        for sites in sites_by_data(model):
             reason = self._obstacle(sites)
             if reason is not None:
                 result.refusals.append(Refusal.at(sites[0].node, reason, sites[0].data))
@@ -131,24 +132,9 @@ class SmoothActivations(Pass):
 def _fitted(channels: Channels, rows: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray | None:
     """The scale of the strength that should leave the least error in 8 bits; None if it is little better than none."""
     tried = [_balanced(channels.largest, rows, strength) for strength in _RATIOS]
-    best = min(tried, key=lambda scale: _expected(channels, scale, matrices))
-    plain = _expected(channels, np.ones_like(best), matrices)
-    return best if _expected(channels, best, matrices) < _WORTH * plain else None
-
-
-def _expected(channels: Channels, scale: np.ndarray, matrices: Sequence[np.ndarray]) -> float:
-    """Expected squared error of products with an activation in 256 fixed steps and columns in 255.
-
-    An entry that is rounded to steps of a size is off by a twelfth of its square in the mean.
-    """
-    step = float((channels.high / scale).max() - (channels.low / scale).min()) / 255
-    power = float((channels.square / np.square(scale)).sum())
-    error = 0.0
-    for matrix in matrices:
-        scaled = matrix * scale[:, None]
-        error += step**2 * float(np.square(scaled).sum()) / 12
-        error += power * float(np.square(np.abs(scaled).max(axis=0) / 127).sum()) / 12
-    return error
+    best = min(tried, key=lambda scale: expected_error(channels, scale, matrices))
+    plain = expected_error(channels, np.ones_like(best), matrices)
+    return best if expected_error(channels, best, matrices) < _WORTH * plain else None
 
 
 def _balanced(activation: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
@@ -160,15 +146,6 @@ def _balanced(activation: np.ndarray, weights: np.ndarray, strength: float) -> n
     logs -= (1 - strength) * np.log(weights, where=used, out=np.zeros_like(activation))
     logs -= (logs[used].max() + logs[used].min()) / 2
     return np.where(used, np.exp(logs), 1).astype(np.float32)
-
-
-def _groups(model: ir.Model) -> list[list[Site]]:
-    """Products with constant float matrices by the activation that they read."""
-    found: dict[int, list[Site]] = {}
-    for site in filter(None, map(site_of, products_of(model))):
-        if site.tensor.dtype is ir.DataType.FLOAT:
-            found.setdefault(id(site.data), []).append(site)
-    return list(found.values())
 
 
 Operands = list[tuple[ir.Node, int]]
@@ -184,6 +161,9 @@ def _taker(sites: Sequence[Site]) -> Operands | None:
     if node.op_type in _NORMS:
         constants = [index for index, value in enumerate(node.inputs) if index and value is not None]
         return [(node, i) for i in constants] if all(_is_vector(node.inputs[i]) for i in constants) else None
+    vector = next((index for index, value in enumerate(node.inputs) if _is_vector(value)), None)
+    if node.op_type == "Mul" and vector is not None:
+        return [(node, vector)]
     if node.op_type == "Mul":
         return next((found for found in map(_product, node.inputs) if found is not None), None)
     if node.op_type == "Attention" and rank_of(data) == 3 and data is node.outputs[0]:
