@@ -46,7 +46,7 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
 
 `fast` quantizes the head of a language model, so that its embedding has no second copy to share."""
 
-_SMOOTH = "split-outliers,smooth-activations{anywhere=true}"
+_SMOOTH = "smooth-activations{anywhere=true},split-outliers"
 _STATIC = "quantize-int8{activations=static range=average method=gptq correct_bias=true}"
 
 CALIBRATED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
