@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +30,7 @@ from planish.optimizer.profile import Profile, Tune
 from planish.optimizer.reference import References, default_shapes, known_sizes, quick, sized_case
 from planish.optimizer.request import Request
 from planish.optimizer.sensitivity import Select, tightened
+from planish.optimizer.stages import Stages
 
 NOT_CHECKED = "NOT CHECKED"
 """What is said of an engine that was compared with nothing."""
@@ -89,25 +88,6 @@ class Built:
     fidelity: Fidelity
     timings: Mapping[str, Mapping[str, Timing]]
     """Per shape: `plain` and `optimized`; empty if nothing was measured."""
-
-
-@dataclass
-class Stages:
-    """Tells the user what is being done, and remembers how long each stage took."""
-
-    report: Callable[[str, int, int], None]
-    total: int
-    done: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """One stage of the build."""
-        self.report(name, self.done, self.total)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        self.done += 1
 
 
 @dataclass

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from planish.optimizer.backend import nothing
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fitting import Room
 from planish.optimizer.program import SIGNALS, SUM, Axis, Role, Signature, TensorSpec
+from planish.optimizer.reference import positions_of
 
 _BATCH = 4
 _CASES = 8
@@ -148,12 +150,16 @@ def tokenize(texts: Sequence[Any], signature: Signature, tokenizer: Any, longest
     """One padded batch; texts beyond ``longest`` tokens are cut."""
     encoded = tokenizer(list(texts), **Room.of(signature).padding(longest))
     wanted = {tensor.name: tensor.numpy_dtype() for tensor in signature.inputs}
-    absent = sorted(set(wanted) - set(encoded) - {"token_type_ids"})
+    beside = {tensor.name: tensor for tensor in signature.inputs if tensor.role in (Role.CACHE, Role.POSITIONS)}
+    absent = sorted(set(wanted) - set(encoded) - set(beside) - {"token_type_ids"})
     if absent:
         raise BadInput(f"the tokenizer gives no {absent[0]!r}", advice="give an .npz file of arrays")
     made = {name: np.asarray(encoded[name], dtype) for name, dtype in wanted.items() if name in encoded}
     if "token_type_ids" in wanted and "token_type_ids" not in made:
         made["token_type_ids"] = np.zeros(made["input_ids"].shape, wanted["token_type_ids"])
+    for name, tensor in beside.items():  # a decoder reads texts behind an empty cache
+        cached = tensor.role is Role.CACHE
+        made[name] = nothing(tensor, made) if cached else positions_of(made["attention_mask"]).astype(wanted[name])
     return made
 
 

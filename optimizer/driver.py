@@ -26,7 +26,6 @@ from planish.optimizer.building import (
     OFFLOADED,
     Builder,
     Built,
-    Stages,
 )
 from planish.optimizer.calibration import Given, Samples, one_behind_the_other
 from planish.optimizer.checking import CHECKER, check_engines, demand_room
@@ -47,6 +46,7 @@ from planish.optimizer.rehearsal import Rehearsal
 from planish.optimizer.report import write_report
 from planish.optimizer.request import Request, request_of
 from planish.optimizer.sites import Expectation, PassSites, check_expectations, write_sites
+from planish.optimizer.stages import Stages
 
 _PRECISE_CASES = 1
 """The noise floor is estimated on this many of the first reference cases: made ones begin with a small padded batch."""

@@ -45,6 +45,7 @@ def place(tiny: Path, tmp_path: Path) -> Path:
     build(next(species for species in IMAGES if species.model_type == "vit"), tmp_path / "vit")
     np.savez(tmp_path / "images.npz", pixel_values=np.zeros((2, 3, 30, 24), np.float32))
     (tmp_path / "texts.txt").write_text("w1 w2\nw3 w4 w5\nw6\n")
+    (tmp_path / "score.py").write_text("print('looking'); print(0.5)\n")
     return tmp_path
 
 

@@ -13,7 +13,6 @@ behind them. Nothing is computed that was not before. Ashkboos et al. 2024, "Qua
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -21,8 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import add_initializer, constant_of, is_weight_matrix, location_of, rank_of, sizes_of
-from planish.optimizer.tensors import lazy
+from planish.optimizer.graph import constant_of, is_weight_matrix, location_of, rank_of, sizes_of
+from planish.passes.quantization._operands import change_operand, tensor_of
 
 _SEED = 0
 _TURNED = "planish.turned"
@@ -122,15 +121,15 @@ class _Stream:
 
     def turn(self, graph: ir.Graph) -> None:
         """Rotate the constants."""
-        rotation = rotation_of(sizes_of(_tensor(self.norms[0].inputs[1]))[0])
+        rotation = rotation_of(sizes_of(tensor_of(self.norms[0].inputs[1]))[0])
         for node, index in self.tables:
-            _replace(graph, node, index, lambda array: array @ rotation)
+            change_operand(graph, node, index, "rotated", lambda array: array @ rotation)
         for norm in self.norms:
-            scale = _tensor(norm.inputs[1]).numpy().astype(np.float32)
+            scale = tensor_of(norm.inputs[1]).numpy().astype(np.float32)
             back = np.ascontiguousarray(rotation.T * scale)
             for reader in [use.node for use in norm.outputs[0].uses()]:
-                _replace(graph, reader, 1, functools.partial(np.matmul, back))
-            _replace(graph, norm, 1, np.ones_like)
+                change_operand(graph, reader, 1, "rotated", functools.partial(np.matmul, back))
+            change_operand(graph, norm, 1, "rotated", np.ones_like)
             norm.metadata_props[_TURNED] = "1"
 
 
@@ -152,24 +151,3 @@ def _multiplies(node: ir.Node, data: ir.Value) -> bool:
 
 def _is_vector(value: ir.Value | None) -> bool:
     return rank_of(value) == 1 and constant_of(value) is not None
-
-
-def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
-    array = constant_of(value) if value is not None and value.const_value is None else None
-    tensor = ir.tensor(array) if array is not None else None if value is None else value.const_value
-    if tensor is None:
-        raise ValueError("this constant was not checked")
-    return tensor
-
-
-def _replace(graph: ir.Graph, node: ir.Node, index: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Let a node read a changed copy of a constant, made when it is read; who else reads the constant keeps it."""
-    value, tensor = node.inputs[index], _tensor(node.inputs[index])
-    name = f"{'' if value is None else value.name}_rotated"
-    while name in graph.initializers:
-        name += "_"
-    read = lambda: np.asarray(change(tensor.numpy().astype(np.float32)), np.float32)  # noqa: E731
-    made = lazy(read, ir.DataType.FLOAT, sizes_of(tensor), name)
-    node.replace_input_with(index, add_initializer(graph, name, made))
-    if value is not None and not value.uses() and value.name in graph.initializers and not value.is_graph_output():
-        del graph.initializers[value.name or ""]

@@ -14,6 +14,7 @@ Lin et al. 2024, "AWQ: Activation-aware Weight Quantization", section 3.2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -27,7 +28,7 @@ from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
 from planish.optimizer.graph import NAME_SCOPES, add_initializer, constant_of, location_of, rank_of, sizes_of, sole_user
 from planish.optimizer.observations import Channels, Gram, seen
 from planish.optimizer.quantizing import Site, one_of, site_of, sites_by_data
-from planish.optimizer.tensors import lazy
+from planish.passes.quantization._operands import change_operand
 from planish.passes.quantization._ranges import expected_error
 from planish.passes.quantization._rounding import blocks_of
 
@@ -102,9 +103,9 @@ class SmoothActivations(Pass):
             _insert(graph, sites, scale)
         else:
             for node, index in taker:
-                _scale_operand(graph, node, index, 1 / scale)
+                change_operand(graph, node, index, "smooth", functools.partial(np.multiply, 1 / scale))
         for site in sites:
-            _scale_operand(graph, site.node, 1, scale[:, None])
+            change_operand(graph, site.node, 1, "smooth", functools.partial(np.multiply, scale[:, None]))
 
     def _scale(self, sites: Sequence[Site]) -> np.ndarray | None:
         """One number for each channel, which the weights are multiplied by; None if nothing is to be won."""
@@ -206,19 +207,3 @@ def _insert(graph: ir.Graph, sites: Sequence[Site], scale: np.ndarray) -> None:
     graph.insert_before(first, node)
     for site in sites:
         site.node.replace_input_with(0, smooth)
-
-
-def _scale_operand(graph: ir.Graph, node: ir.Node, index: int, factor: np.ndarray) -> None:
-    """Let a node read a constant times ``factor``; whoever else reads the constant keeps it as it is."""
-    value = node.inputs[index]
-    array = constant_of(value)
-    tensor = value.const_value if value is not None and array is None else None if array is None else ir.tensor(array)
-    if value is None or tensor is None:
-        raise ValueError(f"input {index} of {node.name!r} was not checked")
-    name = f"{value.name}_smooth"
-    while name in graph.initializers:
-        name += "_"
-    made = lazy(lambda: np.asarray(tensor.numpy() * factor, np.float32), tensor.dtype, sizes_of(tensor), name)
-    node.replace_input_with(index, add_initializer(graph, name, made))
-    if not value.uses() and not value.is_graph_output() and value.name in graph.initializers:
-        del graph.initializers[value.name or ""]

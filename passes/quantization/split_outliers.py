@@ -1,7 +1,7 @@
 """Multiply the few channels that stand out in float, so that the rest has small steps.
 
 Before:  r = MatMul (x, w)
-After:   y = Mul (x, m);  p = MatMul (y, w);  o = Gather <axis=-1> (x, k);  q = MatMul (o, w[k]);  r = Add (p, q)
+After:   y = Mul (x, m);  p = MatMul (y, m·w);  o = Gather <axis=-1> (x, k);  q = MatMul (o, w[k]);  r = Add (p, q)
 
 k are the channels that stand out and m is 0 for them, 1 for all others. Products are what they were up to rounding;
 what is rounded afterwards is p. Dettmers et al. 2022, "LLM.int8()", section 3.2, choose channels anew for each input;
@@ -10,6 +10,7 @@ here they are those that stood out over calibration data.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -19,9 +20,10 @@ import onnx_ir as ir
 from annotated_types import Ge, Gt, Lt
 
 from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
-from planish.optimizer.graph import IN_FLOAT, NAME_SCOPES, add_initializer, location_of
+from planish.optimizer.graph import IN_FLOAT, NAME_SCOPES, add_initializer, location_of, sizes_of
 from planish.optimizer.observations import Channels, seen
 from planish.optimizer.quantizing import Site, sites_by_data
+from planish.passes.quantization._operands import change_operand
 from planish.passes.quantization._ranges import expected_error
 
 
@@ -78,7 +80,7 @@ def _split(graph: ir.Graph, sites: Sequence[Site], outliers: np.ndarray) -> None
     """Write both products of each site, with one selection of channels for all."""
     data, first = sites[0].data, sites[0].node
     name = data.name or ""
-    mask = np.ones(sites[0].tensor.shape[0] if isinstance(sites[0].tensor.shape[0], int) else 0, np.float32)
+    mask = np.ones(sizes_of(sites[0].tensor)[0], np.float32)
     mask[outliers] = 0
     ordinary = ir.node("Mul", [data, add_initializer(graph, f"{name}_ordinary", mask)], name=f"{name}_split")
     index = add_initializer(graph, f"{name}_outliers", outliers.astype(np.int64))
@@ -90,14 +92,15 @@ def _split(graph: ir.Graph, sites: Sequence[Site], outliers: np.ndarray) -> None
         value.shape = data.shape if width is None or data.shape is None else ir.Shape([*data.shape[:-1], width])
     for site in sites:
         rows = np.ascontiguousarray(site.tensor.numpy()[outliers])
-        weight = add_initializer(graph, f"{site.node.name}_outlier_rows", rows)
+        weight = add_initializer(graph, f"{site.name}_outlier_rows", rows)
         old = site.node.outputs[0]
-        apart = ir.node("MatMul", [chosen.outputs[0], weight], name=f"{site.node.name}_outliers")
+        apart = ir.node("MatMul", [chosen.outputs[0], weight], name=f"{site.name}_outliers")
         apart.metadata_props[IN_FLOAT] = "1"
-        total = ir.node("Add", [old, apart.outputs[0]], name=f"{site.node.name}_joined")
+        total = ir.node("Add", [old, apart.outputs[0]], name=f"{site.name}_joined")
         ir.convenience.replace_all_uses_with(old, total.outputs[0], replace_graph_outputs=True)
         total.replace_input_with(0, old)
         site.node.replace_input_with(0, ordinary.outputs[0])
+        change_operand(graph, site.node, 1, "rest", functools.partial(np.multiply, mask[:, None]))
         base = old.name
         old.name = f"{base}_rest"
         _place(graph, site.node, apart, f"{base}_outliers")

@@ -1,0 +1,39 @@
+"""Constants that a node reads, changed for that node alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.graph import add_initializer, constant_of, sizes_of
+from planish.optimizer.tensors import lazy
+
+
+def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
+    """The tensor behind a constant; ValueError if it is none."""
+    if value is not None and value.const_value is not None:
+        return value.const_value
+    array = constant_of(value)
+    if array is None:
+        raise ValueError(f"{'nothing' if value is None else value.name!r} is not constant")
+    return ir.tensor(array)
+
+
+def change_operand(
+    graph: ir.Graph, node: ir.Node, index: int, what: str, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """Let a node read a changed float copy of a constant, of the same shape, made when it is read.
+
+    Whoever else reads the constant keeps it; one that nobody reads any more is forgotten.
+    """
+    value = node.inputs[index]
+    tensor = tensor_of(value)
+    name = f"{'' if value is None else value.name}_{what}"
+    while name in graph.initializers:
+        name += "_"
+    read = lambda: np.asarray(change(tensor.numpy().astype(np.float32)), np.float32)  # noqa: E731
+    node.replace_input_with(index, add_initializer(graph, name, lazy(read, ir.DataType.FLOAT, sizes_of(tensor), name)))
+    if value is not None and not value.uses() and value.name in graph.initializers and not value.is_graph_output():
+        del graph.initializers[value.name or ""]

@@ -1,0 +1,161 @@
+"""What is calibrated on: the user's data and not the reference, what the model writes itself, or what is made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from planish.optimizer import optimize, registry
+from planish.optimizer.calibration import Samples, one_behind_the_other
+from planish.optimizer.errors import BadInput
+from planish.optimizer.lock import Lock
+from planish.optimizer.lowering import lower
+from planish.optimizer.lowering.tokenizer import load_tokenizer
+from planish.optimizer.measure import Timing
+from planish.optimizer.program import Role, Signature, TensorSpec
+from planish.optimizer.rehearsal import Rehearsal
+from tests.conftest import Planish
+from tests.train import MODELS, pairs
+
+ARRAYS = Signature((TensorSpec("x", ir.DataType.FLOAT, ("batch", 2), Role.VALUES),), ())
+STATIC = "quantize-int8{activations=static minimum=1}"
+
+
+def texts(count: int) -> list[str]:
+    return [" ".join(f"w{(7 * number + place) % 90}" for place in range(3 + number % 5)) for number in range(count)]
+
+
+def rows(cases: list[Any]) -> int:
+    return sum(len(case["input_ids"]) for case in cases)
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny: Path) -> tuple[Signature, Any]:
+    return lower(tiny).program.sole()[1], load_tokenizer(tiny)
+
+
+def test_what_is_measured_on_is_not_calibrated_on(tokens: tuple[Signature, Any], tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(texts(100)))
+    for given in (tmp_path / "texts.txt", texts(100), iter(texts(100))):
+        samples = Samples.of(given, 50)
+        reference, batches = samples.reference(*tokens), list(samples.batches(*tokens))
+        assert (rows(reference), rows(batches)) == (32, 50)
+        first = samples.reference(*tokens)[0]["input_ids"]
+        assert not any(np.array_equal(first, case["input_ids"][:1, : first.shape[1]]) for case in batches[:8])
+    few = Samples.of(texts(40))
+    assert (rows(few.reference(*tokens)), rows(list(few.batches(*tokens)))) == (32, 40)  # not enough to part
+
+
+def test_arrays_by_name_from_python() -> None:
+    cases = [{"x": np.full((1, 2), number, np.float32)} for number in range(20)]
+    samples = Samples.of(cases)
+    assert [case["x"][0, 0] for case in samples.reference(ARRAYS, None)] == list(range(8))
+    assert [case["x"][0, 0] for case in samples.batches(ARRAYS, None)] == list(range(8, 20))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "hold nothing"),
+        ([{"y": np.zeros((1, 2), np.float32)}], "it has no array 'x'"),
+        ([{"x": np.array([["a", "b"]])}], "is <U1, not float32"),
+        ([{"x": np.full((1, 2), np.nan, np.float32)}], "holds NaN or infinity"),
+        ([{"x": np.zeros((1, 3), np.float32)}], "has shape \\[1, 3\\]"),
+        ([{"x": np.zeros((1, 2), np.float32)}, "w1"], "some of them are arrays"),
+    ],
+)
+def test_data_that_do_not_fit_are_one_line(given: list[Any], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        Samples.of(given).reference(ARRAYS, None)
+
+
+def test_texts_among_which_is_none(tokens: tuple[Signature, Any]) -> None:
+    with pytest.raises(BadInput, match="entry 1: it is int, not a text"):
+        Samples.of(cast("list[str]", ["w1", 5])).reference(*tokens)
+
+
+def test_the_longest_input_is_made_of_the_users_texts(tokens: tuple[Signature, Any]) -> None:
+    given = Samples.of(texts(6)).reference(*tokens)
+    longest = {name: np.ones((1, 48), np.int64) for name in ("input_ids", "attention_mask")}
+    made = one_behind_the_other(given, longest, tokens[0])
+    known = np.concatenate([case["input_ids"][case["attention_mask"] != 0] for case in given])
+    np.testing.assert_array_equal(made["input_ids"][0], np.resize(known, 48))
+
+
+@pytest.fixture
+def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each engine is twice as fast as the one before it."""
+    monkeypatch.setattr(
+        "planish.optimizer.building.race",
+        lambda engines, *_: [Timing(1, 2.0**n, 2.0**n, 2.0**n, 1) for n in range(len(engines))],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("always_faster")
+def test_fixed_steps_race_where_there_are_data_and_a_lock_repeats_them(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("planish.optimizer.presets.PRESETS", {"fast": {"onnxruntime": "quantize-int8{minimum=1}"}})
+    monkeypatch.setattr("planish.optimizer.presets.CALIBRATED", {"fast": {"onnxruntime": (STATIC,)}})
+    options: Any = {"preset": "fast", "shapes": [{"sequence": 8}]}
+    without = optimize(tiny, tmp_path / "without", **options)
+    assert without.manifest.reference.calibrated_on == "nothing"
+    options |= {"calibration": texts(80), "lock": tmp_path / "lock"}
+    built = optimize(tiny, tmp_path / "with", **options)
+    assert built.manifest.reference.calibrated_on == "given"
+    choice = Lock.read(tmp_path / "lock").targets["onnxruntime"]
+    (tried,) = choice.tried
+    assert (tried.passes, tried.kept) == ("quantize-int8{minimum=1 activations=static}", True)
+    assert "activations=static" in choice.pipelines["model"]
+    assert all(one.effect is not None for one in choice.products)
+    assert {one.rounded for one in choice.products if one.text == "quantize-int8{minimum=1}"} == {False}
+    again = optimize(tiny, tmp_path / "again", **options)
+    assert again.manifest.targets == built.manifest.targets
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "origin"), [("tiny", "made from the signature"), ("writer", "written by the model itself")]
+)
+def test_made_up_data_are_told(source: str, origin: str, tiny: Path, tmp_path: Path, planish: Planish) -> None:
+    folder = tiny if source == "tiny" else MODELS / source
+    done = planish("optimize", folder, "-o", tmp_path / "out", "--pipeline", STATIC, "--keep", "cosine>=0.1")
+    assert done.returncode == 0, done.stderr
+    assert f"note: calibrated on inputs {origin}, which are not like yours: give --calibration" in done.stderr
+    assert "observations" in done.stderr
+    assert f'"calibrated_on": "{origin}"' in (tmp_path / "out" / "planish.json").read_text()
+
+
+@pytest.mark.slow
+def test_the_decoder_of_an_encoder_decoder_hears_answers(tmp_path: Path) -> None:
+    program = lower(MODELS / "translator").program
+    rehearsal = Rehearsal(program.components, registry.backend("onnxruntime").load)
+    first = next(iter(program.signatures.values()))
+    prompts = Samples.of([prompt for prompt, _ in pairs(held_out=True)[:4]]).reference(
+        first, load_tokenizer(MODELS / "translator")
+    )
+    heard = list(rehearsal.parts("decoder_with_past_model", prompts[:1], np.zeros(1, np.int64)))
+    lengths = [next(a.shape[2] for n, a in case.items() if ".decoder." in n) for case in heard]
+    assert lengths == list(range(1, len(heard) + 1))
+    assert len({tuple(case["input_ids"].ravel()) for case in heard}) > 3  # it answers, and does not repeat one token
+    built = optimize(
+        MODELS / "translator", tmp_path / "out", targets=["onnxruntime"], pipeline=STATIC, keep=["cosine>=0.1"],
+        calibration=[prompt for prompt, _ in pairs(held_out=False)[:70]],
+    )  # fmt: skip
+    steps = built.manifest.targets["onnxruntime"].passes
+    assert {step.component for step in steps if step.sites} == set(program.signatures)
+
+
+@pytest.mark.slow
+def test_perplexity_is_a_budget(tmp_path: Path) -> None:
+    built = optimize(
+        MODELS / "writer", tmp_path / "out", pipeline="quantize-weights{bits=4 minimum=1 method=gptq}",
+        keep=["perplexity<=1.2x"], calibration=["Return a list of names in the file."] * 70,
+    )  # fmt: skip
+    found = built.manifest.targets["onnxruntime"].comparison["model.logits"]["perplexity"]
+    assert 0.8 < found < 1.2
