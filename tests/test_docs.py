@@ -98,16 +98,20 @@ def without_last_column(table: str) -> str:
 
 def test_figures_of_the_readme_are_those_that_benchmarks_wrote() -> None:
     results = {path.stem: path.read_text() for path in (ROOT / "benchmarks" / "results").glob("*.md")}
-    rows = [
-        line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| (onnxruntime|planish)", line)
-    ]
+    text = (ROOT / "README.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| (onnxruntime|openvino|optimum|NNCF)", line)]
     assert len(rows) >= 4
     for row in rows:
         engine, speed, *fidelity = [cell.strip() for cell in row.strip("|").split("|")]
-        assert f"| minilm | {engine} | " in results["speed"]
-        (measured,) = [line for line in results["speed"].splitlines() if line.startswith(f"| minilm | {engine} |")]
-        assert speed in measured
-        assert f"| {engine} | {' | '.join(fidelity)} |" in results["fidelity"]
+        (measured,) = [line for line in results["frontier"].splitlines() if line.startswith(f"| {engine} |")]
+        assert f"| {' | '.join([speed, *fidelity])} |" in measured
+    said = re.search(r"makes it ([\d.]+) \(ONNX Runtime\) and ([\d.]+) \(OpenVINO\)", " ".join(text.split()))
+    assert said is not None
+    for target, ratio in zip(("onnxruntime", "openvino"), said.groups(), strict=True):
+        (measured,) = [
+            x for x in results["exact"].splitlines() if x.startswith(f"| minilm encoder | 1 x 128 | {target}")
+        ]
+        assert f"| {ratio} [" in measured
 
 
 def test_every_decision_has_a_number_of_its_own() -> None:
