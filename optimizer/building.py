@@ -36,8 +36,6 @@ NOT_CHECKED = "NOT CHECKED"
 """What is said of an engine that was compared with nothing."""
 EVALUATION = "own measure"
 """Where the user's own measure stands among the comparisons of components."""
-GIVEN = "given"
-"""What is said of the user's own inputs."""
 OFFLOADED = "weights stay in their files"
 """Why something was not done that needs all of them in memory."""
 _STRICTER = (0.5, 0.25, 0.1)
@@ -114,17 +112,15 @@ class Builder:
     """What was asked about each target."""
     selections: dict[tuple[str, str, str], Select] = field(default_factory=dict)
     """What rounding each product would cost, by target, component and pipeline."""
-    observers: list[Observe] = field(default_factory=list)
+    observed: list[Outcome] = field(default_factory=list)
+    """What came of pipelines whose passes saw activations."""
     plain_scores: dict[str, float] = field(default_factory=dict)
     """The user's own measure of the plain lowering, by target."""
 
-    def calibrated_on(self, origin: str) -> str:
-        """What passes saw activations on, if any did; a note if those are not the user's own."""
-        if not any(observer.asked for observer in self.observers):
-            return "nothing"
-        if origin != GIVEN:
-            self.notes.append(f"calibrated on inputs {origin}, which are not like yours: give --calibration")
-        return origin
+    def calibrated(self, built: Sequence[Built]) -> bool:
+        """Whether passes saw activations that are in one of these engines."""
+        shipped = [engine for engine in built if engine.choice.shipped == "optimized"]
+        return any(one is own for engine in shipped for one in engine.outcomes.values() for own in self.observed)
 
     def build(self, target: Backend, choice: Choice | None) -> Built:
         """Build the engine of one target; ``choice`` says what to do if it was decided before."""
@@ -209,12 +205,13 @@ class Builder:
         """Run a pipeline over a copy of a component; presets undo passes that leave the budget, locks never do."""
         undo = self.request.preset is not None and choice is None
         model = self.lowered.program.components[component].clone()
-        first: list[Instrument] = self._tuning(target, component) if undo else []
-        first.append(self._observing(target, component))
+        observe = self._observing(target, component)
+        first: list[Instrument] = [*(self._tuning(target, component) if undo else []), observe]
         first += self._selecting(target, component, pipeline, share) if undo else []
         outcome = self._run(component, model, pipeline, undo=undo, first=first)
         for select in (watcher for watcher in first if isinstance(watcher, Select)):
             select.outcomes.append(outcome)
+        self.observed += [outcome] if observe.asked else []
         return outcome
 
     def _observing(self, target: Backend, component: str) -> Observe:
@@ -224,8 +221,7 @@ class Builder:
             self.stages.report(f"{target.name}: {what}", self.stages.done, self.stages.total)
 
         signature, load = self.lowered.program.signatures[component], registry.backend(CHECKER).load
-        self.observers.append(Observe(signature, self.batches[component], load, say))
-        return self.observers[-1]
+        return Observe(signature, self.batches[component], load, say)
 
     def _selecting(self, target: Backend, component: str, pipeline: Pipeline, share: float) -> list[Instrument]:
         """What decides which products are rounded, if the outputs have a budget and can be compared."""
@@ -257,9 +253,9 @@ class Builder:
         """Go on with a copy of what a pipeline made of a component."""
         found = self._run(component, outcome.model.clone(), extra, undo=True)
         further = Outcome(found.model, [*outcome.reports, *found.reports])
-        for select in self.selections.values():
-            if any(one is outcome for one in select.outcomes):
-                select.outcomes.append(further)
+        for known in (self.observed, *(select.outcomes for select in self.selections.values())):
+            if any(one is outcome for one in known):
+                known.append(further)
         return further
 
     def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import zipfile
@@ -74,6 +75,19 @@ class Samples:
         texts = itertools.islice(self._texts(tokenizer), first, first + self.count)
         while group := list(itertools.islice(texts, _BATCH)):
             yield from batches_of(group, signature, tokenizer)
+
+    def digest(self) -> str:
+        """SHA-256 of the data and of how many are taken."""
+        found = hashlib.sha256(str(self.count).encode())
+        if isinstance(self.source, Path):
+            with self.source.open("rb") as file:
+                while block := file.read(1 << 20):
+                    found.update(block)
+        for case in () if isinstance(self.source, Path) else self.source:
+            parts = [case.encode()] if isinstance(case, str) else [np.asarray(case[n]).tobytes() for n in sorted(case)]
+            for part in parts:
+                found.update(len(part).to_bytes(8, "little") + part)
+        return found.hexdigest()
 
     def _arrays(self, signature: Signature) -> list[Case] | None:
         """Nothing if these are texts."""

@@ -21,7 +21,6 @@ from planish.optimizer import manifest as records
 from planish.optimizer import registry
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.building import (
-    GIVEN,
     NOT_CHECKED,
     OFFLOADED,
     Builder,
@@ -48,6 +47,8 @@ from planish.optimizer.request import Request, request_of
 from planish.optimizer.sites import Expectation, PassSites, check_expectations, write_sites
 from planish.optimizer.stages import Stages
 
+GIVEN, NOTHING = "given", "nothing"
+"""What is said of the user's own inputs, and of passes that saw none."""
 _PRECISE_CASES = 1
 """The noise floor is estimated on this many of the first reference cases: made ones begin with a small padded batch."""
 _COLLECT_SELDOM = (200_000, 50, 1_000)
@@ -133,8 +134,8 @@ def optimize(
         with stages.stage("lowering"):
             lowered = _lowered(source, task, adapter, reference, sample_inputs=sample_inputs, dynamic_axes=dynamic_axes)
             lowered = lowered.with_fixed(request.fixed)
-        _check_lock(known, lock, lowered, request)
         data = None if calibration is None else Samples.of(calibration, samples)
+        _check_lock(known, lock, lowered, request, data)
         inputs, references = _asked(lowered, request, data, reference, stages)
         places = folder, Path(scratch), Path(f"{out}.failed")
         batches = _batches(lowered, data, inputs, references)
@@ -143,18 +144,26 @@ def optimize(
         check_expectations(wanted, _sites(built), [t.name for t in request.targets])
         with stages.stage("report"):
             made = None if references is None else references()
-            record = _reference_record(lowered, made, builder.calibrated_on(_origin(lowered, data)), data, reference)
-            result = _write(folder, request, lowered, made, record, built, stages, builder.profiles)
+            origin = _origin(lowered, data) if builder.calibrated(built) else NOTHING
+            record = _reference_record(lowered, made, origin, data, reference)
+            digest = data.digest() if data is not None and origin == GIVEN else ""
+            result = _write(folder, request, lowered, made, record, built, stages, builder.profiles, digest)
             result.notes.extend(builder.notes)
+            if origin not in (NOTHING, GIVEN):
+                result.notes.append(f"calibrated on inputs {origin}, which are not like yours: give --calibration")
     if lock is not None and known is None:
         with staged_file(Path(lock)) as path:
             path.write_text((Path(out) / LOCK).read_text(encoding="utf-8"), encoding="utf-8")
     return replace(result, folder=Path(out))
 
 
-def _check_lock(known: Lock | None, path: str | Path | None, lowered: Lowered, request: Request) -> None:
-    """UsageError if the lock that is used, if one is, was written for another source, request or set of targets."""
+def _check_lock(
+    known: Lock | None, path: str | Path | None, lowered: Lowered, request: Request, data: Samples | None
+) -> None:
+    """UsageError if the lock that is used, if one is, was written for another source, request or set of targets, or if
+    its engines were calibrated on other data."""
     if known is not None and path is not None:
+        known.check_data(Path(path), "" if data is None or not known.calibration else data.digest())
         files = lowered.program.provenance.files
         known.check_fits(Path(path), files, request.described(), [*map(str, request.targets)])
 
@@ -254,7 +263,9 @@ def _given(data: Samples, signature: Signature, tokenizer: Any | None, longest: 
         if sum(case[next(iter(case))].size for case in kept) < longest[next(iter(longest))].size:
             kept.append(batch)
         yield batch
-    yield one_behind_the_other(kept, longest, signature)
+    joined = one_behind_the_other(kept, longest, signature)
+    if joined is not longest:
+        yield joined
 
 
 def _origin(lowered: Lowered, data: Samples | None) -> str:
@@ -304,13 +315,14 @@ def _write(
     built: Sequence[Built],
     stages: Stages,
     profiles: Mapping[str, Profile],
+    digest: str,
 ) -> Result:
     """Write reference, lock, measurements, report and manifest into a folder that holds the engines."""
     if references is not None:
         references.save(folder / "reference")
     choices = {engine.target.name: engine.choice for engine in built}
     source = dict(lowered.program.provenance.files)
-    locked = Lock(source=source, requested=request.described(), targets=choices)
+    locked = Lock(source=source, requested=request.described(), calibration=digest, targets=choices)
     (folder / LOCK).write_text(locked.text(), encoding="utf-8")
     measurements = _measurements(built, stages, profiles)
     (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")

@@ -93,6 +93,8 @@ class Lock(BaseModel):
     """SHA-256 of each file of the source: a lock fits one source only."""
     requested: dict[str, str]
     """What was asked for: preset or pipeline, and the budget."""
+    calibration: str = ""
+    """SHA-256 of the data that passes were calibrated on; nothing if none were on data of the user's."""
     targets: dict[str, Choice]
     """By the name of the engine's folder."""
 
@@ -110,6 +112,15 @@ class Lock(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise BadInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=path) from None
+
+    def check_data(self, path: Path, digest: str) -> None:
+        """UsageError if engines were calibrated on other data than those with this digest."""
+        if self.calibration and digest != self.calibration:
+            raise UsageError(
+                "the engines of this lock were calibrated on other data",
+                where=path,
+                advice="give --calibration and --samples as they were, or remove the lock to choose anew",
+            )
 
     def check_fits(
         self, path: Path, source: Mapping[str, str], requested: Mapping[str, str], targets: list[str]

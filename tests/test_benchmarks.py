@@ -28,7 +28,8 @@ def test_an_engine_that_won_nothing_is_called_plain(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(subjects, "ours", lambda name, preset: Path(preset))
     monkeypatch.setattr(Manifest, "read", lambda folder: Kept(shipped[folder.name]))
     monkeypatch.setattr(speed, "plain_exports", lambda name: {"torch.onnx.export": Path("plain.onnx")})
-    monkeypatch.setattr(speed, "dynamic_int8", lambda name: Path("int8.onnx"))
+    for peer in ("dynamic_int8", "vnni_int8", "nncf_int8"):
+        monkeypatch.setattr(speed, peer, lambda name: Path("int8.onnx"))
     labels = [label for label in speed.field("minilm") if label.startswith("planish")]
     assert labels == [
         "planish exact on onnxruntime",

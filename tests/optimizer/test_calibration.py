@@ -11,14 +11,13 @@ import pytest
 
 from planish.optimizer import optimize, registry
 from planish.optimizer.calibration import Samples, one_behind_the_other
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.lock import Lock
 from planish.optimizer.lowering import lower
 from planish.optimizer.lowering.tokenizer import load_tokenizer
 from planish.optimizer.measure import Timing
 from planish.optimizer.program import Role, Signature, TensorSpec
 from planish.optimizer.rehearsal import Rehearsal
-from tests.conftest import Planish
 from tests.train import MODELS, pairs
 
 ARRAYS = Signature((TensorSpec("x", ir.DataType.FLOAT, ("batch", 2), Role.VALUES),), ())
@@ -116,19 +115,26 @@ def test_fixed_steps_race_where_there_are_data_and_a_lock_repeats_them(
     assert {one.rounded for one in choice.products if one.text == "quantize-int8{minimum=1}"} == {False}
     again = optimize(tiny, tmp_path / "again", **options)
     assert again.manifest.targets == built.manifest.targets
+    for other in ({"calibration": texts(81)}, {"calibration": None}, {"samples": 40}):
+        with pytest.raises(UsageError, match="calibrated on other data"):
+            optimize(tiny, tmp_path / "other", **{**options, **other})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "origin"), [("tiny", "made from the signature"), ("writer", "written by the model itself")]
 )
-def test_made_up_data_are_told(source: str, origin: str, tiny: Path, tmp_path: Path, planish: Planish) -> None:
+@pytest.mark.usefixtures("always_faster")
+def test_made_up_data_are_told(source: str, origin: str, tiny: Path, tmp_path: Path) -> None:
+    told: list[str] = []
     folder = tiny if source == "tiny" else MODELS / source
-    done = planish("optimize", folder, "-o", tmp_path / "out", "--pipeline", STATIC, "--keep", "cosine>=0.1")
-    assert done.returncode == 0, done.stderr
-    assert f"note: calibrated on inputs {origin}, which are not like yours: give --calibration" in done.stderr
-    assert "observations" in done.stderr
-    assert f'"calibrated_on": "{origin}"' in (tmp_path / "out" / "planish.json").read_text()
+    built = optimize(
+        folder, tmp_path / "out", pipeline=STATIC, keep=["cosine>=0.1"], shapes=[{"sequence": 8}],
+        progress=lambda stage, *_: told.append(stage),
+    )  # fmt: skip
+    assert built.notes == [f"calibrated on inputs {origin}, which are not like yours: give --calibration"]
+    assert built.manifest.reference.calibrated_on == origin
+    assert any("observations" in stage for stage in told)
 
 
 @pytest.mark.slow
