@@ -59,6 +59,12 @@ def rank_of(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
 
 
+def width_of(value: ir.Value) -> int:
+    """The last dimension of a value; 0 if it is not known."""
+    width = value.shape[-1] if value.shape is not None and len(value.shape) else 0
+    return width if isinstance(width, int) else 0
+
+
 def is_weight_matrix(value: ir.Value | None) -> bool:
     """Whether ``value`` is a constant of rank two (read or referenced, never a graph input)."""
     return value is not None and not value.is_graph_input() and value.const_value is not None and rank_of(value) == 2
@@ -123,6 +129,31 @@ def name_nodes(nodes: Iterable[ir.Node], prefix: str) -> None:
     """
     for index, node in enumerate(nodes):
         node.name = node.outputs[0].name = f"{prefix}_{node.op_type}_{index}"
+
+
+def copy_location(source: ir.Node, *nodes: ir.Node) -> None:
+    """Say of new nodes that they come from where ``source`` does, where that is known."""
+    for node in nodes:
+        if NAME_SCOPES in source.metadata_props:
+            node.metadata_props[NAME_SCOPES] = source.metadata_props[NAME_SCOPES]
+
+
+def stand_in(old: ir.Value, new: ir.Value, suffix: str) -> None:
+    """Let ``new`` be read instead of ``old``, under its name and with its type; the old one gets a suffix."""
+    new.shape, new.type = old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    old.name, new.name = f"{old.name}_{suffix}", old.name
+
+
+def vector_operand(node: ir.Node, width: int) -> int | None:
+    """The first input of a node that is a constant vector of ``width`` entries, by its number."""
+    return next((index for index, value in enumerate(node.inputs) if is_constant_vector(value, width)), None)
+
+
+def is_constant_vector(value: ir.Value | None, width: int) -> bool:
+    """Whether ``value`` is a constant of shape (width,)."""
+    array = constant_of(value)
+    return array is not None and array.shape == (width,)
 
 
 def remove_dead(graph: ir.Graph | ir.Function, node: ir.Node) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Self, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,7 @@ BINS = 4096
 
 
 class Observation(abc.ABC):
-    """What was seen of one activation, whose rows have ``width`` entries (0: not known before)."""
+    """What was seen of one activation; the first rows say how wide it is."""
 
     rows: int = 0
     """How many rows were seen."""
@@ -24,12 +24,7 @@ class Observation(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def size(cls, width: int) -> int:
-        """Bytes that it takes."""
-
-    @classmethod
-    @abc.abstractmethod
-    def of_width(cls, width: int) -> Self:
-        """Nothing seen yet."""
+        """Bytes that it takes for rows of ``width`` entries."""
 
     @abc.abstractmethod
     def add(self, rows: np.ndarray) -> None:
@@ -65,11 +60,6 @@ class Range(Observation):
     def size(cls, width: int) -> int:
         """The histogram's, whatever the width."""
         return BINS * 8
-
-    @classmethod
-    def of_width(cls, width: int) -> Self:
-        """An empty histogram."""
-        return cls()
 
     def add(self, rows: np.ndarray) -> None:
         """Count entries; NaN or infinity makes the extremes NaN."""
@@ -108,32 +98,25 @@ class Range(Observation):
 class Channels(Observation):
     """Each channel (entry of a row) by itself: extremes, mean, mean magnitude and mean square."""
 
-    def __init__(self, width: int) -> None:
-        self.low = np.zeros(width, np.float32)
+    def __init__(self) -> None:
+        self.low = np.zeros(1, np.float32)
         """Smallest entry, or zero."""
-        self.high = np.zeros(width, np.float32)
+        self.high = np.zeros(1, np.float32)
         """Largest entry, or zero."""
-        self._sums = np.zeros((3, width), np.float64)
+        self._sums = np.zeros((3, 1), np.float64)
 
     @classmethod
     def size(cls, width: int) -> int:
         """Five numbers a channel."""
         return 32 * width
 
-    @classmethod
-    def of_width(cls, width: int) -> Self:
-        """Zeros; ValueError if the width is not known."""
-        if not width:
-            raise ValueError("the width of an activation must be known")
-        return cls(width)
-
     def add(self, rows: np.ndarray) -> None:
         """Take in rows."""
         self.rows += len(rows)
         self.low = np.minimum(self.low, rows.min(axis=0, initial=0))
         self.high = np.maximum(self.high, rows.max(axis=0, initial=0))
-        for index, part in enumerate((rows, np.abs(rows), np.square(rows))):
-            self._sums[index] += part.sum(axis=0, dtype=np.float64)
+        parts = (rows, np.abs(rows), np.square(rows))
+        self._sums = self._sums + np.stack([part.sum(axis=0, dtype=np.float64) for part in parts])
 
     @property
     def largest(self) -> np.ndarray:
@@ -165,26 +148,19 @@ class Gram(Observation):
     For an error E of a matrix, the squared error of X · E is the trace of Eᵀ · (Xᵀ · X) · E.
     """
 
-    def __init__(self, width: int) -> None:
-        self.matrix = np.zeros((width, width), np.float32)
+    def __init__(self) -> None:
+        self.matrix = np.zeros((1, 1), np.float32)
         """Sum over rows of rowᵀ · row."""
 
     @classmethod
     def size(cls, width: int) -> int:
-        """A square matrix, and another while a batch is added."""
-        return 8 * width * width
-
-    @classmethod
-    def of_width(cls, width: int) -> Self:
-        """Zeros; ValueError if the width is not known."""
-        if not width:
-            raise ValueError("the width of an activation must be known")
-        return cls(width)
+        """A square matrix, and two more while a batch is added."""
+        return 12 * width * width
 
     def add(self, rows: np.ndarray) -> None:
         """Take in rows."""
         self.rows += len(rows)
-        self.matrix += rows.T @ rows
+        self.matrix = self.matrix + rows.T @ rows
 
     @property
     def mean(self) -> np.ndarray:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.base import Pass, Wish
+from planish.optimizer.graph import width_of
 from planish.optimizer.instruments import Instrument, Step
 from planish.optimizer.program import SUM, Signature, TensorSpec
 
@@ -103,7 +104,7 @@ class Observe(Instrument):
             self._see(model, group)
 
     def _see(self, model: ir.Model, wishes: Sequence[Wish]) -> None:
-        made = [wish.what.of_width(_width(wish.value)) for wish in wishes]
+        made = [wish.what() for wish in wishes]
         names = sorted({wish.value.name or "" for wish in wishes})
         for rows in activations(model, names, self.batches(), self.load, self.signature.mask()):
             for wish, observation in zip(wishes, made, strict=True):
@@ -131,10 +132,4 @@ def _grouped(wishes: Sequence[Wish], limit: int) -> Iterator[list[Wish]]:
 
 def size_of(wish: Wish) -> int:
     """Bytes of the accumulator for a wish."""
-    return wish.what.size(_width(wish.value))
-
-
-def _width(value: ir.Value) -> int:
-    """The last dimension; 0 if it is not known."""
-    width = None if value.shape is None or not len(value.shape) else value.shape[-1]
-    return width if isinstance(width, int) else 0
+    return wish.what.size(width_of(wish.value))

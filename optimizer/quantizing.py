@@ -18,8 +18,9 @@ from planish.optimizer.graph import (
     constant_of,
     is_weight_matrix,
     location_of,
-    rank_of,
+    sizes_of,
     sole_user,
+    vector_operand,
 )
 from planish.optimizer.observations import Channels, seen
 
@@ -117,7 +118,7 @@ class Quantizing(Pass):
         if bias is None:
             return False
         corrected = bias + channels.mean @ (site.tensor.numpy() - self.rounded(site))
-        node.replace_input_with(index, add_initializer(graph, f"{node.name}_corrected", corrected.astype(np.float32)))
+        node.replace_input_with(index, add_initializer(graph, f"{site.name}_corrected", corrected.astype(np.float32)))
         return True
 
     def _reason(self, site: Site) -> str | None:
@@ -166,8 +167,7 @@ def _bias_of(site: Site) -> tuple[ir.Node, int] | None:
     node = sole_user(site.node.outputs[0])
     if node is None or node.op_type != "Add" or node.domain != "":
         return None
-    found = (index for index, value in enumerate(node.inputs) if rank_of(value) == 1 and constant_of(value) is not None)
-    index = next(found, None)
+    index = vector_operand(node, sizes_of(site.tensor)[1])
     return None if index is None else (node, index)
 
 

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.compare import Budget, compare, divergence, visible_part
-from planish.optimizer.graph import location_of, rank_of, sizes_of, weight_bytes
+from planish.optimizer.graph import location_of, rank_of, sizes_of, stand_in, weight_bytes
 from planish.optimizer.instruments import Instrument, Step
 from planish.optimizer.lock import Product
 from planish.optimizer.pipeline import Outcome, Pipeline
@@ -135,11 +135,8 @@ def _take_error(graph: ir.Graph, node: ir.Node) -> np.ndarray:
     error.shape = None if rank is None else ir.Shape([f"{error.name}_{axis}" for axis in range(rank)])
     graph.inputs.append(error)
     add = ir.node("Add", [old, error], name=f"{old.name}_with_error")
-    new = add.outputs[0]
-    new.shape, new.type = old.shape, old.type
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    stand_in(old, add.outputs[0], "right")
     add.replace_input_with(0, old)
-    old.name, new.name = f"{old.name}_right", old.name
     graph.insert_after(node, add)
     return np.zeros([1] * (rank or 1), np.float32)
 

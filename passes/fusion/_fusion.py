@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import (
-    NAME_SCOPES,
     constant_of,
+    copy_location,
     location_of,
     opset_of,
     rank_of,
@@ -114,8 +114,7 @@ def _inherit(source: ir.Node, nodes: list[ir.Node]) -> None:
     """Give new nodes names of their own and the source location of what they replace."""
     for index, node in enumerate(nodes):
         node.name = f"{source.name or source.outputs[0].name}_{node.op_type}_{index}"
-        if NAME_SCOPES in source.metadata_props:
-            node.metadata_props[NAME_SCOPES] = source.metadata_props[NAME_SCOPES]
+        copy_location(source, node)
         for output in node.outputs:
             if output.name is None:
                 output.name = f"{source.outputs[0].name}_{node.op_type}_{index}"

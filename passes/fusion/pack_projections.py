@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of, sizes_of, sole_user
+from planish.optimizer.graph import add_initializer, copy_location, is_weight_matrix, location_of, sizes_of, sole_user
 from planish.optimizer.tensors import lazy
 
 
@@ -133,8 +133,7 @@ def _describe(group: Sequence[Projection], product: ir.Node, addition: ir.Node, 
         node.outputs[0].type = old.type
         if old.shape is not None:
             node.outputs[0].shape = ir.Shape([*old.shape[:-1], width])
-        if NAME_SCOPES in group[0].product.metadata_props:
-            node.metadata_props[NAME_SCOPES] = group[0].product.metadata_props[NAME_SCOPES]
+        copy_location(group[0].product, node)
 
 
 def _drop(graph: ir.Graph, values: Iterable[ir.Value]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import NAME_SCOPES, SPELLED_OUT, name_nodes
+from planish.optimizer.graph import SPELLED_OUT, copy_location, name_nodes
 from planish.passes.legalize._masks import number
 
 
@@ -67,8 +67,7 @@ def spell_out(graph: ir.Graph, node: ir.Node, added: ir.Value | None, author: st
     name_nodes(tape.nodes, f"{old.name}_spelled_out")
     for new in tape.nodes:
         new.metadata_props[SPELLED_OUT] = author
-        if NAME_SCOPES in node.metadata_props:
-            new.metadata_props[NAME_SCOPES] = node.metadata_props[NAME_SCOPES]
+        copy_location(node, new)
     graph.insert_before(node, tape.nodes)
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     graph.remove(node, safe=True)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import constant_of, location_of, rank_of, remove_dead, sole_user
+from planish.optimizer.graph import location_of, rank_of, remove_dead, sizes_of, sole_user, stand_in, vector_operand
 
 _CONTRIB = "com.microsoft"
 
@@ -60,9 +60,14 @@ def _obstacle(data: ir.Node, weight: ir.Node) -> str | None:
     return None if per_column else "its weights have no scale for each column"
 
 
+def _columns(weight: ir.Node) -> int:
+    matrix = weight.inputs[0]
+    return 0 if matrix is None or matrix.const_value is None else sizes_of(matrix.const_value)[1]
+
+
 def _rewrite(graph: ir.Graph, node: ir.Node, data: ir.Node, weight: ir.Node) -> None:
     add = sole_user(node.outputs[0])
-    index = None if add is None or add.op_type != "Add" else _bias(add)
+    index = None if add is None or add.op_type != "Add" else vector_operand(add, _columns(weight))
     last = node if add is None or index is None else add
     bias = None if add is None or index is None else add.inputs[index]
     fused = ir.node(
@@ -72,19 +77,10 @@ def _rewrite(graph: ir.Graph, node: ir.Node, data: ir.Node, weight: ir.Node) -> 
         name=f"{node.name}_integer",
         metadata_props=dict(node.metadata_props),
     )
-    old, new = last.outputs[0], fused.outputs[0]
-    new.shape, new.type = old.shape, old.type
     graph.insert_before(node, fused)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    stand_in(last.outputs[0], fused.outputs[0], "real")
     if last is not node:
         graph.remove(last, safe=True)
     graph.remove(node, safe=True)
-    old.name, new.name = f"{old.name}_real", old.name
     remove_dead(graph, data)
     remove_dead(graph, weight)
-
-
-def _bias(add: ir.Node) -> int | None:
-    """Which operand of an Add is a constant vector."""
-    found = (index for index, value in enumerate(add.inputs) if rank_of(value) == 1 and constant_of(value) is not None)
-    return next(found, None)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import add_initializer, location_of, remove_dead, sizes_of
+from planish.optimizer.graph import add_initializer, location_of, remove_dead, sizes_of, stand_in
 from planish.optimizer.tensors import lazy
 
 _CONTRIB = "com.microsoft"
@@ -74,12 +74,9 @@ class UseMatMulNBits(Pass):
             name=f"{node.name}_nbits",
             metadata_props=dict(node.metadata_props),
         )
-        old, new = node.outputs[0], fused.outputs[0]
-        new.shape, new.type = old.shape, old.type
         graph.insert_before(node, fused)
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        stand_in(node.outputs[0], fused.outputs[0], "real")
         graph.remove(node, safe=True)
-        old.name, new.name = f"{old.name}_real", old.name
         remove_dead(graph, real)
 
 

@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from planish.optimizer.observations import BINS, Channels, Range
+from planish.optimizer.observations import BINS, Channels, Range, seen
+from planish.optimizer.quantizing import Site
 
 RangeMethod = Literal["minmax", "average", "percentile", "entropy", "mse"]
 _PERCENT = 99.99
@@ -16,6 +17,14 @@ _SHARES = np.geomspace(1.0, 0.02, 79)
 """Shares of the largest magnitude that `mse` and `entropy` try."""
 _LEVELS = 128
 """Steps of a magnitude in 8 bits."""
+
+
+def range_unready(site: Site) -> str | None:
+    """Why an activation cannot get fixed steps; nothing if it can."""
+    found = seen(site.data, Range)
+    if found is None:
+        return "nothing was seen of its activation: fixed scales need calibration data"
+    return None if found.finite else "its activation holds NaN or infinity"
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Steps:
         return np.asarray((steps - self.zero_point) * self.scale, np.float32)
 
 
-def steps_for(seen: Range, method: RangeMethod, *, signed: bool) -> Steps:
+def steps_for(shown: Range, method: RangeMethod, *, signed: bool) -> Steps:
     """Steps for what was seen: symmetric around zero if ``signed``, else from the lowest to the highest entry.
 
     `minmax` keeps everything; `average` the mean of the batches' extremes (Jacob et al. 2018, section 3.1, keep a
@@ -47,51 +56,51 @@ def steps_for(seen: Range, method: RangeMethod, *, signed: bool) -> Steps:
     closest to the true one (Migacz 2017, "8-bit inference with TensorRT"); `mse` that with the least squared error
     (Sung et al. 2015). An activation that is always zero has a scale of one.
     """
-    low, high = _kept(seen, method, signed=signed)
+    low, high = _kept(shown, method, signed=signed)
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max(-low, high) / 127 if signed else (high - low) / 255
     scale = float(np.float32(f"{scale:.4g}")) if scale > 0 else 1.0
     return Steps(scale, 0 if signed else int(np.clip(round(-low / scale), 0, 255)), signed)
 
 
-def _kept(seen: Range, method: RangeMethod, *, signed: bool) -> tuple[float, float]:
+def _kept(shown: Range, method: RangeMethod, *, signed: bool) -> tuple[float, float]:
     if method == "average":
-        return seen.lows / seen.batches, seen.highs / seen.batches
+        return shown.lows / shown.batches, shown.highs / shown.batches
     if method == "percentile":
-        return _percentile(seen)
-    if method == "minmax" or not seen.counts.any():
-        return seen.low, seen.high
+        return _percentile(shown)
+    if method == "minmax" or not shown.counts.any():
+        return shown.low, shown.high
     loss = _divergence if method == "entropy" else _squared_error
-    reach = max(-seen.low, seen.high)
-    tried = [(max(seen.low, -share * reach), min(seen.high, share * reach)) for share in _SHARES]
-    return min(tried, key=lambda kept: loss(seen, *kept, signed=signed))
+    reach = max(-shown.low, shown.high)
+    tried = [(max(shown.low, -share * reach), min(shown.high, share * reach)) for share in _SHARES]
+    return min(tried, key=lambda kept: loss(shown, *kept, signed=signed))
 
 
-def _percentile(seen: Range) -> tuple[float, float]:
+def _percentile(shown: Range) -> tuple[float, float]:
     """Limits beyond which lies as much on each side as two-sided percentiles leave out."""
-    total = np.cumsum(seen.counts) / max(int(seen.counts.sum()), 1)
+    total = np.cumsum(shown.counts) / max(int(shown.counts.sum()), 1)
     outside = (100 - _PERCENT) / 200
-    low = seen.centers[int(np.searchsorted(total, outside))]
-    high = seen.centers[min(int(np.searchsorted(total, 1 - outside)), BINS - 1)]
-    return max(float(low), seen.low), min(float(high), seen.high)
+    low = shown.centers[int(np.searchsorted(total, outside))]
+    high = shown.centers[min(int(np.searchsorted(total, 1 - outside)), BINS - 1)]
+    return max(float(low), shown.low), min(float(high), shown.high)
 
 
-def _squared_error(seen: Range, low: float, high: float, *, signed: bool) -> float:
+def _squared_error(shown: Range, low: float, high: float, *, signed: bool) -> float:
     """Of all entries, each taken to lie in the middle of its bin."""
-    filled = np.flatnonzero(seen.counts)
+    filled = np.flatnonzero(shown.counts)
     low, high = (-max(-low, high), max(-low, high)) if signed else (min(low, 0.0), max(high, 0.0))
     step = (high - low) / 255
     if step <= 0:
         return float("inf")
-    values = seen.centers[filled]
+    values = shown.centers[filled]
     error = np.clip(np.rint((values - low) / step), 0, 255) * step + low - values
-    return float((np.square(error) * seen.counts[filled]).sum())
+    return float((np.square(error) * shown.counts[filled]).sum())
 
 
-def _divergence(seen: Range, low: float, high: float, *, signed: bool) -> float:
+def _divergence(shown: Range, low: float, high: float, *, signed: bool) -> float:
     """Kullback-Leibler divergence of magnitudes from themselves in 128 steps, beyond the range clipped into it."""
-    folded = (seen.counts[BINS // 2 :] + seen.counts[: BINS // 2][::-1]).astype(np.float64)
-    count = max(_LEVELS, int(np.ceil(max(-low, high) / seen.bound * len(folded))))
+    folded = (shown.counts[BINS // 2 :] + shown.counts[: BINS // 2][::-1]).astype(np.float64)
+    count = max(_LEVELS, int(np.ceil(max(-low, high) / shown.bound * len(folded))))
     true = folded[:count].copy()
     true[-1] += folded[count:].sum()
     filled = folded[:count] > 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +23,7 @@ import onnx
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
-from planish.optimizer.graph import NAME_SCOPES, add_initializer, location_of, sizes_of, subgraphs_of
+from planish.optimizer.graph import add_initializer, copy_location, location_of, sizes_of, subgraphs_of
 from planish.optimizer.observations import Range, seen
 from planish.optimizer.tensors import lazy
 
@@ -99,33 +99,22 @@ class ConvertFloat16(Pass):
     def _overflow(self, node: ir.Node) -> str | None:
         """Which operand or result would come too near to the largest number."""
         largest = _TYPES[self.type][2] / _MARGIN
-        for value in (*_floats(node.inputs), *_floats(node.outputs)):
-            tensor, found = value.const_value, seen(value, Range)
-            if tensor is not None and not value.is_graph_input():
-                reach = float(np.abs(tensor.numpy()).max(initial=0.0))
-            elif self.type == "float16" and found is not None:
-                reach = max(-found.low, found.high)
-            else:
-                continue
-            if not reach <= largest:
-                return f"{value.name!r} reaches {reach:.4g}"
-        return self._underflow(node)
-
-    def _underflow(self, node: ir.Node) -> str | None:
-        """Which scale of integers is too small a number to be exact."""
-        scale = node.inputs[1] if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
-        if scale is None or self.type != "float16":
-            return None
-        if scale.const_value is None or scale.is_graph_input():
-            return f"the scale {scale.name!r} is not constant"
-        least = float(np.abs(scale.const_value.numpy()).min(initial=1.0))
-        if least < np.finfo(np.float16).tiny:
-            return f"the scale {scale.name!r} goes down to {least:.4g}"
-        return None
+        weights = [(value.name, value.const_value) for value in node.inputs if _is_weight(value)]
+        reaches = {name: float(np.abs(t.numpy()).max(initial=0)) for name, t in weights if t is not None}
+        for value in _floats(node.outputs) if self.type == "float16" else ():
+            found = seen(value, Range)
+            if found is None:
+                return f"nothing was seen of {value.name!r}: its range needs calibration data"
+            reaches[value.name] = max(-found.low, found.high)
+        return next((f"{n!r} reaches {reach:.4g}" for n, reach in reaches.items() if not reach <= largest), None)
 
 
 def _floats(values: Sequence[ir.Value | None]) -> list[ir.Value]:
     return [value for value in values if value is not None and value.dtype is ir.DataType.FLOAT]
+
+
+def _is_weight(value: ir.Value | None) -> TypeGuard[ir.Value]:
+    return bool(_floats([value])) and value is not None and value.const_value is not None and not value.is_graph_input()
 
 
 def _admits(node: ir.Node, kind: ir.DataType) -> bool:
@@ -137,13 +126,10 @@ def _admits(node: ir.Node, kind: ir.DataType) -> bool:
         return False
     wanted = f"tensor({kind.name.lower()})"
     for values, ports in ((node.inputs, schema.inputs), (node.outputs, schema.outputs)):
-        for index, value in enumerate(values):
-            if (
-                value is not None
-                and value.dtype is ir.DataType.FLOAT
-                and wanted not in ports[min(index, len(ports) - 1)].types
-            ):
-                return False
+        allowed = [port.types for port in ports]
+        kinds = (allowed[min(index, len(allowed) - 1)] for index, value in enumerate(values) if _floats([value]))
+        if any(wanted not in kind for kind in kinds):
+            return False
     return True
 
 
@@ -195,7 +181,7 @@ class _Writer:
     def _constant(self, value: ir.Value) -> ir.Value | None:
         """A weight in 16 bits; None if the value is not one."""
         tensor = value.const_value
-        if tensor is None or value.is_graph_input() or value.producer() is not None:
+        if tensor is None or not _is_weight(value) or value.producer() is not None:
             return None
         if id(value) not in self.constants:
             kind, name = _TYPES[self.type][1], f"{value.name}_{self.type}"
@@ -208,8 +194,7 @@ class _Writer:
             made = self._make(value, kind, f"{value.name}_to_{kind.name.lower()}")
             cast = made.producer()
             if cast is not None:
-                if NAME_SCOPES in node.metadata_props:
-                    cast.metadata_props[NAME_SCOPES] = node.metadata_props[NAME_SCOPES]
+                copy_location(node, cast)
                 self.graph.insert_before(node, cast)
             self.casts[id(value), kind] = made
         return self.casts[id(value), kind]

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from annotated_types import Ge
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import NAME_SCOPES, add_initializer, is_weight_matrix, location_of, sizes_of
+from planish.optimizer.graph import add_initializer, copy_location, is_weight_matrix, location_of, sizes_of
 from planish.optimizer.tensors import lazy
 from planish.passes.quantization._rounding import blocks_of
 
@@ -96,8 +96,7 @@ def _look_up(graph: ir.Graph, reader: ir.Node, stored: ir.Value, scale: ir.Value
     found = tape.op("Mul", [real, sizes])
     for node, what in zip(tape.nodes, ("int8", "scale", "real", "found"), strict=True):
         node.name = node.outputs[0].name = f"{base}_{what}"
-        if NAME_SCOPES in reader.metadata_props:
-            node.metadata_props[NAME_SCOPES] = reader.metadata_props[NAME_SCOPES]
+        copy_location(reader, node)
     if old.shape is not None:
         sizes.shape = ir.Shape([*old.shape[:-1], 1])
     for value, kind in ((integers, ir.DataType.INT8), (sizes, ir.DataType.FLOAT), (real, ir.DataType.FLOAT)):

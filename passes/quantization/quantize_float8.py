@@ -19,10 +19,11 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Wish
-from planish.optimizer.graph import NAME_SCOPES, add_initializer, sizes_of
+from planish.optimizer.graph import add_initializer, copy_location, sizes_of
 from planish.optimizer.observations import Range, seen
 from planish.optimizer.quantizing import Quantizing, Site
 from planish.optimizer.tensors import lazy
+from planish.passes.quantization._ranges import range_unready
 
 _FLOAT8 = ml_dtypes.float8_e4m3fn
 _LARGEST = float(ir.DataType.FLOAT8E4M3FN.max)
@@ -40,10 +41,7 @@ class QuantizeFloat8(Quantizing):
 
     def unready(self, site: Site) -> str | None:
         """Why a scale cannot be given."""
-        found = seen(site.data, Range)
-        if found is None:
-            return "nothing was seen of its activation: fixed scales need calibration data"
-        return None if found.finite else "its activation holds NaN or infinity"
+        return range_unready(site)
 
     def rounded(self, site: Site) -> np.ndarray:
         """The matrix as products will see it."""
@@ -115,7 +113,6 @@ def _real(
 
 
 def _placed(graph: ir.Graph, site: Site, node: ir.Node) -> ir.Node:
-    if NAME_SCOPES in site.node.metadata_props:
-        node.metadata_props[NAME_SCOPES] = site.node.metadata_props[NAME_SCOPES]
+    copy_location(site.node, node)
     graph.insert_before(site.node, node)
     return node

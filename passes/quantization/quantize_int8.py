@@ -28,12 +28,12 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Wish
-from planish.optimizer.graph import NAME_SCOPES, add_initializer, sizes_of
+from planish.optimizer.graph import add_initializer, copy_location, sizes_of, stand_in
 from planish.optimizer.observations import Gram, Observation, Range, seen
 from planish.optimizer.quantizing import Quantizing, Site
 from planish.optimizer.tensors import lazy
 from planish.passes.quantization._gptq import blocks_for, unready
-from planish.passes.quantization._ranges import RangeMethod, Steps, steps_for
+from planish.passes.quantization._ranges import RangeMethod, Steps, range_unready, steps_for
 from planish.passes.quantization._rounding import Blocks
 
 _LEVELS = 127
@@ -81,10 +81,7 @@ class QuantizeInt8(Quantizing):
         """Why a fixed scale cannot be given, or gptq cannot be done."""
         if self.activations != "static":
             return unready(site, self.method)
-        found = seen(site.data, Range)
-        if found is None:
-            return "nothing was seen of its activation: fixed scales need calibration data"
-        return unready(site, self.method) if found.finite else "its activation holds NaN or infinity"
+        return range_unready(site) or unready(site, self.method)
 
     def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
         """Write the integer form of each product."""
@@ -147,16 +144,8 @@ class _Writer:
         sums = self._add(node, "int32", "MatMulInteger", integers, shape=shape, dtype=ir.DataType.INT32)
         real = self._add(node, "float", "Cast", [sums], {"to": ir.DataType.FLOAT}, shape=shape)
         columns = self._add(node, "columns", "Mul", [real, self._channel_scale(scale)], shape=shape)
-        self._take_over(node, self._add(node, "rows", "Mul", [columns, size], shape=shape))
-
-    def _take_over(self, node: ir.Node, product: ir.Value) -> None:
-        old = node.outputs[0]
-        product.shape, product.type = old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, product, replace_graph_outputs=True)
+        stand_in(node.outputs[0], self._add(node, "rows", "Mul", [columns, size], shape=shape), "float")
         self.graph.remove(node, safe=True)
-        old_name = old.name
-        old.name = f"{old_name}_float"
-        product.name = old_name
 
     def _stored(self, site: Site) -> tuple[ir.Value, ir.Value]:
         """The matrix in int8 and its scales, one per column."""
@@ -254,8 +243,7 @@ class _Writer:
         """Put a node before ``node``: located where it is, its outputs named after its output and ``what`` they are."""
         base = node.outputs[0].name
         made = ir.node(op_type, inputs, attributes, num_outputs=len(what), name=f"{base}_{op_type}_{what[0]}")
-        if NAME_SCOPES in node.metadata_props:
-            made.metadata_props[NAME_SCOPES] = node.metadata_props[NAME_SCOPES]
+        copy_location(node, made)
         for output, suffix in zip(made.outputs, what, strict=True):
             output.name = f"{base}_{suffix}"
         self.graph.insert_before(node, made)

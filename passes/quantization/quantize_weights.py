@@ -19,7 +19,7 @@ import onnx_ir as ir
 from pydantic import AfterValidator
 
 from planish.optimizer.base import Wish
-from planish.optimizer.graph import NAME_SCOPES, add_initializer, sizes_of
+from planish.optimizer.graph import add_initializer, copy_location, sizes_of
 from planish.optimizer.observations import Gram
 from planish.optimizer.quantizing import Quantizing, Site, one_of
 from planish.optimizer.tensors import lazy
@@ -98,8 +98,7 @@ class QuantizeWeights(Quantizing):
             {"axis": 0, "block_size": self.block},
             name=f"{name}_DequantizeLinear",
         )
-        if NAME_SCOPES in site.node.metadata_props:
-            node.metadata_props[NAME_SCOPES] = site.node.metadata_props[NAME_SCOPES]
+        copy_location(site.node, node)
         output = node.outputs[0]
         output.name, output.shape, output.type = f"{name}_real", site.weight.shape, site.weight.type
         graph.insert_before(site.node, node)

@@ -20,7 +20,14 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import constant_of, is_weight_matrix, location_of, rank_of, sizes_of
+from planish.optimizer.graph import (
+    is_constant_vector,
+    is_weight_matrix,
+    location_of,
+    sizes_of,
+    vector_operand,
+    width_of,
+)
 from planish.passes.quantization._operands import change_operand, tensor_of
 
 _SEED = 0
@@ -98,7 +105,7 @@ class _Stream:
             self.tables.append((node, 1))
             return []
         if node.op_type == "Add":
-            bias = next((index for index, operand in enumerate(node.inputs) if _is_vector(operand)), None)
+            bias = vector_operand(node, width_of(value))
             if bias is not None:
                 self.tables.append((node, bias))
             return [(node, operand) for index, operand in enumerate(node.inputs) if index != bias]
@@ -111,7 +118,7 @@ class _Stream:
         if _TURNED in node.metadata_props:
             raise _Stuck(node, "the stream is turned already", value)
         scale = node.inputs[1] if node.op_type == "RMSNormalization" and node.inputs[0] is value else None
-        if not _is_vector(scale) or node.attributes.get_int("axis", -1) != -1:
+        if not is_constant_vector(scale, width_of(value)) or node.attributes.get_int("axis", -1) != -1:
             raise _Stuck(node, f"{node.op_type} reads the stream", value)
         readers = [use.node for use in node.outputs[0].uses()]
         if node.outputs[0].is_graph_output() or not all(_multiplies(reader, node.outputs[0]) for reader in readers):
@@ -147,7 +154,3 @@ def rotation_of(width: int) -> np.ndarray:
 
 def _multiplies(node: ir.Node, data: ir.Value) -> bool:
     return node.op_type == "MatMul" and node.inputs[0] is data and is_weight_matrix(node.inputs[1])
-
-
-def _is_vector(value: ir.Value | None) -> bool:
-    return rank_of(value) == 1 and constant_of(value) is not None

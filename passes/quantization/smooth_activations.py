@@ -5,7 +5,7 @@ After:   y = LayerNormalization (x, g/s, b/s);  r = MatMul (y, s·w)         s: 
 
 1. y comes from a normalization that only such products read: s goes into its scale and bias.
 2. y = a ⊙ u, and u (or u + a bias) is a product that only this reads: s goes into the columns of its matrix.
-3. y comes from Attention, and only it reads its values, a product, which have as many heads: s goes there likewise.
+3. y comes from Attention without a cache, and only it reads its values, a product with as many heads: s goes there.
 4. Anything else gets a Mul in front of the products, if that is asked for.
 
 Products stay what they are up to rounding. Xiao et al. 2023, "SmoothQuant", section 4; for scales that are searched,
@@ -25,7 +25,16 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator
 
 from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
-from planish.optimizer.graph import NAME_SCOPES, add_initializer, constant_of, location_of, rank_of, sizes_of, sole_user
+from planish.optimizer.graph import (
+    add_initializer,
+    copy_location,
+    is_constant_vector,
+    location_of,
+    rank_of,
+    sizes_of,
+    sole_user,
+    vector_operand,
+)
 from planish.optimizer.observations import Channels, Gram, seen
 from planish.optimizer.quantizing import Site, one_of, site_of, sites_by_data
 from planish.passes.quantization._operands import change_operand
@@ -159,40 +168,39 @@ def _taker(sites: Sequence[Site]) -> Operands | None:
     node = data.producer()
     if node is None or data.is_graph_output() or {use.node for use in data.uses()} != {site.node for site in sites}:
         return None
+    width = sizes_of(sites[0].tensor)[0]
     if node.op_type in _NORMS:
         constants = [index for index, value in enumerate(node.inputs) if index and value is not None]
-        return [(node, i) for i in constants] if all(_is_vector(node.inputs[i]) for i in constants) else None
-    vector = next((index for index, value in enumerate(node.inputs) if _is_vector(value)), None)
-    if node.op_type == "Mul" and vector is not None:
-        return [(node, vector)]
+        plain = all(is_constant_vector(node.inputs[index], width) for index in constants)
+        return [(node, index) for index in constants] if plain else None
     if node.op_type == "Mul":
-        return next((found for found in map(_product, node.inputs) if found is not None), None)
-    if node.op_type == "Attention" and rank_of(data) == 3 and data is node.outputs[0]:
+        vector = vector_operand(node, width)
+        products = (found for value in node.inputs if (found := _product(value, width)) is not None)
+        return next(products, None) if vector is None else [(node, vector)]
+    if node.op_type == "Attention" and rank_of(data) == 3 and data is node.outputs[0] and not _caches(node):
         heads = {node.attributes[key].as_int() for key in ("q_num_heads", "kv_num_heads") if key in node.attributes}
-        return _product(node.inputs[2]) if len(heads) == 1 else None
+        return _product(node.inputs[2], width) if len(heads) == 1 else None
     return None
 
 
-def _product(value: ir.Value | None) -> Operands | None:
+def _caches(attention: ir.Node) -> bool:
+    """Whether values come from a cache, or go into one: they are not to be scaled."""
+    return any(value is not None for value in attention.inputs[4:]) or any(
+        value.uses() or value.is_graph_output() for value in attention.outputs[1:]
+    )
+
+
+def _product(value: ir.Value | None, width: int) -> Operands | None:
     """The matrix of a product, and the bias behind it, whose columns only become the channels of ``value``."""
     node = None if value is None or sole_user(value) is None else value.producer()
     if node is not None and node.op_type == "Add":
-        bias = next((index for index, operand in enumerate(node.inputs) if _is_vector(operand)), None)
-        inner = None if bias is None else _product(node.inputs[1 - bias])
+        bias = vector_operand(node, width)
+        inner = None if bias is None else _product(node.inputs[1 - bias], width)
         return None if inner is None or bias is None else [*inner, (node, bias)]
     site = site_of(node) if node is not None and node.op_type == "MatMul" else None
     if site is None or site.tensor.dtype is not ir.DataType.FLOAT or len(list(site.weight.uses())) > 1:
         return None
-    return [(site.node, 1)]
-
-
-def _is_vector(value: ir.Value | None) -> bool:
-    return (
-        rank_of(value) == 1
-        and value is not None
-        and value.dtype is ir.DataType.FLOAT
-        and constant_of(value) is not None
-    )
+    return [(site.node, 1)] if sizes_of(site.tensor)[1] == width else None
 
 
 def _insert(graph: ir.Graph, sites: Sequence[Site], scale: np.ndarray) -> None:
@@ -200,8 +208,7 @@ def _insert(graph: ir.Graph, sites: Sequence[Site], scale: np.ndarray) -> None:
     data, first = sites[0].data, sites[0].node
     factor = add_initializer(graph, f"{data.name}_smooth_scale", 1 / scale)
     node = ir.node("Mul", [data, factor], name=f"{data.name}_smooth")
-    if NAME_SCOPES in first.metadata_props:
-        node.metadata_props[NAME_SCOPES] = first.metadata_props[NAME_SCOPES]
+    copy_location(first, node)
     smooth = node.outputs[0]
     smooth.name, smooth.shape, smooth.type = f"{data.name}_smoothed", data.shape, data.type
     graph.insert_before(first, node)

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from annotated_types import Ge, Gt, Lt
 
 from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
-from planish.optimizer.graph import IN_FLOAT, NAME_SCOPES, add_initializer, location_of, sizes_of
+from planish.optimizer.graph import IN_FLOAT, add_initializer, copy_location, location_of, sizes_of
 from planish.optimizer.observations import Channels, seen
 from planish.optimizer.quantizing import Site, sites_by_data
 from planish.passes.quantization._operands import change_operand
@@ -104,8 +104,7 @@ def _split(graph: ir.Graph, sites: Sequence[Site], outliers: np.ndarray) -> None
         base = old.name
         old.name = f"{base}_rest"
         _place(graph, site.node, apart, f"{base}_outliers")
-        if NAME_SCOPES in site.node.metadata_props:
-            total.metadata_props[NAME_SCOPES] = site.node.metadata_props[NAME_SCOPES]
+        copy_location(site.node, total)
         graph.insert_after(site.node, total)
         total.outputs[0].name = base
         for value in (apart.outputs[0], total.outputs[0]):
@@ -114,6 +113,5 @@ def _split(graph: ir.Graph, sites: Sequence[Site], outliers: np.ndarray) -> None
 
 def _place(graph: ir.Graph, before: ir.Node, node: ir.Node, name: str) -> None:
     node.outputs[0].name = name
-    if NAME_SCOPES in before.metadata_props:
-        node.metadata_props[NAME_SCOPES] = before.metadata_props[NAME_SCOPES]
+    copy_location(before, node)
     graph.insert_before(before, node)
