@@ -158,7 +158,8 @@ class Builder:
         return Built(target, best.outcomes, choice, best.budgets, best.fidelity, timings)
 
     def _contenders(self, target: Backend, choice: Choice | None, place: Path, share: float = 1) -> list[Contender]:
-        """The engine of the pipeline, in its place; behind it that with the extra passes, if they are to be tried.
+        """The engine of the pipeline, in its place; behind it those of other pipelines, and with the extra passes
+        behind each, if they are to be tried.
 
         ``share`` of the error that is allowed may be spent on rounding.
         """
@@ -336,7 +337,7 @@ class Builder:
             return scored(score, None)
         if target.name not in self.plain_scores:
             plain = self._plain(target)
-            self.plain_scores[target.name] = score if plain == place else evaluation.score(plain)
+            self.plain_scores[target.name] = evaluation.score(plain)
         return scored(score, self.plain_scores[target.name])
 
     def _choose(

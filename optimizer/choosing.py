@@ -35,7 +35,7 @@ def reason(components: Sequence[str], won: Sequence[str]) -> str:
 
 
 def trial(passes: str, obstacle: str | None, kept: Sequence[str], won: Sequence[str], timed: Timed) -> Trial:
-    """The record of passes that were tried behind a pipeline: ``kept`` are the components of ``won`` that have them."""
+    """The record of passes that were tried: ``kept`` are the components of ``won`` that have them."""
     if obstacle is not None:
         return Trial(passes=passes, kept=False, why=obstacle)
     why = "faster than without" if kept else "not measurably faster than without"

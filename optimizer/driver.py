@@ -20,12 +20,7 @@ from typing import Any, Literal
 from planish.optimizer import manifest as records
 from planish.optimizer import registry
 from planish.optimizer.backend import Arrays, Engine
-from planish.optimizer.building import (
-    NOT_CHECKED,
-    OFFLOADED,
-    Builder,
-    Built,
-)
+from planish.optimizer.building import EVALUATION, NOT_CHECKED, OFFLOADED, Builder, Built
 from planish.optimizer.calibration import Given, Samples, one_behind_the_other
 from planish.optimizer.checking import CHECKER, check_engines, demand_room
 from planish.optimizer.compare import Budget, Comparison
@@ -134,7 +129,7 @@ def optimize(
         with stages.stage("lowering"):
             lowered = _lowered(source, task, adapter, reference, sample_inputs=sample_inputs, dynamic_axes=dynamic_axes)
             lowered = lowered.with_fixed(request.fixed)
-        data = None if calibration is None else Samples.of(calibration, samples)
+        data = _data(calibration, samples)
         _check_lock(known, lock, lowered, request, data)
         inputs, references = _asked(lowered, request, data, reference, stages)
         places = folder, Path(scratch), Path(f"{out}.failed")
@@ -143,18 +138,23 @@ def optimize(
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
         check_expectations(wanted, _sites(built), [t.name for t in request.targets])
         with stages.stage("report"):
-            made = None if references is None else references()
-            origin = _origin(lowered, data) if builder.calibrated(built) else NOTHING
-            record = _reference_record(lowered, made, origin, data, reference)
-            digest = data.digest() if data is not None and origin == GIVEN else ""
-            result = _write(folder, request, lowered, made, record, built, stages, builder.profiles, digest)
-            result.notes.extend(builder.notes)
-            if origin not in (NOTHING, GIVEN):
-                result.notes.append(f"calibrated on inputs {origin}, which are not like yours: give --calibration")
+            result = _write(folder, builder, built, data, reference)
     if lock is not None and known is None:
         with staged_file(Path(lock)) as path:
             path.write_text((Path(out) / LOCK).read_text(encoding="utf-8"), encoding="utf-8")
     return replace(result, folder=Path(out))
+
+
+def _data(calibration: Given | None, samples: int | None) -> Samples | None:
+    """The user's own inputs, if there are any; UsageError if only their number is given."""
+    if calibration is None and samples is not None:
+        raise UsageError("samples of nothing were asked for", where="--samples", advice="give --calibration")
+    return None if calibration is None else Samples.of(calibration, samples)
+
+
+def _digest(lowered: Lowered, data: Samples | None) -> str:
+    """What tells calibration data from others, for a lock."""
+    return _origin(lowered, data) if data is None else data.digest()
 
 
 def _check_lock(
@@ -163,7 +163,7 @@ def _check_lock(
     """UsageError if the lock that is used, if one is, was written for another source, request or set of targets, or if
     its engines were calibrated on other data."""
     if known is not None and path is not None:
-        known.check_data(Path(path), "" if data is None or not known.calibration else data.digest())
+        known.check_data(Path(path), _digest(lowered, data) if known.calibration else "")
         files = lowered.program.provenance.files
         known.check_fits(Path(path), files, request.described(), [*map(str, request.targets)])
 
@@ -199,6 +199,8 @@ def _asked(
     With `offload` it answers now: two who read all weights at once would need twice the memory.
     """
     if reference == "none":
+        if request.evaluation is not None:
+            raise UsageError("engines that nothing is compared with are not judged", where="--evaluate")
         return {}, None
     if reference == "offload" and request.preset is not None:  # before anything is read
         plain = max(weight_bytes(model) for model in lowered.program.components.values())
@@ -306,25 +308,20 @@ def _reference(lowered: Lowered, component: str, inputs: Sequence[Arrays], answe
     return Reference(tuple(inputs), tuple(outputs), noise, lowered.original.description)
 
 
-def _write(
-    folder: Path,
-    request: Request,
-    lowered: Lowered,
-    references: References | None,
-    record: records.ReferenceRecord,
-    built: Sequence[Built],
-    stages: Stages,
-    profiles: Mapping[str, Profile],
-    digest: str,
-) -> Result:
+def _write(folder: Path, builder: Builder, built: Sequence[Built], data: Samples | None, mode: ReferenceMode) -> Result:
     """Write reference, lock, measurements, report and manifest into a folder that holds the engines."""
+    request, lowered = builder.request, builder.lowered
+    references = None if builder.references is None else builder.references()
     if references is not None:
         references.save(folder / "reference")
+    calibrated = builder.calibrated(built)
+    origin = _origin(lowered, data) if calibrated else NOTHING
     choices = {engine.target.name: engine.choice for engine in built}
     source = dict(lowered.program.provenance.files)
+    digest = _digest(lowered, data) if calibrated else ""
     locked = Lock(source=source, requested=request.described(), calibration=digest, targets=choices)
     (folder / LOCK).write_text(locked.text(), encoding="utf-8")
-    measurements = _measurements(built, stages, profiles)
+    measurements = _measurements(built, builder.stages, builder.profiles)
     (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
     manifest = Manifest(
         planish=records.library_version("planish"),
@@ -334,7 +331,7 @@ def _write(
         task=lowered.program.task,
         signatures={n: records.SignatureRecord.of(s) for n, s in lowered.program.signatures.items()},
         requested=request.described(),
-        reference=record,
+        reference=_reference_record(lowered, references, origin, data, mode),
         targets={engine.target.name: _target_record(engine, folder) for engine in built},
         files={},
     )
@@ -342,7 +339,9 @@ def _write(
     write_report(folder, manifest, locked)
     manifest = manifest.model_copy(update={"files": records.hash_files(folder)})
     manifest.write(folder)
-    return Result(folder, manifest, measurements)
+    made_up = origin not in (NOTHING, GIVEN)
+    told = [f"calibrated on inputs {origin}, which are not like yours: give --calibration"] if made_up else []
+    return Result(folder, manifest, measurements, [*builder.notes, *told])
 
 
 def _reference_record(
@@ -457,4 +456,5 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Iterable[str]) 
     here = records.instruction_set()
     notes = [] if here == manifest.instruction_set else [f"built on {manifest.instruction_set}, checked on {here}"]
     notes += [] if target.missing() is None else [f"checked with {fidelity.checked_with}: {target.missing()}"]
+    notes += ["its own measure was not taken again"] if EVALUATION in record.budgets else []
     return Verdict(record.target, fidelity.comparison(), tuple(problems), "; ".join(notes))

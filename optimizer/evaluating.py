@@ -42,7 +42,7 @@ class Evaluation:
         words = [word.replace(PLACE, str(folder)) for word in self.words]
         where = f"--evaluate {self}"
         try:
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
         except OSError as error:
             raise BadInput(f"the command cannot be run ({error.strerror})", where=where) from error
         if done.returncode:

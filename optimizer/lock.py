@@ -40,7 +40,7 @@ class Speed(BaseModel):
 
 
 class Trial(BaseModel):
-    """Passes that were tried behind the pipeline, what came of it, and why."""
+    """Passes that were tried behind the pipeline, or instead of some of it, what came of it, and why."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     passes: str
@@ -94,7 +94,7 @@ class Lock(BaseModel):
     requested: dict[str, str]
     """What was asked for: preset or pipeline, and the budget."""
     calibration: str = ""
-    """SHA-256 of the data that passes were calibrated on; nothing if none were on data of the user's."""
+    """What passes were calibrated on, if any were: SHA-256 of the user's data, else how the data were made."""
     targets: dict[str, Choice]
     """By the name of the engine's folder."""
 
@@ -114,7 +114,7 @@ class Lock(BaseModel):
             raise BadInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=path) from None
 
     def check_data(self, path: Path, digest: str) -> None:
-        """UsageError if engines were calibrated on other data than those with this digest."""
+        """UsageError if engines were calibrated on other data than these."""
         if self.calibration and digest != self.calibration:
             raise UsageError(
                 "the engines of this lock were calibrated on other data",

@@ -71,13 +71,13 @@ class Rehearsal:
             rows = len(next(iter(prompt.values())))
             for _ in decoding.generate(prompt, start_tokens=np.broadcast_to(start, (rows, 1)), most=_STEPS):
                 pass
-            heard = {name: list(self._heard(name)) for name in self._engines}
+            heard = {name: self._heard(name) for name in self._engines}
             yield from heard[component]
 
     def _written(self, decoding: Decoding, prompt: Arrays, limit: int) -> Iterator[int]:
         return (int(tokens[0]) for tokens in decoding.generate(prompt, most=limit - 1, sampling=_SAMPLING))
 
-    def _heard(self, component: str) -> Iterator[Arrays]:
+    def _heard(self, component: str) -> list[Arrays]:
         """What was heard since somebody asked last; the engine keeps none of it."""
         heard, self._engines[component].heard = self._engines[component].heard, []
-        return iter(heard)
+        return heard

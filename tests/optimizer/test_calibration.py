@@ -115,6 +115,8 @@ def test_fixed_steps_race_where_there_are_data_and_a_lock_repeats_them(
     assert {one.rounded for one in choice.products if one.text == "quantize-int8{minimum=1}"} == {False}
     again = optimize(tiny, tmp_path / "again", **options)
     assert again.manifest.targets == built.manifest.targets
+    with pytest.raises(UsageError, match="samples of nothing"):
+        optimize(tiny, tmp_path / "other", preset="fast", samples=5)
     for other in ({"calibration": texts(81)}, {"calibration": None}, {"samples": 40}):
         with pytest.raises(UsageError, match="calibrated on other data"):
             optimize(tiny, tmp_path / "other", **{**options, **other})

@@ -74,6 +74,9 @@ def test_an_engine_that_scores_too_low_is_not_shipped(
     with pytest.raises(CheckFailed, match="score_ratio of engine is 2, the budget asks score<=1x"):
         optimize(tiny, tmp_path / "refused", keep=["score<=1x"], **options)
     assert not (tmp_path / "refused").exists()
+    assert "its own measure was not taken again" in planish("verify", tmp_path / "kept").stdout
+    with pytest.raises(UsageError, match="are not judged"):
+        optimize(tiny, tmp_path / "refused", reference="none", **options)
     usage = planish("optimize", tiny, "-o", tmp_path / "no", "--keep", "score>=1")
     assert usage.returncode == 2
     assert "give --evaluate" in usage.stderr
