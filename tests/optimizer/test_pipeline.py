@@ -67,7 +67,7 @@ def test_unknown_names_are_listed_at_once_with_the_nearest() -> None:
         ("prune-ffn{keep=2}", "option keep='2': input should be less than or equal to 1"),
         ("prune-ffn{keep=half}", "option keep='half': input should be a valid number"),
         ("prune-ffn{kep=0.5}", "unknown option 'kep' (did you mean 'keep'?)"),
-        ("quantize-int8{activations=row}", "input should be 'token', 'tensor' or 'runtime'"),
+        ("quantize-int8{activations=row}", "input should be 'token', 'tensor', 'runtime' or 'static'"),
         ("fold-constants{limit=-1}", "greater than or equal to 0"),
     ],
 )
