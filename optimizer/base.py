@@ -130,6 +130,9 @@ class Pass(ir.passes.InPlacePass):
         """What the pass wants to have seen of activations of ``model`` before it runs on it."""
         return ()
 
+    def digest(self, model: ir.Model) -> None:
+        """Use what was just seen; called whenever some of the wishes are granted, before what is bulky is forgotten."""
+
     def __str__(self) -> str:
         """The text form; options that have their default are left out."""
         return spec.format_dataclass(self.name, self)

@@ -85,6 +85,11 @@ class Clause:
         times = "x" if self.metric in _MULTIPLES else ""
         return f"{self.metric.removesuffix('_ratio')}{self.relation}{self.bound:.6g}{times}"
 
+    @property
+    def ideal(self) -> float:
+        """What the original itself has: no error, and one of what is a similarity or a multiple of its own."""
+        return 0.0 if self.metric in _ERRORS and self.metric not in _MULTIPLES else 1.0
+
     def holds(self, value: float) -> bool:
         """Whether ``value`` meets the bound; NaN never does."""
         return _OPERATORS[self.relation](value, self.bound)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +17,9 @@ BINS = 4096
 
 class Observation(abc.ABC):
     """What was seen of one activation; the first rows say how wide it is."""
+
+    bulky: ClassVar[bool] = False
+    """Whether it is forgotten as soon as the pass had a chance to use it (`Pass.digest`)."""
 
     rows: int = 0
     """How many rows were seen."""
@@ -147,6 +150,8 @@ class Gram(Observation):
 
     For an error E of a matrix, the squared error of X · E is the trace of Eᵀ · (Xᵀ · X) · E.
     """
+
+    bulky: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.matrix = np.zeros((1, 1), np.float32)

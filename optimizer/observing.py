@@ -2,7 +2,8 @@
 
 A pass wishes for observations of values (`Pass.wishes`). `Observe` runs the model in float, as it stands before that
 pass, batch by batch, and adds what it sees to an accumulator for each value, which then lies in the value's `meta`.
-Only one batch and the accumulators are in memory: neither grows with the number of batches.
+Only one batch and the accumulators are in memory: neither grows with the number of batches, and accumulators that are
+bulky are gathered a few at a time and forgotten once the pass has made use of them.
 """
 
 from __future__ import annotations
@@ -102,6 +103,10 @@ class Observe(Instrument):
         self.say(f"{step.name}: {len(wishes)} observations, {size / 1e6:.1f} MB, data read {times}")
         for group in groups:
             self._see(model, group)
+            step.digest(model)
+            for wish in group:
+                if wish.what.bulky:
+                    wish.value.meta.pop(wish.what.__name__, None)
 
     def _see(self, model: ir.Model, wishes: Sequence[Wish]) -> None:
         made = [wish.what() for wish in wishes]

@@ -135,7 +135,7 @@ class Quantizing(Pass):
             return f"its matrix is {site.tensor.dtype}, not FLOAT"
         if site.tensor.size < self.minimum:
             return f"its matrix has {site.tensor.size} elements, fewer than {self.minimum}"
-        if not np.isfinite(site.tensor.numpy()).all():
+        if not _finite(site):
             return "its matrix holds NaN or infinity"
         return self.obstacle(site)
 
@@ -160,6 +160,14 @@ def sites_by_data(model: ir.Model) -> list[list[Site]]:
         if IN_FLOAT not in site.node.metadata_props and site.tensor.dtype is ir.DataType.FLOAT:
             found.setdefault(id(site.data), []).append(site)
     return list(found.values())
+
+
+def _finite(site: Site) -> bool:
+    """Whether all entries of a matrix are numbers; it is read once for all who ask."""
+    known = site.weight.meta.setdefault("finite", None)
+    if known is None or known[0] is not site.tensor:
+        known = site.weight.meta["finite"] = (site.tensor, bool(np.isfinite(site.tensor.numpy()).all()))
+    return bool(known[1])
 
 
 def _bias_of(site: Site) -> tuple[ir.Node, int] | None:

@@ -234,10 +234,5 @@ def _that_round(rest: str) -> list[Quantizing]:
 
 
 def tightened(budget: Budget, share: float) -> Budget:
-    """The budget with only a share of the error it allows: of what a similarity lacks to one, or of an error."""
-    return Budget(
-        tuple(
-            replace(clause, bound=clause.bound * share if clause.relation == "<=" else 1 - (1 - clause.bound) * share)
-            for clause in budget.clauses
-        )
-    )
+    """The budget with only a share of the error it allows: of the distance to what the original itself has."""
+    return Budget(tuple(replace(one, bound=one.ideal + (one.bound - one.ideal) * share) for one in budget.clauses))

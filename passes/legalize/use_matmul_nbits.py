@@ -118,8 +118,11 @@ def _packed(graph: ir.Graph, real: ir.Node) -> list[ir.Value]:
     packed = lazy(
         lambda: _pack(stored.numpy(), bits, signed).reshape(shape), ir.DataType.UINT8, shape, f"{name}_packed"
     )
-    scale = np.ascontiguousarray(_tensor(real.inputs[1]).numpy().T).reshape(-1)
-    made = [add_initializer(graph, f"{name}_packed", packed), add_initializer(graph, f"{name}_scales", scale)]
+    scale = _tensor(real.inputs[1])
+    scales = lazy(
+        lambda: np.ascontiguousarray(scale.numpy().T).reshape(-1), scale.dtype, [scale.size], f"{name}_scales"
+    )
+    made = [add_initializer(graph, f"{name}_packed", packed), add_initializer(graph, f"{name}_scales", scales)]
     if len(real.inputs) > 2 and real.inputs[2] is not None:
         zero = _pack(_tensor(real.inputs[2]).numpy(), bits, signed).reshape(-1)
         made.append(add_initializer(graph, f"{name}_zeros", zero))

@@ -7,45 +7,65 @@ in order of how strong their channel is, and scales of blocks are found beforeha
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
 
 from planish.optimizer.observations import Gram, seen
 from planish.optimizer.quantizing import Site
-from planish.passes.quantization._rounding import Blocks, blocks_of, limits
+from planish.passes.quantization._rounding import Blocks, blocks_of, limits, strips
 
 AnyMethod = Literal["nearest", "mse", "hqq", "gptq"]
 
 _DAMPING = 0.01
 """Share of the mean of the diagonal that is added to it."""
-_STRIP = 128
+_ROWS = 128
 """Rows whose errors are handed on together."""
 
 
-def unready(site: Site, method: AnyMethod) -> str | None:
-    """Why a matrix cannot be rounded in a way; nothing if it can."""
-    if method != "gptq":
-        return None
-    found = seen(site.data, Gram)
-    if found is None:
-        return "nothing was seen of its activation: gptq needs calibration data"
-    return None if np.isfinite(found.matrix).all() else "its activation holds NaN or infinity"
+@dataclass(frozen=True)
+class Rounding:
+    """How matrices are rounded; what was found for one is kept beside it, since it is asked for in every trial."""
 
+    bits: int
+    block: int
+    symmetric: bool
+    method: AnyMethod
 
-def blocks_for(site: Site, bits: int, block: int, *, symmetric: bool, method: AnyMethod) -> Blocks:
-    """Scales and, for gptq, integers of a matrix; kept beside it, since they are asked for in every trial."""
-    key = f"blocks {bits} {block} {symmetric} {method}"
-    if key not in site.weight.meta:
-        site.weight.meta[key] = _found(site, bits, block, symmetric=symmetric, method=method)
-    return cast("Blocks", site.weight.meta[key])
+    def unready(self, site: Site) -> str | None:
+        """Why a matrix cannot be rounded so; nothing if it can."""
+        if self.method != "gptq" or self._key in site.weight.meta:
+            return None
+        found = seen(site.data, Gram)
+        if found is None:
+            return "nothing was seen of its activation: gptq needs calibration data"
+        return None if np.isfinite(found.matrix).all() else "its activation holds NaN or infinity"
 
+    def digest(self, site: Site) -> None:
+        """Find the integers of a matrix for gptq, if its activation has just been seen."""
+        if self.method == "gptq" and self.unready(site) is None:
+            self.blocks(site)
 
-def _found(site: Site, bits: int, block: int, *, symmetric: bool, method: AnyMethod) -> Blocks:
-    matrix, gram = site.tensor.numpy(), seen(site.data, Gram)
-    scaled = blocks_of(matrix, bits, block, symmetric=symmetric, method="mse" if method == "gptq" else method)
-    return gptq(matrix, gram.mean, scaled) if method == "gptq" and gram is not None else scaled
+    def blocks(self, site: Site) -> Blocks:
+        """Scales and, for gptq, integers of a matrix; ValueError if it is not ready."""
+        if self._key not in site.weight.meta:
+            site.weight.meta[self._key] = self._found(site)
+        return cast("Blocks", site.weight.meta[self._key])
+
+    @property
+    def _key(self) -> str:
+        return repr(self)
+
+    def _found(self, site: Site) -> Blocks:
+        matrix = site.tensor.numpy()
+        if self.method != "gptq":
+            return blocks_of(matrix, self.bits, self.block, symmetric=self.symmetric, method=self.method)
+        gram = seen(site.data, Gram)
+        if gram is None:
+            raise ValueError(f"{site.data.name!r} was not seen")
+        scaled = blocks_of(matrix, self.bits, self.block, symmetric=self.symmetric, method="mse")
+        return gptq(matrix, gram.mean, scaled)
 
 
 def gptq(matrix: np.ndarray, gram: np.ndarray, found: Blocks) -> Blocks:
@@ -55,23 +75,32 @@ def gptq(matrix: np.ndarray, gram: np.ndarray, found: Blocks) -> Blocks:
     """
     order = np.argsort(-np.diag(gram), kind="stable")
     factor = _factor(gram[np.ix_(order, order)])
-    block = len(matrix) // len(found.scale)
-    left = matrix[order].astype(np.float32)
-    integers = np.empty(matrix.shape, np.int16)
+    integers = np.empty(matrix.shape, found.dtype)
+    for strip in strips(matrix):
+        zero = None if found.zero_point is None else found.zero_point[:, strip].astype(np.float32)
+        part = replace(found, scale=found.scale[:, strip], zero_point=zero)
+        integers[order, strip] = _chosen(matrix[order, strip], order, factor, part)
+    return replace(found, chosen=integers)
+
+
+def _chosen(left: np.ndarray, order: np.ndarray, factor: np.ndarray, found: Blocks) -> np.ndarray:
+    """Integers, in float, of rows in an order, shape of ``left``, which is used up."""
+    block = len(left) // len(found.scale)
     low, high = limits(found.bits, symmetric=found.zero_point is None)
-    for start in range(0, len(left), _STRIP):
-        end = min(start + _STRIP, len(left))
-        errors = np.empty((end - start, matrix.shape[1]), np.float32)
+    integers = np.empty_like(left)
+    for start in range(0, len(left), _ROWS):
+        end = min(start + _ROWS, len(left))
+        errors = np.empty((end - start, left.shape[1]), np.float32)
         for row in range(start, end):
             place = order[row] // block
             scale = found.scale[place]
-            zero = 0 if found.zero_point is None else found.zero_point[place].astype(np.float32)
+            zero = np.float32(0) if found.zero_point is None else found.zero_point[place]
             steps = np.clip(np.rint(left[row] / scale) + zero, low, high)
-            integers[order[row]] = steps
+            integers[row] = steps
             errors[row - start] = (left[row] - (steps - zero) * scale) / factor[row, row]
             left[row + 1 : end] -= factor[row, row + 1 : end, None] * errors[row - start]
         left[end:] -= factor[start:end, end:].T @ errors
-    return replace(found, chosen=integers)
+    return integers
 
 
 def _factor(gram: np.ndarray) -> np.ndarray:

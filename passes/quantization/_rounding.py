@@ -1,17 +1,21 @@
 """Matrices in few bits: which integers, scales and zero points stand for their blocks.
 
 A matrix of shape (rows, columns) is cut along its rows into blocks of ``block`` entries of one column; each block has a
-scale, and a zero point where the range is not symmetric. Arrays of scales have shape (rows / block, columns).
+scale, and a zero point where the range is not symmetric. Arrays of scales have shape (rows / block, columns). Columns
+have nothing to do with each other: work is done strip by strip, so that it takes little memory beside the matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 Method = Literal["nearest", "mse", "hqq"]
+_STRIP = 1 << 22
+"""Elements of a matrix that are worked on at a time."""
 _CLIPS = np.linspace(1.0, 0.5, 26, dtype=np.float32)
 """Shares of a block's range that are tried as the range that is kept."""
 _ROUNDS, _NORM, _BETA, _GROWTH = 20, 0.7, 10.0, 1.01
@@ -32,18 +36,31 @@ class Blocks:
 
     def integers(self, matrix: np.ndarray) -> np.ndarray:
         """The entries of the matrix as whole numbers, shape as given, int8 or (with zero points) uint8."""
-        found = self._steps(matrix)
-        return found.reshape(matrix.shape).astype(np.int8 if self.zero_point is None else np.uint8)
+        found = np.empty(matrix.shape, self.dtype)
+        for strip in strips(matrix):
+            found[:, strip] = self._steps(matrix, strip).reshape(len(matrix), -1)
+        return found
 
     def restored(self, matrix: np.ndarray) -> np.ndarray:
         """What the integers of the matrix stand for, float32, shape as given."""
-        return _real(self._steps(matrix), self.scale, self.zero_point).reshape(matrix.shape)
+        found = np.empty(matrix.shape, np.float32)
+        for strip in strips(matrix):
+            zero = None if self.zero_point is None else self.zero_point[:, strip]
+            real = _real(self._steps(matrix, strip), self.scale[:, strip], zero)
+            found[:, strip] = real.reshape(len(matrix), -1)
+        return found
 
-    def _steps(self, matrix: np.ndarray) -> np.ndarray:
-        """Whole numbers, shape (blocks, entries, columns)."""
+    @property
+    def dtype(self) -> type[np.int8 | np.uint8]:
+        """What the integers are stored as."""
+        return np.int8 if self.zero_point is None else np.uint8
+
+    def _steps(self, matrix: np.ndarray, strip: slice) -> np.ndarray:
+        """Whole numbers of some columns, in float, shape (blocks, entries, columns)."""
         if self.chosen is not None:
-            return _cut(self.chosen, self.scale.shape[0])
-        return _round(_cut(matrix, self.scale.shape[0]), self.scale, self.zero_point, self.bits)
+            return _cut(self.chosen[:, strip], len(self.scale))
+        zero = None if self.zero_point is None else self.zero_point[:, strip]
+        return _round(_cut(matrix[:, strip], len(self.scale)), self.scale[:, strip], zero, self.bits)
 
 
 def blocks_of(matrix: np.ndarray, bits: int, block: int, *, symmetric: bool, method: Method) -> Blocks:
@@ -54,13 +71,29 @@ def blocks_of(matrix: np.ndarray, bits: int, block: int, *, symmetric: bool, met
     so that few large errors count less than many small ones (Badri and Shaji 2023, "Half-Quadratic Quantization"), and
     rounds them, since the standard's zero points are whole.
     """
-    cut = _cut(matrix, matrix.shape[0] // block)
+    count = len(matrix) // block
+    scale = np.empty((count, matrix.shape[1]), np.float32)
+    zero = None if symmetric else np.empty(scale.shape, np.uint8)
+    for strip in strips(matrix):
+        found = _fitted(_cut(matrix[:, strip], count), bits, symmetric=symmetric, method=method)
+        scale[:, strip] = found[0]
+        if zero is not None and found[1] is not None:
+            zero[:, strip] = found[1]
+    return Blocks(scale, zero, bits)
+
+
+def strips(matrix: np.ndarray) -> Iterator[slice]:
+    """Columns that are worked on together."""
+    width = max(1, _STRIP // max(1, len(matrix)))
+    return (slice(start, start + width) for start in range(0, matrix.shape[1], width))
+
+
+def _fitted(cut: np.ndarray, bits: int, *, symmetric: bool, method: Method) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scales and zero points of blocks."""
     if method == "mse":
-        scale, zero = _clipped(cut, bits, symmetric=symmetric)
-    else:
-        scale, zero = _ranged(cut, bits, np.float32(1), symmetric=symmetric)
-        zero = _half_quadratic(cut, scale, zero, bits) if method == "hqq" and zero is not None else zero
-    return Blocks(scale, None if zero is None else zero.astype(np.uint8), bits)
+        return _clipped(cut, bits, symmetric=symmetric)
+    scale, zero = _ranged(cut, bits, np.float32(1), symmetric=symmetric)
+    return scale, _half_quadratic(cut, scale, zero, bits) if method == "hqq" and zero is not None else zero
 
 
 def _cut(matrix: np.ndarray, count: int) -> np.ndarray:

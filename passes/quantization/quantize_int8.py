@@ -32,7 +32,7 @@ from planish.optimizer.graph import add_initializer, copy_location, sizes_of, st
 from planish.optimizer.observations import Gram, Observation, Range, seen
 from planish.optimizer.quantizing import Quantizing, Site
 from planish.optimizer.tensors import lazy
-from planish.passes.quantization._gptq import blocks_for, unready
+from planish.passes.quantization._gptq import Rounding
 from planish.passes.quantization._ranges import RangeMethod, Steps, range_unready, steps_for
 from planish.passes.quantization._rounding import Blocks
 
@@ -80,8 +80,13 @@ class QuantizeInt8(Quantizing):
     def unready(self, site: Site) -> str | None:
         """Why a fixed scale cannot be given, or gptq cannot be done."""
         if self.activations != "static":
-            return unready(site, self.method)
-        return range_unready(site) or unready(site, self.method)
+            return self.rounding(site).unready(site)
+        return range_unready(site) or self.rounding(site).unready(site)
+
+    def digest(self, model: ir.Model) -> None:
+        """Find integers by gptq as soon as what they need was seen."""
+        for site in self.candidates(model) if self.method == "gptq" else ():
+            self.rounding(site).digest(site)
 
     def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
         """Write the integer form of each product."""
@@ -103,8 +108,11 @@ class QuantizeInt8(Quantizing):
 
     def columns(self, site: Site) -> Blocks:
         """Scales of the columns of a matrix."""
-        bits, rows = 7 if self.reduced else 8, sizes_of(site.tensor)[0]
-        return blocks_for(site, bits, rows, symmetric=True, method=self.method)
+        return self.rounding(site).blocks(site)
+
+    def rounding(self, site: Site) -> Rounding:
+        """One block for each column."""
+        return Rounding(7 if self.reduced else 8, sizes_of(site.tensor)[0], symmetric=True, method=self.method)
 
     def steps(self, site: Site) -> Steps:
         """The fixed steps of an activation that was seen."""

@@ -23,8 +23,7 @@ from planish.optimizer.graph import add_initializer, copy_location, sizes_of
 from planish.optimizer.observations import Gram
 from planish.optimizer.quantizing import Quantizing, Site, one_of
 from planish.optimizer.tensors import lazy
-from planish.passes.quantization._gptq import AnyMethod, blocks_for, unready
-from planish.passes.quantization._rounding import Blocks
+from planish.passes.quantization._gptq import AnyMethod, Rounding
 
 _TYPES = {
     (4, True): (ir.DataType.INT4, ml_dtypes.int4),
@@ -61,7 +60,12 @@ class QuantizeWeights(Quantizing):
 
     def unready(self, site: Site) -> str | None:
         """Why gptq cannot be done."""
-        return unready(site, self.method)
+        return self._rounding.unready(site)
+
+    def digest(self, model: ir.Model) -> None:
+        """Find integers by gptq as soon as what they need was seen."""
+        for site in self.candidates(model) if self.method == "gptq" else ():
+            self._rounding.digest(site)
 
     def obstacle(self, site: Site) -> str | None:
         """Why a matrix cannot be cut into blocks."""
@@ -78,14 +82,15 @@ class QuantizeWeights(Quantizing):
 
     def rounded(self, site: Site) -> np.ndarray:
         """The matrix as products will see it."""
-        return self._blocks(site).restored(site.tensor.numpy())
+        return self._rounding.blocks(site).restored(site.tensor.numpy())
 
-    def _blocks(self, site: Site) -> Blocks:
-        return blocks_for(site, self.bits, self.block, symmetric=self.symmetric, method=self.method)
+    @property
+    def _rounding(self) -> Rounding:
+        return Rounding(self.bits, self.block, self.symmetric, self.method)
 
     def _stored(self, graph: ir.Graph, site: Site) -> ir.Value:
         tensor, name = site.tensor, site.weight.name or ""
-        blocks = self._blocks(site)
+        blocks = self._rounding.blocks(site)
         dtype, kind = _TYPES[self.bits, self.symmetric]
         stored = lazy(lambda: blocks.integers(tensor.numpy()).astype(kind), dtype, sizes_of(tensor), f"{name}_q")
         parts = [add_initializer(graph, f"{name}_q", stored), add_initializer(graph, f"{name}_scale", blocks.scale)]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -76,6 +76,18 @@ class SmoothActivations(Pass):
         kinds = (Channels, Gram) if self.method == "search" else (Channels,)
         return [Wish(sites[0].data, kind) for sites in sites_by_data(model) for kind in kinds]
 
+    def digest(self, model: ir.Model) -> None:
+        """Search scales as soon as what they depend on was seen."""
+        for sites in sites_by_data(model) if self.method == "search" else ():
+            data = sites[0].data
+            gram = seen(data, Gram)
+            if gram is not None and self._obstacle(sites) is None:
+                data.meta[self._key] = self._searched(sites, gram.mean.astype(np.float32))
+
+    @property
+    def _key(self) -> str:
+        return f"scale of {self}"
+
     def call(self, model: ir.Model) -> PassResult:
         """Scale what can be scaled in the main graph."""
         result = PassResult(model, modified=False)
@@ -118,25 +130,34 @@ class SmoothActivations(Pass):
 
     def _scale(self, sites: Sequence[Site]) -> np.ndarray | None:
         """One number for each channel, which the weights are multiplied by; None if nothing is to be won."""
-        channels, gram = seen(sites[0].data, Channels), seen(sites[0].data, Gram)
-        if channels is None:
-            raise ValueError(f"{sites[0].data.name!r} was not seen")
-        matrices = [site.tensor.numpy() for site in sites]
         if self.method == "search":
-            mean = np.eye(len(channels.magnitude)) if gram is None else gram.mean
-            tried = [_balanced(channels.magnitude, np.ones_like(channels.magnitude), ratio) for ratio in _RATIOS]
-            return min(tried, key=lambda scale: sum(self._error(matrix, scale, mean) for matrix in matrices))
+            return cast("np.ndarray", sites[0].data.meta[self._key])
+        channels, matrices = _channels(sites), [site.tensor.numpy() for site in sites]
         rows = np.max([np.abs(matrix).max(axis=1) for matrix in matrices], axis=0)
         if self.method == "balance":
             return _balanced(channels.largest, rows, self.strength)
         return _fitted(channels, rows, matrices)
+
+    def _searched(self, sites: Sequence[Site], gram: np.ndarray) -> np.ndarray:
+        """The scale with the least error of the products."""
+        magnitude, matrices = _channels(sites).magnitude, [site.tensor.numpy() for site in sites]
+        tried = [_balanced(magnitude, np.ones_like(magnitude), ratio) for ratio in _RATIOS]
+        return min(tried, key=lambda scale: sum(self._error(matrix, scale, gram) for matrix in matrices))
 
     def _error(self, matrix: np.ndarray, scale: np.ndarray, gram: np.ndarray) -> float:
         """Squared error of the products if the scaled matrix is rounded."""
         scaled = matrix * scale[:, None]
         rounded = blocks_of(scaled, self.bits, self.block, symmetric=True, method="nearest").restored(scaled)
         error = rounded / scale[:, None] - matrix
-        return float((error * (gram.astype(np.float32) @ error)).sum())
+        return float((error * (gram @ error)).sum())
+
+
+def _channels(sites: Sequence[Site]) -> Channels:
+    """What was seen of each channel of the activation that products read."""
+    channels = seen(sites[0].data, Channels)
+    if channels is None:
+        raise ValueError(f"{sites[0].data.name!r} was not seen")
+    return channels
 
 
 def _fitted(channels: Channels, rows: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray | None:
