@@ -8,18 +8,23 @@ have nothing to do with each other: work is done strip by strip, so that it take
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from planish.optimizer.resources import cores
+
 Method = Literal["nearest", "mse", "hqq"]
-_STRIP = 1 << 22
+_STRIP = 1 << 20
 """Elements of a matrix that are worked on at a time."""
 _CLIPS = np.linspace(1.0, 0.5, 26, dtype=np.float32)
 """Shares of a block's range that are tried as the range that is kept."""
-_ROUNDS, _NORM, _BETA, _GROWTH = 20, 0.7, 10.0, 1.01
+_ROUNDS, _NORM, _BETA, _GROWTH = 20, np.float32(0.7), np.float32(10), np.float32(1.01)
 """Of the half-quadratic solver: steps, the exponent of its norm, the weight of its penalty and how that grows."""
+_EPSILON = np.float32(1e-12)
+"""What keeps its power of an error of zero finite."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,15 @@ def blocks_of(matrix: np.ndarray, bits: int, block: int, *, symmetric: bool, met
     count = len(matrix) // block
     scale = np.empty((count, matrix.shape[1]), np.float32)
     zero = None if symmetric else np.empty(scale.shape, np.uint8)
-    for strip in strips(matrix):
+
+    def fit(strip: slice) -> None:
         found = _fitted(_cut(matrix[:, strip], count), bits, symmetric=symmetric, method=method)
         scale[:, strip] = found[0]
         if zero is not None and found[1] is not None:
             zero[:, strip] = found[1]
+
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(fit, strips(matrix)))
     return Blocks(scale, zero, bits)
 
 
@@ -122,29 +131,42 @@ def _ranged(
 
 def _clipped(blocks: np.ndarray, bits: int, *, symmetric: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """Of all shares of the range the one with the least squared error, for each block."""
-    scale, zero = _ranged(blocks, bits, _CLIPS[0], symmetric=symmetric)
-    least = np.full(scale.shape, np.inf, np.float32)
-    best, best_zero = scale, zero
+    best, best_zero = _ranged(blocks, bits, _CLIPS[0], symmetric=symmetric)
+    least = np.full(best.shape, np.inf, np.float32)
+    low, high = limits(bits, symmetric=symmetric)
+    error = np.empty_like(blocks)
     for share in _CLIPS:
         scale, zero = _ranged(blocks, bits, share, symmetric=symmetric)
-        error = np.square(_real(_round(blocks, scale, zero, bits), scale, zero) - blocks).sum(axis=1)
-        better = error < least
-        least, best = np.where(better, error, least), np.where(better, scale, best)
+        bottom, top = (low, high) if zero is None else (low - zero[:, None], high - zero[:, None])
+        np.divide(blocks, scale[:, None], out=error)
+        np.rint(error, out=error)
+        np.clip(error, bottom, top, out=error)
+        error *= scale[:, None]
+        error -= blocks
+        total = np.einsum("bec,bec->bc", error, error)
+        better = total < least
+        least, best = np.where(better, total, least), np.where(better, scale, best)
         best_zero = None if zero is None or best_zero is None else np.where(better, zero, best_zero)
     return best.astype(np.float32), best_zero
 
 
 def _half_quadratic(blocks: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
-    """Zero points that the half-quadratic solver ends with; those of a block that it makes worse stay."""
+    """Zero points that the half-quadratic solver ends with; those of a block that it makes worse stay.
+
+    It ends when a step makes nothing better on the whole, as the authors' does.
+    """
     beta, found, step = _BETA, zero, scale[:, None]
     best, least = zero, np.full(zero.shape, np.inf, np.float32)
     for _ in range(_ROUNDS):
         integers = _round(blocks, scale, found, bits)
         error = blocks - (integers - found[:, None]) * step
-        total = (np.abs(error) ** _NORM).sum(axis=1)
-        best, least = np.where(total < least, np.rint(found), best), np.minimum(total, least)
         size = np.abs(error)
-        kept = np.sign(error) * np.maximum(size - (size + 1e-12) ** (_NORM - 1) / beta, 0)
+        weight = (size + _EPSILON) ** (_NORM - 1)
+        total = np.einsum("bec,bec->bc", size, weight)
+        if total.sum(dtype=np.float64) >= least.sum(dtype=np.float64):
+            break
+        best, least = np.where(total < least, np.rint(found), best), np.minimum(total, least)
+        kept = np.copysign(np.maximum(size - weight / beta, 0), error)
         found = np.rint((integers - (blocks - kept) / step).mean(axis=1))
         beta *= _GROWTH
     return np.asarray(np.clip(best, *limits(bits, symmetric=False)))
