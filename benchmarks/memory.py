@@ -1,4 +1,9 @@
-"""Memory and time of lowering a checkpoint larger than memory, over its depth: `python -m benchmarks.memory`."""
+"""Memory and time of builds under a hard limit: `python -m benchmarks.memory SUBJECT`.
+
+A decoder larger than memory over its depth: written as it is (`exact`), checked against the original (`checked`), or
+rounded to 4 bits (`nearest`, `hqq`); and one of half a billion parameters rounded by GPTQ over the number of texts that
+it is calibrated on (`gptq`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +26,15 @@ import numpy as np
 import psutil
 
 from benchmarks.record import RESULTS, record
-from benchmarks.subjects import PLACE
+from benchmarks.subjects import PLACE, qwen2
+from planish.optimizer import optimize
 
 _DEPTHS = (8, 16, 32)
 _POLL_SECONDS = 0.05
 _CGROUP = Path(f"/sys/fs/cgroup/memory/planish-benchmark-{os.getpid()}")
 _LAYERS = 32
+_REFERENCE = 8
+"""Cases that are kept apart from those that are calibrated on."""
 _LLAMA_8B = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32,
     "num_key_value_heads": 8, "rope_theta": 500_000.0,
@@ -109,12 +118,11 @@ class Run:
     written_bytes: int
 
 
-def build(checkpoint: Path, out: Path, limit: int, reference: str) -> Run:
+def build(command: list[str], out: Path, limit: int) -> Run:
     """Build under a hard limit of memory, where the system lets us set one."""
-    command = [sys.executable, "-m", "planish.optimizer.cli", "optimize", str(checkpoint), "-o", str(out)]
     peak = [0]
     start = time.perf_counter()
-    process = subprocess.Popen(_limited([*command, "--reference", reference], limit), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(_limited(command, limit), stdout=subprocess.DEVNULL)
     watcher = threading.Thread(target=_watch, args=(process, peak))
     watcher.start()
     code = process.wait()
@@ -152,15 +160,19 @@ def _anonymous(pid: int) -> int:
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
-def plot(runs: dict[int, Run], title: str, path: Path) -> None:
-    """Peak of anonymous memory over depth, beside the size of the engine."""
+def plot(runs: dict[int, Run], subject: Subject, path: Path) -> None:
+    """Peak of anonymous memory, beside the size of the engine."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
     from matplotlib import pyplot
 
+    mpl.rcParams["svg.hashsalt"] = "planish"
     figure, axes = pyplot.subplots(figsize=(6, 3.5))
-    depths = list(runs)
-    axes.plot(depths, [run.anonymous_peak_bytes / 1e9 for run in runs.values()], "o-", label="peak of planish")
-    axes.plot(depths, [run.written_bytes / 1e9 for run in runs.values()], "s--", label="engine written")
-    axes.set(xlabel="layers", ylabel="GB", ylim=(0, None), xticks=depths, title=title)
+    points = list(runs)
+    axes.plot(points, [run.anonymous_peak_bytes / 1e9 for run in runs.values()], "o-", label="peak of planish")
+    axes.plot(points, [run.written_bytes / 1e9 for run in runs.values()], "s--", label="engine written")
+    axes.set(xlabel=subject.axis, ylabel="GB", ylim=(0, None), xticks=points, title=subject.title)
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -168,51 +180,116 @@ def plot(runs: dict[int, Run], title: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is built, how it is checked, and under which limit."""
+    """What is built, and under which limit."""
 
-    shape: str
-    sizes: dict[str, Any]
-    reference: str
+    what: str
+    title: str
+    axis: str
+    points: tuple[int, ...]
     limit_gib: float
+    command: Callable[[Path, int, Path], list[str]]
+    """Of the folder of checkpoints, a point on the axis and a scratch folder, in which `out` is to be written."""
 
 
-_SUBJECTS = {
-    "memory": Subject("Llama-3-8B", _LLAMA_8B, "none", 6.0),
-    "memory-checked": Subject("a 2-billion-parameter Llama", _LLAMA_2B, "offload", 3.0),
+def _deep(sizes: dict[str, Any], checkpoint: str, *options: str) -> Callable[[Path, int, Path], list[str]]:
+    def command(place: Path, depth: int, scratch: Path) -> list[str]:
+        folder = shallower(llama(sizes, place / checkpoint), depth, scratch / "checkpoint")
+        planish = [sys.executable, "-m", "planish.optimizer.cli", "optimize", str(folder)]
+        return [*planish, "-o", str(scratch / "out"), "--target", "onnxruntime", *options]
+
+    return command
+
+
+def _many(_: Path, samples: int, scratch: Path) -> list[str]:
+    qwen2()
+    code = "import sys; from benchmarks.memory import calibrated; calibrated(int(sys.argv[1]), sys.argv[2])"
+    return [sys.executable, "-c", code, str(samples), str(scratch / "out")]
+
+
+def calibrated(samples: int, out: str) -> None:
+    """Round Qwen2-0.5B's shape by GPTQ, on so many texts of 128 random tokens."""
+    rng = np.random.default_rng(0)
+    texts = [{"input_ids": rng.integers(5, 151_000, (1, 128))} for _ in range(samples + _REFERENCE)]
+    rounding = "quantize-weights{bits=4 method=gptq},use-matmul-nbits"
+    optimize(
+        qwen2(),
+        out,
+        targets=("onnxruntime",),
+        pipeline=rounding,
+        reference="none",
+        calibration=texts,
+        samples=samples,
+    )
+
+
+_NONE = ("--reference", "none")
+_NBITS = "use-matmul-nbits"
+SUBJECTS = {
+    "exact": Subject(
+        "A checkpoint of the shape of Llama-3-8B in bf16, --reference none",
+        "Llama-3-8B shape, bf16 to fp32",
+        "layers",
+        _DEPTHS,
+        6.0,
+        _deep(_LLAMA_8B, "memory", *_NONE),
+    ),
+    "checked": Subject(
+        "A checkpoint of the shape of a 2-billion-parameter Llama in bf16, --reference offload",
+        "2-billion-parameter Llama, bf16 to fp32, --reference offload",
+        "layers",
+        _DEPTHS,
+        3.0,
+        _deep(_LLAMA_2B, "memory-checked", "--reference", "offload"),
+    ),
+    **{
+        method: Subject(
+            f"A checkpoint of the shape of Llama-3-8B in bf16, to 4 bits by {method}, --reference none",
+            f"Llama-3-8B shape, bf16 to 4 bits, {method}",
+            "layers",
+            _DEPTHS,
+            6.0,
+            _deep(_LLAMA_8B, "memory", *_NONE, "--pipeline", f"quantize-weights{{bits=4 {options}}},{_NBITS}"),
+        )
+        for method, options in (("nearest", "method=nearest"), ("hqq", "symmetric=false method=hqq"))
+    },
+    "gptq": Subject(
+        "Qwen2-0.5B's shape to 4 bits by gptq, on texts of 128 tokens, --reference none",
+        "Qwen2-0.5B shape, 4 bits by gptq",
+        "texts",
+        (16, 64, 256),
+        3.0,
+        _many,
+    ),
 }
 
 
 @click.command()
-@click.option("--checked", is_flag=True, help="A smaller decoder, checked with --reference offload.")
-@click.option(
-    "--limit-gib", type=float, help="Hard limit of memory, where one can be set; 6 (checked: 3) if not given."
-)
-@click.option("--place", type=click.Path(path_type=Path), default=PLACE, help="Where 50 GB (checked: 15 GB) are free.")
-def main(checked: bool, limit_gib: float | None, place: Path) -> None:
-    """Build 8, 16 and 32 layers of a decoder that is larger than the limit."""
-    name = "memory-checked" if checked else "memory"
-    subject = _SUBJECTS[name]
+@click.argument("name", type=click.Choice(list(SUBJECTS)), default="exact")
+@click.option("--limit-gib", type=float, help="Hard limit of memory, where one can be set; 6 or 3 if not given.")
+@click.option("--place", type=click.Path(path_type=Path), default=PLACE, help="Where up to 50 GB are free.")
+def main(name: str, limit_gib: float | None, place: Path) -> None:
+    """Build NAME under a limit, three times."""
+    subject = SUBJECTS[name]
     limit = limit_gib or subject.limit_gib
-    checkpoint = llama(subject.sizes, place / name)
     runs: dict[int, Run] = {}
-    for depth in _DEPTHS:
+    for point in subject.points:
         with tempfile.TemporaryDirectory(dir=place) as scratch:
-            folder = shallower(checkpoint, depth, Path(scratch) / "checkpoint")
-            runs[depth] = build(folder, Path(scratch) / "out", int(limit * 2**30), subject.reference)
-        print(f"{depth} layers: {runs[depth]}", file=sys.stderr)
+            command = subject.command(place, point, Path(scratch))
+            runs[point] = build(command, Path(scratch) / "out", int(limit * 2**30))
+        print(f"{point} {subject.axis}: {runs[point]}", file=sys.stderr)
     limited = "no limit could be set here"
     if _CGROUP.is_dir():
         limited = f"hard limit {limit:g} GiB"
         _CGROUP.rmdir()
     rows = [
-        (str(depth), f"{run.seconds:.0f}", f"{run.anonymous_peak_bytes / 1e9:.2f}", f"{run.written_bytes / 1e9:.1f}")
-        for depth, run in runs.items()
+        (str(point), f"{run.seconds:.0f}", f"{run.anonymous_peak_bytes / 1e9:.2f}", f"{run.written_bytes / 1e9:.1f}")
+        for point, run in runs.items()
     ]
-    plot(runs, f"{subject.shape} shape, bf16 to fp32, --reference {subject.reference}", RESULTS / f"{name}.svg")
-    what = f"A checkpoint of the shape of {subject.shape} in bf16, --reference {subject.reference}, {limited}"
-    command = "memory --checked" if checked else "memory"
-    figures = {str(depth): asdict(run) for depth, run in runs.items()}
-    record(name, what, ("layers", "seconds", "peak GB, anonymous", "GB written"), rows, figures, command)
+    file = "memory" if name == "exact" else f"memory-{name}"
+    plot(runs, subject, RESULTS / f"{file}.svg")
+    columns = (subject.axis, "seconds", "peak GB, anonymous", "GB written")
+    figures = {str(point): asdict(run) for point, run in runs.items()}
+    record(file, f"{subject.what}, {limited}", columns, rows, figures, f"memory {name}")
 
 
 if __name__ == "__main__":

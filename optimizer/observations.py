@@ -154,20 +154,31 @@ class Gram(Observation):
     bulky: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self.matrix = np.zeros((1, 1), np.float32)
-        """Sum over rows of rowᵀ · row."""
+        self._sums: np.ndarray | None = None
+        """Sum over rows of rowᵀ · row: the upper triangle."""
 
     @classmethod
     def size(cls, width: int) -> int:
-        """A square matrix, and two more while a batch is added."""
-        return 12 * width * width
+        """A square matrix."""
+        return 4 * width * width
 
     def add(self, rows: np.ndarray) -> None:
         """Take in rows."""
+        from scipy.linalg.blas import ssyrk
+
         self.rows += len(rows)
-        self.matrix = self.matrix + rows.T @ rows
+        sums = np.zeros((rows.shape[1], rows.shape[1]), np.float32, order="F") if self._sums is None else self._sums
+        self._sums = ssyrk(1.0, rows.T, 1.0, sums, overwrite_c=1)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite."""
+        return self._sums is None or bool(np.isfinite(self._sums).all())
 
     @property
     def mean(self) -> np.ndarray:
-        """The mean over rows, float64."""
-        return self.matrix.astype(np.float64) / max(self.rows, 1)
+        """The mean over rows, float32, shape (width, width)."""
+        if self._sums is None:
+            raise ValueError("nothing was seen")
+        upper = np.triu(self._sums, 1)
+        return np.asarray((upper + upper.T + np.diag(np.diag(self._sums))) / np.float32(self.rows))

@@ -40,7 +40,7 @@ class Rounding:
         found = seen(site.data, Gram)
         if found is None:
             return "nothing was seen of its activation: gptq needs calibration data"
-        return None if np.isfinite(found.matrix).all() else "its activation holds NaN or infinity"
+        return None if found.finite else "its activation holds NaN or infinity"
 
     def digest(self, site: Site) -> None:
         """Find the integers of a matrix for gptq, if its activation has just been seen."""
@@ -105,12 +105,15 @@ def _chosen(left: np.ndarray, order: np.ndarray, factor: np.ndarray, found: Bloc
 
 def _factor(gram: np.ndarray) -> np.ndarray:
     """The upper Cholesky factor of the inverse of the damped matrix, float32; a channel that is never used is free."""
-    import scipy.linalg
+    from scipy.linalg.lapack import dpotrf, dpotri
 
-    damped = gram.astype(np.float64)
+    damped = np.array(gram, np.float64, order="F")
     strength = np.diag(damped).copy()
     unused = strength == 0
     damping = _DAMPING * (strength.mean() if strength.any() else 1.0)
     damped[np.diag_indices_from(damped)] = np.where(unused, 1.0, strength) + damping
-    inverse = scipy.linalg.cho_solve((scipy.linalg.cholesky(damped, lower=True), True), np.eye(len(damped)))
-    return np.asarray(scipy.linalg.cholesky(inverse, lower=False), np.float32)
+    for step in (dpotrf, dpotri, dpotrf):  # in place: factor, inverse, factor of the inverse
+        damped, failed = step(damped, 0, overwrite_c=1) if step is dpotri else step(damped, 0, overwrite_a=1)
+        if failed:
+            raise FloatingPointError(f"a damped matrix of products is not positive: {step.__name__} gave {failed}")
+    return np.triu(damped).astype(np.float32)

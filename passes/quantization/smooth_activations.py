@@ -82,7 +82,7 @@ class SmoothActivations(Pass):
             data = sites[0].data
             gram = seen(data, Gram)
             if gram is not None and self._obstacle(sites) is None:
-                data.meta[self._key] = self._searched(sites, gram.mean.astype(np.float32))
+                data.meta[self._key] = self._searched(sites, gram.mean)
 
     @property
     def _key(self) -> str:
