@@ -19,6 +19,8 @@ from tests.zoo import IMAGES, build
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LONG = "command-line"
+"""The page whose commands take minutes."""
 GENERATED = re.compile(r"<!-- planish (passes|backends) --markdown -->\n(.*?)<!-- end -->", re.DOTALL)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -49,8 +51,12 @@ def place(tiny: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")], ids=lambda page: page.stem)
+def run_every_day(page: Path) -> object:
+    """The pages with commands; what takes minutes is left to `make breadth`."""
+    return pytest.param(page, marks=pytest.mark.breadth if page.stem == LONG else pytest.mark.slow, id=page.stem)
+
+
+@pytest.mark.parametrize("page", [run_every_day(page) for page in PAGES if blocks(page, "sh")])
 def test_every_command_shown_is_run(page: Path, place: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for command, code in commands(page):

@@ -7,7 +7,8 @@ import pytest
 from tests import node_tests
 
 
-@pytest.mark.slow
+@pytest.mark.breadth
+@pytest.mark.timeout(1500)
 def test_no_case_that_the_runtime_passes_is_lost() -> None:
     verdicts = node_tests.judge_all()
     failed = [f"{v.case} ({v.form}, {v.pipeline}): {v.reason}" for v in verdicts if v.outcome == "failed"]
