@@ -107,7 +107,8 @@ def test_what_was_written_out_is_left_as_it_is() -> None:
 
 
 def test_a_budget_with_a_share_of_its_error() -> None:
-    assert str(tightened(Budget.parse(["cosine>=0.98", "max_abs<=0.5"]), 0.5)) == "cosine>=0.99 max_abs<=0.25"
+    given = Budget.parse(["cosine>=0.98", "max_abs<=0.5", "perplexity<=1.02x"])
+    assert str(tightened(given, 0.5)) == "cosine>=0.99 max_abs<=0.25 perplexity<=1.01x"
 
 
 @pytest.mark.slow
