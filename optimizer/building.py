@@ -13,7 +13,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from planish.optimizer import choosing, instruments, onnx_io, registry
-from planish.optimizer.backend import Arrays, Backend
+from planish.optimizer.backend import Arrays, Backend, Engine
 from planish.optimizer.base import Pass
 from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engines, demand_room
 from planish.optimizer.compare import Budget, Clause, Comparison
@@ -221,8 +221,18 @@ class Builder:
         def say(what: str) -> None:
             self.stages.report(f"{target.name}: {what}", self.stages.done, self.stages.total)
 
-        signature, load = self.lowered.program.signatures[component], registry.backend(CHECKER).load
-        return Observe(signature, self.batches[component], load, say)
+        unchecked = self.offload or self.references is None
+        load = self._mapped if unchecked else registry.backend(CHECKER).load
+        return Observe(self.lowered.program.signatures[component], self.batches[component], load, say)
+
+    def _mapped(self, model: ir.Model) -> Engine:
+        """Run a model whose weights stay in a file, for one that may not fit into memory."""
+        place = self.scratch / "observed"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        onnx_io.save(model, place / "model.onnx")
+        checker = registry.backend(CHECKER)
+        return (checker.mapped() or checker).open(place)
 
     def _selecting(self, target: Backend, component: str, pipeline: Pipeline, share: float) -> list[Instrument]:
         """What decides which products are rounded, if the outputs have a budget and can be compared."""

@@ -190,7 +190,11 @@ def read_arrays(path: Path, signature: Signature) -> Case:
 
 
 def fitted(found: Mapping[str, Any], signature: Signature, where: Path | str) -> Case:
-    """Arrays by name as a component takes them; BadInput says which is missing or does not fit, and how."""
+    """Arrays by name as a component takes them; BadInput says which is missing or does not fit, and how.
+
+    What stands beside token ids may be left out: then all tokens count, and nothing comes before them.
+    """
+    found = {**_beside(found, signature), **found}
     for tensor in signature.inputs:
         if tensor.name not in found:
             raise BadInput(f"it has no array {tensor.name!r}; it has {sorted(found)}", where=where)
@@ -198,6 +202,20 @@ def fitted(found: Mapping[str, Any], signature: Signature, where: Path | str) ->
     arrays = {tensor.name: np.asarray(found[tensor.name], tensor.numpy_dtype()) for tensor in signature.inputs}
     _refuse_other_sizes(arrays, signature, where)
     return arrays
+
+
+def _beside(found: Mapping[str, Any], signature: Signature) -> dict[str, np.ndarray]:
+    """A mask of ones, segments of zeros, an empty cache and positions from zero on for token ids that come alone."""
+    ids = next((np.asarray(found[t.name]) for t in signature.inputs if t.role is Role.TOKENS and t.name in found), None)
+    caches = [tensor for tensor in signature.inputs if tensor.role is Role.CACHE]
+    if ids is None or ids.ndim != 2 or any(tensor.name in found for tensor in caches):
+        return {}
+    values = {Role.MASK: np.ones_like(ids), Role.SEGMENTS: np.zeros_like(ids)}
+    mask = signature.mask()
+    counted = np.ones_like(ids) if mask is None or mask.name not in found else np.asarray(found[mask.name])
+    values[Role.POSITIONS] = positions_of(counted) if counted.shape == ids.shape else values[Role.SEGMENTS]
+    plain = {t.name: values[t.role] for t in signature.inputs if t.role in values and len(t.shape) == ids.ndim}
+    return plain | {tensor.name: nothing(tensor, {"": ids}) for tensor in caches}
 
 
 def _refuse_misfit(array: np.ndarray, tensor: TensorSpec, path: Path | str) -> None:

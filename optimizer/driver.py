@@ -248,6 +248,8 @@ def _batches(
     found: dict[str, Callable[[], Iterable[Arrays]]] = {n: functools.partial(iter, own) for n, own in made.items()}
     first, signature = next(iter(signatures.items()))
     if data is not None:
+        if not inputs:  # nobody has looked at them yet
+            data.reference(signature, _tokenizer(lowered))
         found[first] = functools.partial(_given, data, signature, _tokenizer(lowered), made[first][-1])
     if lowered.program.generates and references is not None:
         rehearsal = Rehearsal(lowered.program.components, registry.backend(CHECKER).load)

@@ -154,31 +154,41 @@ class Gram(Observation):
     bulky: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self._sums: np.ndarray | None = None
-        """Sum over rows of rowᵀ · row: the upper triangle."""
+        self._sums = np.zeros(0, np.float32)
+        """Sum over rows of rowᵀ · row: one triangle, packed as LAPACK's rectangular full format (Gustavson et al. 2010,
+        "Rectangular Full Packed Format for Cholesky's Algorithm")."""
+        self._width = 0
 
     @classmethod
     def size(cls, width: int) -> int:
-        """A square matrix."""
-        return 4 * width * width
+        """Half a square matrix."""
+        return 2 * width * (width + 1)
 
     def add(self, rows: np.ndarray) -> None:
         """Take in rows."""
-        from scipy.linalg.blas import ssyrk
+        from scipy.linalg.lapack import ssfrk
 
         self.rows += len(rows)
-        sums = np.zeros((rows.shape[1], rows.shape[1]), np.float32, order="F") if self._sums is None else self._sums
-        self._sums = ssyrk(1.0, rows.T, 1.0, sums, overwrite_c=1)
+        if not self._width:
+            self._width = rows.shape[1]
+            self._sums = np.zeros(self._width * (self._width + 1) // 2, np.float32)
+        self._sums = ssfrk(self._width, len(rows), 1.0, rows.T, 1.0, self._sums, overwrite_c=1)
 
     @property
     def finite(self) -> bool:
         """Whether all sums are finite."""
-        return self._sums is None or bool(np.isfinite(self._sums).all())
+        return bool(np.isfinite(self._sums).all())
 
     @property
     def mean(self) -> np.ndarray:
         """The mean over rows, float32, shape (width, width)."""
-        if self._sums is None:
+        from scipy.linalg.lapack import stfttr
+
+        if not self.rows:
             raise ValueError("nothing was seen")
-        upper = np.triu(self._sums, 1)
-        return np.asarray((upper + upper.T + np.diag(np.diag(self._sums))) / np.float32(self.rows))
+        found, failed = stfttr(self._width, self._sums / np.float32(self.rows))
+        if failed:
+            raise ValueError(f"stfttr refuses its argument {-failed}")
+        lower = np.tril_indices(self._width, -1)
+        found[lower] = found.T[lower]
+        return np.asarray(found)
