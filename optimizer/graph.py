@@ -157,15 +157,20 @@ def is_constant_vector(value: ir.Value | None, width: int) -> bool:
 
 
 def remove_dead(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
-    """Remove ``node`` if nothing reads it, and then whatever only it read."""
+    """Remove ``node`` if nothing reads it, and then whatever only it read, constants as well."""
+    constants = graph.initializers if isinstance(graph, ir.Graph) else {}
     pending = [node]
     while pending:
         current = pending.pop()
         if current.graph is not graph or any(out.uses() or out.is_graph_output() for out in current.outputs):
             continue
-        sources = [value.producer() for value in current.inputs if value is not None]
+        read = [value for value in current.inputs if value is not None]
         graph.remove(current, safe=True)
-        pending += [source for source in sources if source is not None]
+        pending += [source for value in read if (source := value.producer()) is not None]
+        for value in read:
+            unread = not value.uses() and not value.is_graph_output() and not value.is_graph_input()
+            if unread and constants.get(value.name or "") is value:
+                del constants[value.name or ""]
 
 
 def allow_plain_initializers(model: ir.Model) -> None:

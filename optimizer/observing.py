@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.base import Pass, Wish
@@ -38,7 +37,7 @@ def activations(
     given = {value.name: value for value in probe.graph.inputs}
     padded = {name for name in names if mask is not None and _runs_along(mask, (values | given)[name])}
     probe.graph.outputs[:] = [values[name] for name in names if name in values]
-    RemoveUnusedNodesPass()(probe)  # what is behind them need not be computed
+    _cut_off(probe.graph)
     engine = load(probe) if probe.graph.outputs else None
     for case in inputs:
         results = {} if engine is None else engine.run(case)
@@ -47,6 +46,16 @@ def activations(
             name: _rows(case[name] if name in given else results[name], counts if name in padded else None)
             for name in names
         }
+
+
+def _cut_off(graph: ir.Graph) -> None:
+    """Remove what is behind the outputs. Whole operators only: one that stays keeps all that it gives."""
+    for node in reversed(list(graph)):
+        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        if not graph.initializers[name].is_graph_output():
+            del graph.initializers[name]
 
 
 def _runs_along(mask: TensorSpec, value: ir.Value) -> bool:
