@@ -5,9 +5,9 @@ float gives what every product multiplies; its error is computed from that, and 
 it: no model is built for a candidate. Losses of products nearly add up to that of all. Where even that takes too long,
 the error of the product itself, relative to its size, stands for it.
 
-Products are ordered by loss per multiplication saved; how many of them go back to float is then decided by running the
-rounded model, with the outputs of the original as the measure. (Dong et al. 2019, "HAWQ", orders layers likewise, by
-curvature.)
+Where all may be rounded there is nothing to choose, and errors are not traced to the outputs. Else products are ordered
+by loss per multiplication saved; how many of them go back to float is then decided by running the rounded model, with
+the outputs of the original as the measure. (Dong et al. 2019, "HAWQ", orders layers likewise, by curvature.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from planish.optimizer.reference import Reference, size_of_case, thin
 
 _CASES = 3
 """Of the smallest inputs, how many losses are found on."""
-_WORK = 5e11
+_WORK = 1e11
 """Bytes of weights that may be read to find the losses of all products; else they are estimated."""
 
 
@@ -60,15 +60,20 @@ def losses(
     inputs: Sequence[Arrays],
     load: Callable[[ir.Model], Engine],
     signature: Signature,
+    *,
+    traced: bool = True,
 ) -> list[Loss]:
-    """The loss of every product that ``step`` can round in ``model``, the dearest first."""
+    """The loss of every product that ``step`` can round in ``model``, the dearest first.
+
+    Errors are ``traced`` to the outputs unless that is too much work.
+    """
     sites = [site for site in step.candidates(model) if step.unready(site) is None]
     if not sites:
         return []
     cases = sorted(inputs, key=size_of_case)[:_CASES]
     probe = _Probe(model, sites, load, signature)
     seen = [probe.run(case) for case in cases]
-    traced = len(sites) * weight_bytes(model) <= _WORK
+    traced = traced and len(sites) * weight_bytes(model) <= _WORK
     found = []
     for site in sites:
         errors, power = _errors(step, site, [one[site.data.name or ""] for one in seen])
@@ -174,9 +179,13 @@ class Select(Instrument):
         pass_ = step.pass_
         if not isinstance(pass_, Quantizing) or pass_.skip:
             return
-        order = losses(pass_, step.model, self.reference().inputs, self.load, self.signature)
+        later = _that_round(step.rest)
+        if not pass_.candidates(step.model):
+            return
+        harmless = self._holds(pass_, step.model, [], 0, later)
+        order = losses(pass_, step.model, self.reference().inputs, self.load, self.signature, traced=not harmless)
         self.found[str(pass_)] = order
-        count = self._fewest(pass_, step.model, order, _that_round(step.rest))
+        count = 0 if harmless else self._fewest(pass_, step.model, order, later)
         step.vetted = bool(order)
         if count:
             text = str(pass_)
@@ -189,7 +198,7 @@ class Select(Instrument):
         What is skipped shall be rounded by the passes behind, if the budget has room for that.
         """
         everything = len(order)
-        if not everything or self._holds(pass_, model, order, 0, later):
+        if not everything:
             return 0
         later = later if self._holds(pass_, model, order, everything, later) else []
         if not later and self._holds(pass_, model, order, 0):
