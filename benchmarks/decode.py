@@ -8,6 +8,7 @@ stopped.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -104,8 +105,12 @@ def environment(place: Path) -> Path:
     """The interpreter of a peer's environment, made on the first run."""
     if not place.exists():
         print(f"making {place}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        subprocess.run([place / "bin" / "pip", "install", "-q", *_PACKAGES[place]], check=True)
+        try:
+            subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+            subprocess.run([place / "bin" / "pip", "install", "-q", *_PACKAGES[place]], check=True)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)  # half of it would pass for all
+            raise
     return place / "bin" / "python"
 
 

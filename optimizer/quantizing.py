@@ -164,10 +164,9 @@ def sites_by_data(model: ir.Model) -> list[list[Site]]:
 
 def _finite(site: Site) -> bool:
     """Whether all entries of a matrix are numbers; it is read once for all who ask."""
-    known = site.weight.meta.setdefault("finite", None)
-    if known is None or known[0] is not site.tensor:
-        known = site.weight.meta["finite"] = (site.tensor, bool(np.isfinite(site.tensor.numpy()).all()))
-    return bool(known[1])
+    if "finite" not in site.tensor.meta:
+        site.tensor.meta["finite"] = bool(np.isfinite(site.tensor.numpy()).all())
+    return bool(site.tensor.meta["finite"])
 
 
 def _bias_of(site: Site) -> tuple[ir.Node, int] | None:

@@ -7,8 +7,9 @@ in order of how strong their channel is, and scales of blocks are found beforeha
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -26,7 +27,11 @@ _ROWS = 128
 
 @dataclass(frozen=True)
 class Rounding:
-    """How matrices are rounded; what was found for one is kept beside it, since it is asked for in every trial."""
+    """How matrices are rounded; what was found for one is kept beside it, since it is asked for in every trial.
+
+    What depends on the matrix alone is kept with its tensor, which copies of a model share; what depends on what was
+    seen as well, with its value.
+    """
 
     bits: int
     block: int
@@ -35,7 +40,7 @@ class Rounding:
 
     def unready(self, site: Site) -> str | None:
         """Why a matrix cannot be rounded so; nothing if it can."""
-        if self.method != "gptq" or self._key in site.weight.meta:
+        if self.method != "gptq" or self._key in self._kept(site):
             return None
         found = seen(site.data, Gram)
         if found is None:
@@ -49,9 +54,13 @@ class Rounding:
 
     def blocks(self, site: Site) -> Blocks:
         """Scales and, for gptq, integers of a matrix; ValueError if it is not ready."""
-        if self._key not in site.weight.meta:
-            site.weight.meta[self._key] = self._found(site)
-        return cast("Blocks", site.weight.meta[self._key])
+        kept = self._kept(site)
+        if self._key not in kept:
+            kept[self._key] = self._found(site)
+        return cast("Blocks", kept[self._key])
+
+    def _kept(self, site: Site) -> MutableMapping[str, Any]:
+        return site.weight.meta if self.method == "gptq" else site.tensor.meta
 
     @property
     def _key(self) -> str:

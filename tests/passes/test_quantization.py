@@ -17,7 +17,7 @@ from planish.optimizer.backend import Arrays
 from planish.optimizer.instruments import VerifyEach
 from planish.optimizer.observing import Observe
 from planish.optimizer.program import Role, Signature, TensorSpec
-from planish.passes.quantization._rounding import Method, blocks_of
+from planish.passes.quantization._rounding import Blocks, Method, blocks_of
 
 ROWS, COLUMNS = 64, 24
 
@@ -92,6 +92,20 @@ def test_no_entry_is_further_than_its_range_allows(
     reach = np.abs(matrix).reshape(-1, 16, COLUMNS).max(axis=1, keepdims=True)
     error = np.abs(restored - matrix).reshape(-1, 16, COLUMNS)
     assert (error <= reach * (1.01 if bits == 4 else 0.6) + 1e-30).all()
+
+
+def test_copies_of_a_model_share_what_depends_on_a_matrix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(matrix: np.ndarray, bits: int, block: int, *, symmetric: bool, method: Method) -> Blocks:
+        asked.append(bits)
+        return blocks_of(matrix, bits, block, symmetric=symmetric, method=method)
+
+    monkeypatch.setattr("planish.passes.quantization._gptq.blocks_of", counted)
+    model = product(matrix_of(0))
+    for bits in (4, 4, 8):
+        Pipeline.parse(f"quantize-weights{{bits={bits} minimum=0}}").run(model.clone())
+    assert asked == [4, 8]
 
 
 def test_a_search_is_never_worse_than_the_whole_range() -> None:
