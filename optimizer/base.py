@@ -130,6 +130,11 @@ class Pass(ir.passes.InPlacePass):
         """What the pass wants to have seen of activations of ``model`` before it runs on it."""
         return ()
 
+    @property
+    def asks(self) -> bool:
+        """Whether what the pass does may depend on its target, or on what was seen."""
+        return type(self).questions is not Pass.questions or type(self).wishes is not Pass.wishes
+
     def digest(self, model: ir.Model) -> None:
         """Use what was just seen; called whenever some of the wishes are granted, before what is bulky is forgotten."""
 

@@ -13,9 +13,9 @@ from typing import Literal
 import onnx_ir as ir
 
 from planish.optimizer import choosing, instruments, onnx_io, registry
-from planish.optimizer.backend import Arrays, Backend, Engine
+from planish.optimizer.backend import Arrays, Backend
 from planish.optimizer.base import Pass
-from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engines, demand_room
+from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engines, demand_room, load_mapped
 from planish.optimizer.compare import Budget, Clause, Comparison
 from planish.optimizer.errors import CheckFailed
 from planish.optimizer.evaluating import Evaluation, scored
@@ -112,6 +112,8 @@ class Builder:
     """What was asked about each target."""
     selections: dict[tuple[str, str, str], Select] = field(default_factory=dict)
     """What rounding each product would cost, by target, component and pipeline."""
+    beginnings: dict[str, Outcome] = field(default_factory=dict)
+    """What came of the passes that all pipelines begin with, by component."""
     observed: list[Outcome] = field(default_factory=list)
     """What came of pipelines whose passes saw activations."""
     plain_scores: dict[str, float] = field(default_factory=dict)
@@ -205,15 +207,26 @@ class Builder:
     ) -> Outcome:
         """Run a pipeline over a copy of a component; presets undo passes that leave the budget, locks never do."""
         undo = self.request.preset is not None and choice is None
-        model = self.lowered.program.components[component].clone()
+        begun, rest = self._begun(component, pipeline, undo=undo)
         observe = self._observing(target, component)
         first: list[Instrument] = [*(self._tuning(target, component) if undo else []), observe]
         first += self._selecting(target, component, pipeline, share) if undo else []
-        outcome = self._run(component, model, pipeline, undo=undo, first=first)
+        ended = self._run(component, begun.model, rest, undo=undo, first=first)
+        outcome = Outcome(ended.model, [*begun.reports, *ended.reports])
         for select in (watcher for watcher in first if isinstance(watcher, Select)):
             select.outcomes.append(outcome)
         self.observed += [outcome] if observe.asked else []
         return outcome
+
+    def _begun(self, component: str, pipeline: Pipeline, *, undo: bool) -> tuple[Outcome, Pipeline]:
+        """A copy of what all pipelines begin with, which is run once, and what is left of this one."""
+        shared, model = self.request.beginning, self.lowered.program.components[component]
+        if not shared or pipeline.passes[: len(shared)] != shared:
+            return Outcome(model.clone(), []), pipeline
+        if component not in self.beginnings:
+            self.beginnings[component] = self._run(component, model.clone(), Pipeline(shared), undo=undo)
+        begun = self.beginnings[component]
+        return Outcome(begun.model.clone(), begun.reports), Pipeline(pipeline.passes[len(shared) :])
 
     def _observing(self, target: Backend, component: str) -> Observe:
         """What lets passes see activations."""
@@ -222,17 +235,9 @@ class Builder:
             self.stages.report(f"{target.name}: {what}", self.stages.done, self.stages.total)
 
         unchecked = self.offload or self.references is None
-        load = self._mapped if unchecked else registry.backend(CHECKER).load
+        mapped = functools.partial(load_mapped, place=self.scratch / "observed")
+        load = mapped if unchecked else registry.backend(CHECKER).load
         return Observe(self.lowered.program.signatures[component], self.batches[component], load, say)
-
-    def _mapped(self, model: ir.Model) -> Engine:
-        """Run a model whose weights stay in a file, for one that may not fit into memory."""
-        place = self.scratch / "observed"
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        onnx_io.save(model, place / "model.onnx")
-        checker = registry.backend(CHECKER)
-        return (checker.mapped() or checker).open(place)
 
     def _selecting(self, target: Backend, component: str, pipeline: Pipeline, share: float) -> list[Instrument]:
         """What decides which products are rounded, if the outputs have a budget and can be compared."""

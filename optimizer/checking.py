@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from planish.optimizer import registry
-from planish.optimizer.backend import Backend
+import onnx_ir as ir
+
+from planish.optimizer import onnx_io, registry
+from planish.optimizer.backend import Backend, Engine
 from planish.optimizer.compare import Budget, Comparison, compare
 from planish.optimizer.continuation import compare_continuations
 from planish.optimizer.errors import CheckFailed
@@ -52,6 +55,16 @@ def runner_of(target: Backend, mapped: bool = False) -> Backend:
     """What runs an engine of ``target`` here: its own runtime, else the checking backend; ``mapped`` if it can."""
     runner = target if target.missing() is None else registry.backend(CHECKER)
     return (runner.mapped() or runner) if mapped else runner
+
+
+def load_mapped(model: ir.Model, place: Path) -> Engine:
+    """Open a model whose weights stay in a file of the folder ``place``, which is written anew: it may not fit into
+    memory."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    onnx_io.save(model, place / "model.onnx")
+    checker = registry.backend(CHECKER)
+    return (checker.mapped() or checker).open(place)
 
 
 def demand_room(target: Backend, weights: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from planish.optimizer import presets, registry, spec
 from planish.optimizer.backend import Backend
+from planish.optimizer.base import Pass
 from planish.optimizer.compare import WHOLE, Budget
 from planish.optimizer.errors import UsageError
 from planish.optimizer.evaluating import Evaluation
@@ -45,6 +47,15 @@ class Request:
         fixed = {"fixed": ",".join(f"{axis}={size}" for axis, size in self.fixed.items())} if self.fixed else {}
         own = {} if self.evaluation is None else {"evaluate": str(self.evaluation)}
         return what | fixed | own | {"budget": str(self.asked)}
+
+    @property
+    def beginning(self) -> tuple[Pass, ...]:
+        """What all pipelines begin with, up to the first pass that asks the target or wants to see activations."""
+        others = [other for group in self.alternatives.values() for other in group]
+        every = [pipeline.passes for pipeline in (*self.pipelines.values(), *others)]
+        alike = itertools.takewhile(lambda steps: len(set(map(str, steps))) == 1, zip(*every, strict=False))
+        plain = itertools.takewhile(lambda step: not step.asks, (steps[0] for steps in alike))
+        return tuple(plain) if len(every) > 1 else ()
 
     @property
     def steering(self) -> Budget:
