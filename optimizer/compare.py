@@ -252,8 +252,7 @@ class _Tally:
             both = seen[:, 1:] & seen[:, :-1]
         following = ids[:, 1:][both]
         if following.size:
-            parts = [log_probabilities(scores[:, :-1][both]) for scores in (expected, actual)]
-            found = [np.take_along_axis(part, following[:, None], axis=-1) for part in parts]
+            found = [likelihoods(scores[:, :-1], both, following) for scores in (expected, actual)]
             self.surprise.append(found[0] - found[1])
 
     def _add_rows(self, expected: np.ndarray, actual: np.ndarray, shown: np.ndarray, *, vectors: bool) -> None:
@@ -296,6 +295,19 @@ def log_probabilities(scores: np.ndarray) -> np.ndarray:
     values = scores.astype(np.float64)
     values -= values.max(axis=-1, keepdims=True)
     return np.asarray(values - np.log(np.exp(values).sum(axis=-1, keepdims=True)))
+
+
+def likelihoods(scores: np.ndarray, shown: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Log probabilities of ``words``, one for each row of ``scores`` (…, words) that is ``shown``, in their order.
+
+    Row by row and in single precision, since vocabularies are large; sums are in double.
+    """
+    found = np.empty(words.shape, np.float64)
+    for place, (row, word) in enumerate(zip(np.argwhere(shown), words, strict=True)):
+        values = scores[tuple(row)]
+        shifted = values - values.max()
+        found[place] = shifted[word] - np.log(np.exp(shifted).sum(dtype=np.float64))
+    return found
 
 
 def divergence(wanted: np.ndarray, given: np.ndarray) -> float:
