@@ -57,10 +57,7 @@ class Writer:
     def command(self) -> list[str]:
         """The command line of its process."""
         script = Path(__file__).with_name("decode_turns.py")
-        return [
-            *map(str, (self.python, script, self.kind, self.path, PROMPT, STEPS)),
-            *([self.target] * bool(self.target)),
-        ]
+        return [*map(str, (self.python, script, self.kind, self.path, PROMPT, STEPS)), self.target]
 
 
 class Process:

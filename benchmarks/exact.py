@@ -142,6 +142,9 @@ def made(place: Path, make: Callable[[], None]) -> Path:
             shutil.rmtree(place, ignore_errors=True)
             said.write_text(str(refused), encoding="utf-8")
             raise
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)  # half of it would pass for all
+            raise
     return place
 
 
