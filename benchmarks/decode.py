@@ -22,7 +22,7 @@ from typing import Self
 
 import click
 
-from benchmarks.exact import MODELS, OPTIMUM_INTEL, made
+from benchmarks.exact import MODELS, OPTIMUM_INTEL, Refused, made
 from benchmarks.record import record, settle_memory
 from benchmarks.subjects import PLACE, TARGETS, qwen2
 from planish.optimizer import optimize
@@ -70,6 +70,7 @@ class Process:
         )
 
     def __enter__(self) -> Self:
+        """Wait until it has written once; Refused if it does not come to that."""
         self._line()
         self._process.send_signal(signal.SIGSTOP)
         return self
@@ -93,7 +94,7 @@ class Process:
         line = "" if self._process.stdout is None else self._process.stdout.readline()
         if not line:
             said = "" if self._process.stderr is None else self._process.stderr.read()
-            raise SystemExit(f"{self._writer.label} ended: {said[-500:]}")
+            raise Refused(f"{self._writer.label} ended with {self._process.wait()}: {said[-500:]}")
         return line
 
 
@@ -183,8 +184,10 @@ def field() -> list[Writer]:
     found = []
     for make in makers:
         try:
-            found.append(make())
-        except subprocess.CalledProcessError as error:
+            writer = make()
+            with Process(writer):
+                found.append(writer)
+        except (subprocess.CalledProcessError, Refused) as error:
             print(f"left out: {error}", file=sys.stderr)
     return found
 
