@@ -164,17 +164,13 @@ def tokenize(texts: Sequence[Any], signature: Signature, tokenizer: Any, longest
     """One padded batch; texts beyond ``longest`` tokens are cut."""
     encoded = tokenizer(list(texts), **Room.of(signature).padding(longest))
     wanted = {tensor.name: tensor.numpy_dtype() for tensor in signature.inputs}
-    beside = {tensor.name: tensor for tensor in signature.inputs if tensor.role in (Role.CACHE, Role.POSITIONS)}
-    absent = sorted(set(wanted) - set(encoded) - set(beside) - {"token_type_ids"})
+    implied = (Role.SEGMENTS, Role.POSITIONS, Role.CACHE)  # a mask is not: there is padding
+    absent = sorted(t.name for t in signature.inputs if t.name not in encoded and t.role not in implied)
     if absent:
         raise BadInput(f"the tokenizer gives no {absent[0]!r}", advice="give an .npz file of arrays")
-    made = {name: np.asarray(encoded[name], dtype) for name, dtype in wanted.items() if name in encoded}
-    if "token_type_ids" in wanted and "token_type_ids" not in made:
-        made["token_type_ids"] = np.zeros(made["input_ids"].shape, wanted["token_type_ids"])
-    for name, tensor in beside.items():  # a decoder reads texts behind an empty cache
-        cached = tensor.role is Role.CACHE
-        made[name] = nothing(tensor, made) if cached else positions_of(made["attention_mask"]).astype(wanted[name])
-    return made
+    made = {name: np.asarray(encoded[name]) for name in wanted if name in encoded}
+    made |= _beside(made, signature)
+    return {name: array.astype(wanted[name], copy=False) for name, array in made.items()}
 
 
 def read_arrays(path: Path, signature: Signature) -> Case:
@@ -194,7 +190,7 @@ def fitted(found: Mapping[str, Any], signature: Signature, where: Path | str) ->
 
     What stands beside token ids may be left out: then all tokens count, and nothing comes before them.
     """
-    found = {**_beside(found, signature), **found}
+    found = {**found, **_beside(found, signature)}
     for tensor in signature.inputs:
         if tensor.name not in found:
             raise BadInput(f"it has no array {tensor.name!r}; it has {sorted(found)}", where=where)
@@ -205,17 +201,18 @@ def fitted(found: Mapping[str, Any], signature: Signature, where: Path | str) ->
 
 
 def _beside(found: Mapping[str, Any], signature: Signature) -> dict[str, np.ndarray]:
-    """A mask of ones, segments of zeros, an empty cache and positions from zero on for token ids that come alone."""
+    """What follows from token ids, shape (texts, tokens), and is not there: a mask of ones, segments of zeros, and
+    behind nothing an empty cache and positions that count what the mask shows."""
     ids = next((np.asarray(found[t.name]) for t in signature.inputs if t.role is Role.TOKENS and t.name in found), None)
-    caches = [tensor for tensor in signature.inputs if tensor.role is Role.CACHE]
-    if ids is None or ids.ndim != 2 or any(tensor.name in found for tensor in caches):
+    if ids is None or ids.ndim != 2 or any(t.role is Role.CACHE and t.name in found for t in signature.inputs):
         return {}
-    values = {Role.MASK: np.ones_like(ids), Role.SEGMENTS: np.zeros_like(ids)}
-    mask = signature.mask()
-    counted = np.ones_like(ids) if mask is None or mask.name not in found else np.asarray(found[mask.name])
-    values[Role.POSITIONS] = positions_of(counted) if counted.shape == ids.shape else values[Role.SEGMENTS]
-    plain = {t.name: values[t.role] for t in signature.inputs if t.role in values and len(t.shape) == ids.ndim}
-    return plain | {tensor.name: nothing(tensor, {"": ids}) for tensor in caches}
+    mask, ones = signature.mask(), np.ones_like(ids)
+    shown = ones if mask is None else np.asarray(found.get(mask.name, ones))
+    counted = positions_of(shown if shown.shape == ids.shape else ones)  # a mask that does not fit is refused later
+    values = {Role.MASK: ones, Role.SEGMENTS: np.zeros_like(ids), Role.POSITIONS: counted}
+    absent = [tensor for tensor in signature.inputs if tensor.name not in found]
+    plain = {t.name: values[t.role] for t in absent if t.role in values and len(t.shape) == ids.ndim}
+    return plain | {t.name: nothing(t, {"input_ids": ids}) for t in absent if t.role is Role.CACHE}
 
 
 def _refuse_misfit(array: np.ndarray, tensor: TensorSpec, path: Path | str) -> None:
@@ -246,4 +243,9 @@ def _refuse_other_sizes(arrays: Case, signature: Signature, path: Path | str) ->
                 continue
             axis = signature.axes.get(dim, Axis(dim))
             if sizes.setdefault(dim, size) != size or axis.clamp(size) != size:
+                raise BadInput(f"array {tensor.name!r} has {size} along {dim!r}, which does not fit", where=path)
+    for tensor in signature.inputs:
+        for size, dim in zip(arrays[tensor.name].shape, tensor.shape, strict=True):
+            parts = dim.split(SUM) if isinstance(dim, str) and SUM in dim else []
+            if parts and sizes.keys() >= set(parts) and size != sum(sizes[part] for part in parts):
                 raise BadInput(f"array {tensor.name!r} has {size} along {dim!r}, which does not fit", where=path)

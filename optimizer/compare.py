@@ -252,7 +252,7 @@ class _Tally:
             both = seen[:, 1:] & seen[:, :-1]
         following = ids[:, 1:][both]
         if following.size:
-            found = [likelihoods(scores[:, :-1], both, following) for scores in (expected, actual)]
+            found = [_log_likelihoods(scores[:, :-1], both, following) for scores in (expected, actual)]
             self.surprise.append(found[0] - found[1])
 
     def _add_rows(self, expected: np.ndarray, actual: np.ndarray, shown: np.ndarray, *, vectors: bool) -> None:
@@ -297,14 +297,14 @@ def log_probabilities(scores: np.ndarray) -> np.ndarray:
     return np.asarray(values - np.log(np.exp(values).sum(axis=-1, keepdims=True)))
 
 
-def likelihoods(scores: np.ndarray, shown: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Log probabilities of ``words``, one for each row of ``scores`` (…, words) that is ``shown``, in their order.
+def _log_likelihoods(scores: np.ndarray, shown: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Log probabilities of ``words``, one for each row of ``scores`` (…, vocabulary) that is ``shown``, in their order.
 
     Row by row and in single precision, since vocabularies are large; sums are in double.
     """
     found = np.empty(words.shape, np.float64)
     for place, (row, word) in enumerate(zip(np.argwhere(shown), words, strict=True)):
-        values = scores[tuple(row)]
+        values = scores[tuple(row)].astype(np.float32, copy=False)
         shifted = values - values.max()
         found[place] = shifted[word] - np.log(np.exp(shifted).sum(dtype=np.float64))
     return found

@@ -119,8 +119,8 @@ def optimize(
 
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
-    calibrated = calibration is not None
-    request = request_of(targets, preset, pipeline, keep, shapes, fix or {}, profile, evaluate, calibrated=calibrated)
+    data = _data(calibration, samples)
+    request = request_of(targets, preset, pipeline, keep, shapes, fix or {}, profile, evaluate, calibrated=bool(data))
     wanted = [Expectation.parse(text) for text in expect]
     known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
     offload, timed = reference == "offload", known is None and reference == "full"
@@ -129,20 +129,34 @@ def optimize(
         with stages.stage("lowering"):
             lowered = _lowered(source, task, adapter, reference, sample_inputs=sample_inputs, dynamic_axes=dynamic_axes)
             lowered = lowered.with_fixed(request.fixed)
-        data = _data(calibration, samples)
         _check_lock(known, lock, lowered, request, data)
-        inputs, references = _asked(lowered, request, data, reference, stages)
-        places = folder, Path(scratch), Path(f"{out}.failed")
-        batches = _batches(lowered, data, inputs, references)
-        builder = Builder(request, lowered, references, inputs, batches, *places, stages, offload)
+        builder = _builder(request, lowered, data, reference, (folder, Path(scratch), Path(f"{out}.failed")), stages)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
         check_expectations(wanted, _sites(built), [t.name for t in request.targets])
         with stages.stage("report"):
             result = _write(folder, builder, built, data, reference)
     if lock is not None and known is None:
-        with staged_file(Path(lock)) as path:
-            path.write_text((Path(out) / LOCK).read_text(encoding="utf-8"), encoding="utf-8")
+        _copy_text(Path(out) / LOCK, Path(lock))
     return replace(result, folder=Path(out))
+
+
+def _copy_text(source: Path, place: Path) -> None:
+    with staged_file(place) as path:
+        path.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def _builder(
+    request: Request,
+    lowered: Lowered,
+    data: Samples | None,
+    reference: ReferenceMode,
+    places: tuple[Path, Path, Path],
+    stages: Stages,
+) -> Builder:
+    """What builds the engines; the original is asked for its answers from now on."""
+    inputs, references = _asked(lowered, request, data, reference, stages)
+    batches = _batches(lowered, data, inputs, references)
+    return Builder(request, lowered, references, inputs, batches, *places, stages, reference == "offload")
 
 
 def _data(calibration: Given | None, samples: int | None) -> Samples | None:

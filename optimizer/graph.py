@@ -158,7 +158,6 @@ def is_constant_vector(value: ir.Value | None, width: int) -> bool:
 
 def remove_dead(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
     """Remove ``node`` if nothing reads it, and then whatever only it read, constants as well."""
-    constants = graph.initializers if isinstance(graph, ir.Graph) else {}
     pending = [node]
     while pending:
         current = pending.pop()
@@ -167,10 +166,20 @@ def remove_dead(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
         read = [value for value in current.inputs if value is not None]
         graph.remove(current, safe=True)
         pending += [source for value in read if (source := value.producer()) is not None]
-        for value in read:
-            unread = not value.uses() and not value.is_graph_output() and not value.is_graph_input()
-            if unread and constants.get(value.name or "") is value:
-                del constants[value.name or ""]
+        if isinstance(graph, ir.Graph):
+            forget_unread(graph, read)
+
+
+def forget_unread(graph: ir.Graph, values: Iterable[ir.Value]) -> None:
+    """Remove those of ``values`` that are constants of ``graph`` and that nobody reads any more.
+
+    A constant that is an input as well stays: without it the input could not be left out.
+    """
+    for value in list(values):
+        if value.uses() or value.is_graph_output() or value.is_graph_input():
+            continue
+        if graph.initializers.get(value.name or "") is value:
+            del graph.initializers[value.name or ""]
 
 
 def allow_plain_initializers(model: ir.Model) -> None:

@@ -189,6 +189,5 @@ class Gram(Observation):
         found, failed = stfttr(self._width, self._sums / np.float32(self.rows))
         if failed:
             raise ValueError(f"stfttr refuses its argument {-failed}")
-        lower = np.tril_indices(self._width, -1)
-        found[lower] = found.T[lower]
-        return np.asarray(found)
+        upper = np.triu(found)
+        return np.asarray(upper + np.triu(found, 1).T)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.base import Pass, Wish
-from planish.optimizer.graph import width_of
+from planish.optimizer.graph import forget_unread, width_of
 from planish.optimizer.instruments import Instrument, Step
 from planish.optimizer.program import SUM, Signature, TensorSpec
 
@@ -53,9 +53,7 @@ def _cut_off(graph: ir.Graph) -> None:
     for node in reversed(list(graph)):
         if not any(value.uses() or value.is_graph_output() for value in node.outputs):
             graph.remove(node, safe=True)
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-        if not graph.initializers[name].is_graph_output():
-            del graph.initializers[name]
+    forget_unread(graph, graph.initializers.values())
 
 
 def _runs_along(mask: TensorSpec, value: ir.Value) -> bool:

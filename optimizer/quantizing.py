@@ -16,6 +16,7 @@ from planish.optimizer.graph import (
     IN_FLOAT,
     add_initializer,
     constant_of,
+    forget_unread,
     is_weight_matrix,
     location_of,
     sizes_of,
@@ -96,8 +97,7 @@ class Quantizing(Pass):
         corrected = [self._correct(model.graph, site) for site in taken] if self.correct_bias else []
         if taken:
             self.rewrite(model, taken)
-            for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
-                del model.graph.initializers[value.name or ""]
+            forget_unread(model.graph, model.graph.initializers.values())
         result.modified = bool(taken)
         result.facts["quantized"] = len(taken)
         if self.correct_bias:

@@ -65,9 +65,9 @@ def pairs(*, held_out: bool) -> list[tuple[str, str]]:
     return [(PREFIX + english(n), german(n)) for index, n in enumerate(numbers) if (index % 4 == 0) == held_out]
 
 
-def docstrings() -> Iterator[str]:
-    """Docstrings of the standard library, in the order of its files."""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+def docstrings(files: str = "*.py") -> Iterator[str]:
+    """Docstrings of files of the standard library, in their order; the writer is trained on those of no package."""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob(files)):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
                 yield text

@@ -7,7 +7,7 @@ After:   p = MatMul (x, w);  s = Add (p, b);  q, k, v = Split <axis=-1> (s, {768
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,15 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import add_initializer, copy_location, is_weight_matrix, location_of, sizes_of, sole_user
+from planish.optimizer.graph import (
+    add_initializer,
+    copy_location,
+    forget_unread,
+    is_weight_matrix,
+    location_of,
+    sizes_of,
+    sole_user,
+)
 from planish.optimizer.tensors import lazy
 
 
@@ -113,7 +121,7 @@ def _pack(graph: ir.Graph, group: Sequence[Projection]) -> None:
         ir.convenience.replace_all_uses_with(old, output)
         graph.remove([projection.addition, projection.product], safe=True)
         output.name, old.name = old.name, None
-    _drop(graph, [value for projection in group for value in (projection.weight, projection.bias)])
+    forget_unread(graph, [value for projection in group for value in (projection.weight, projection.bias)])
 
 
 def _joined(graph: ir.Graph, name: str, values: Sequence[ir.Value], axis: int) -> ir.Value:
@@ -134,12 +142,6 @@ def _describe(group: Sequence[Projection], product: ir.Node, addition: ir.Node, 
         if old.shape is not None:
             node.outputs[0].shape = ir.Shape([*old.shape[:-1], width])
         copy_location(group[0].product, node)
-
-
-def _drop(graph: ir.Graph, values: Iterable[ir.Value]) -> None:
-    for value in values:
-        if not value.uses() and value.name is not None:
-            graph.initializers.pop(value.name, None)
 
 
 def _sizes(value: ir.Value) -> list[int]:

@@ -121,8 +121,13 @@ def _factor(gram: np.ndarray) -> np.ndarray:
     unused = strength == 0
     damping = _DAMPING * (strength.mean() if strength.any() else 1.0)
     damped[np.diag_indices_from(damped)] = np.where(unused, 1.0, strength) + damping
-    for step in (dpotrf, dpotri, dpotrf):  # in place: factor, inverse, factor of the inverse
-        damped, failed = step(damped, 0, overwrite_c=1) if step is dpotri else step(damped, 0, overwrite_a=1)
-        if failed:
-            raise FloatingPointError(f"a damped matrix of products is not positive: {step.__name__} gave {failed}")
-    return np.triu(damped).astype(np.float32)
+    inverse = _succeeded(dpotri(_succeeded(dpotrf(damped, overwrite_a=1)), overwrite_c=1))  # all in place
+    return np.triu(_succeeded(dpotrf(inverse, overwrite_a=1))).astype(np.float32)
+
+
+def _succeeded(result: tuple[np.ndarray, int]) -> np.ndarray:
+    """The matrix that a function of LAPACK gives; FloatingPointError if it could not go on."""
+    found, failed = result
+    if failed:
+        raise FloatingPointError(f"a damped matrix of products is not positive definite: LAPACK says {failed}")
+    return found

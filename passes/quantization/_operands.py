@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import add_initializer, constant_of, sizes_of
+from planish.optimizer.graph import add_initializer, constant_of, forget_unread, sizes_of
 from planish.optimizer.tensors import lazy
 
 
@@ -35,5 +35,5 @@ def change_operand(
         name += "_"
     read = lambda: np.asarray(change(tensor.numpy().astype(np.float32)), np.float32)  # noqa: E731
     node.replace_input_with(index, add_initializer(graph, name, lazy(read, ir.DataType.FLOAT, sizes_of(tensor), name)))
-    if value is not None and not value.uses() and value.name in graph.initializers and not value.is_graph_output():
-        del graph.initializers[value.name or ""]
+    if value is not None:
+        forget_unread(graph, [value])

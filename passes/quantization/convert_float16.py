@@ -23,7 +23,7 @@ import onnx
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
-from planish.optimizer.graph import add_initializer, copy_location, location_of, sizes_of, subgraphs_of
+from planish.optimizer.graph import add_initializer, copy_location, forget_unread, location_of, sizes_of, subgraphs_of
 from planish.optimizer.observations import Range, seen
 from planish.optimizer.tensors import lazy
 
@@ -163,9 +163,7 @@ class _Writer:
 
     def finish(self) -> None:
         """Give outputs of the model their old type and name, and forget weights that nobody reads in float."""
-        for name, value in list(self.graph.initializers.items()):
-            if id(value) in self.constants and not value.uses() and not value.is_graph_output():
-                del self.graph.initializers[name]
+        forget_unread(self.graph, [v for v in self.graph.initializers.values() if id(v) in self.constants])
         for index, value in enumerate(list(self.graph.outputs)):
             if value.dtype is not self.half or value.producer() is None:
                 continue

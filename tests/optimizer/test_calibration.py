@@ -10,13 +10,13 @@ import onnx_ir as ir
 import pytest
 
 from planish.optimizer import optimize, registry
-from planish.optimizer.calibration import Samples, one_behind_the_other
+from planish.optimizer.calibration import Samples, fitted, one_behind_the_other
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.lock import Lock
 from planish.optimizer.lowering import lower
 from planish.optimizer.lowering.tokenizer import load_tokenizer
 from planish.optimizer.measure import Timing
-from planish.optimizer.program import Role, Signature, TensorSpec
+from planish.optimizer.program import Axis, Role, Signature, TensorSpec
 from planish.optimizer.rehearsal import Rehearsal
 from tests.train import MODELS, pairs
 
@@ -168,3 +168,51 @@ def test_perplexity_is_a_budget(tmp_path: Path) -> None:
     )  # fmt: skip
     found = built.manifest.targets["onnxruntime"].comparison["model.logits"]["perplexity"]
     assert 0.8 < found < 1.2
+
+
+def decoder(*more: TensorSpec) -> Signature:
+    integers, floats = ir.DataType.INT64, ir.DataType.FLOAT
+    inputs = (
+        TensorSpec("input_ids", integers, ("batch", "sequence"), Role.TOKENS, bound=9),
+        TensorSpec("attention_mask", integers, ("batch", "past + sequence"), Role.MASK),
+        TensorSpec("position_ids", integers, ("batch", "sequence"), Role.POSITIONS),
+        TensorSpec("past_key_values.0.key", floats, ("batch", 2, "past", 4), Role.CACHE),
+        *more,
+    )
+    return Signature(
+        inputs, (), {name: Axis(name, 0 if name == "past" else 1) for name in ("batch", "sequence", "past")}
+    )
+
+
+def test_token_ids_may_come_alone() -> None:
+    segments = TensorSpec("token_type_ids", ir.DataType.INT64, ("batch", "sequence"), Role.SEGMENTS)
+    ids = np.array([[3, 4, 5], [6, 7, 8]])
+    found = fitted({"input_ids": ids}, decoder(segments), "data")
+    assert (found["attention_mask"] == 1).all()
+    assert (found["position_ids"] == [0, 1, 2]).all()
+    assert not found["token_type_ids"].any()
+    assert found["past_key_values.0.key"].shape == (2, 2, 0, 4)
+    mask = np.array([[0, 1, 1], [1, 1, 1]])
+    padded = fitted({"input_ids": ids, "attention_mask": mask}, decoder(), "data")
+    assert padded["position_ids"].tolist() == [[0, 0, 1], [0, 1, 2]]
+
+
+def test_what_does_not_fit_beside_token_ids_is_refused() -> None:
+    ids = np.array([[3, 4, 5]])
+    with pytest.raises(BadInput, match=r"'attention_mask' has 4 along 'past \+ sequence', which does not fit"):
+        fitted({"input_ids": ids, "attention_mask": np.ones((1, 4), np.int64)}, decoder(), "data")
+    past = np.zeros((1, 2, 5, 4), np.float32)  # what comes before them is not nothing: the rest must be told
+    with pytest.raises(BadInput, match="no array 'attention_mask'"):
+        fitted({"input_ids": ids, "past_key_values.0.key": past}, decoder(), "data")
+
+
+@pytest.mark.slow
+def test_without_a_reference_data_are_looked_at_first_and_used(tmp_path: Path) -> None:
+    ids = [{"input_ids": np.random.default_rng(i).integers(5, 1000, (1, 12))} for i in range(20)]
+    options: Any = {"pipeline": "quantize-weights{bits=4 minimum=1 method=gptq}", "reference": "none"}
+    with pytest.raises(BadInput, match="no array 'input_ids'"):
+        optimize(MODELS / "writer", tmp_path / "bad", **options, calibration=[{"ids": ids[0]["input_ids"]}])
+    assert not list(tmp_path.iterdir())  # no model of a failed pass beside it
+    built = optimize(MODELS / "writer", tmp_path / "out", **options, calibration=ids)
+    (step,) = [one for one in built.manifest.targets["onnxruntime"].passes if one.sites]
+    assert (step.text, step.sites) == (options["pipeline"].replace("bits=4 minimum=1", "minimum=1 bits=4"), 1)

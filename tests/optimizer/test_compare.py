@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from planish.optimizer import Budget
-from planish.optimizer.compare import compare
+from planish.optimizer.compare import _log_likelihoods, compare, log_probabilities
 from planish.optimizer.errors import CheckFailed, UsageError
 from planish.optimizer.program import Role, Signature, TensorSpec
 
@@ -112,3 +112,12 @@ def test_figures_are_rounded_away_from_perfection() -> None:
     rounded = found.rounded().outputs["logits"]
     assert rounded["max_abs"] == 1.23e-3
     assert 0 < 1 - rounded["cosine"] < 1e-6
+
+
+def test_likely_words_in_single_precision() -> None:
+    rng = np.random.default_rng(0)
+    scores, shown = (8 * rng.standard_normal((2, 5, 999))).astype(np.float32), rng.random((2, 5)) < 0.7
+    scores[0, 0, 3] = -np.inf
+    words = rng.integers(0, 999, int(shown.sum()))
+    wanted = np.take_along_axis(log_probabilities(scores[shown]), words[:, None], axis=-1)[:, 0]
+    np.testing.assert_allclose(_log_likelihoods(scores, shown, words), wanted, atol=1e-5)

@@ -17,14 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from planish.optimizer import errors, optimize, presets
 from planish.optimizer.backend import Arrays
+from planish.optimizer.base import PassResult
 from planish.optimizer.driver import verify
-from planish.optimizer.lock import Lock
+from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.manifest import MEASUREMENTS, Manifest
 from planish.optimizer.measure import EngineRef, Timing
+from planish.passes.fusion.fuse_attention import FuseAttention
 from tests.conftest import Planish
 from tests.zoo import GENERATORS, build
 
@@ -362,3 +365,19 @@ def test_what_was_not_checked_says_so_everywhere(tiny: Path, tmp_path: Path, pla
     assert record.checked_with == "NOT CHECKED"
     assert record.comparison == {}
     assert "NOT CHECKED" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_all_pipelines_begin_with_is_run_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    call = FuseAttention.call
+
+    def counted(step: FuseAttention, model: ir.Model) -> PassResult:
+        runs.append(step.name)
+        return call(step, model)
+
+    monkeypatch.setattr(FuseAttention, "call", counted)
+    optimize(tiny, tmp_path / "out", targets=["onnxruntime", "openvino"], shapes=[{"sequence": 8}])
+    assert runs == ["fuse-attention"]
+    choices = Lock.read(tmp_path / "out" / LOCK).targets
+    assert all("fuse-attention" in choice.pipelines["model"] for choice in choices.values())
+    assert len(choices) == 2

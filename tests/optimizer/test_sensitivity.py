@@ -85,6 +85,7 @@ def test_as_few_are_skipped_as_the_budget_needs(budget: str, skipped: list[str])
     assert not any(one.rounded for one in watcher.products("model", outcome))  # it is somebody else's
     watcher.outcomes.append(outcome)
     products = watcher.products("model", outcome)
+    assert [one.effect is None for one in products] == [not skipped] * 4  # where all are rounded it matters to nobody
     assert [one.product for one in products if not one.rounded] == [p.product for p in products][: len(skipped)]
 
 
