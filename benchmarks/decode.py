@@ -8,7 +8,6 @@ stopped.
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ import click
 
 from benchmarks.exact import MODELS, OPTIMUM_INTEL, Refused, made
 from benchmarks.record import record, settle_memory
-from benchmarks.subjects import PLACE, TARGETS, qwen2
+from benchmarks.subjects import PLACE, TARGETS, environment, qwen2
 from planish.optimizer import optimize
 from planish.optimizer.measure import timing
 from planish.optimizer.presets import pipeline_text
@@ -98,27 +97,14 @@ class Process:
         return line
 
 
-def environment(place: Path) -> Path:
-    """The interpreter of a peer's environment, made on the first run."""
-    if not place.exists():
-        print(f"making {place}", file=sys.stderr)
-        try:
-            subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-            subprocess.run([place / "bin" / "pip", "install", "-q", *_PACKAGES[place]], check=True)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)  # half of it would pass for all
-            raise
-    return place / "bin" / "python"
-
-
 def genai() -> Path:
     """onnxruntime-genai's own model builder, in 4 bits as its documentation recommends them for a CPU."""
 
     def make() -> None:
         options = ["int4_block_size=32", "int4_accuracy_level=4"]
-        command = [environment(_GENAI), "-m", "onnxruntime_genai.models.builder", "-i", qwen2(), "-o", place]
-        named = [*command, "-p", "int4", "-e", "cpu", "-c", PLACE / "genai-cache", "--extra_options", *options]
-        subprocess.run(list(map(str, named)), check=True, stdout=subprocess.DEVNULL)
+        builder = [environment(_GENAI, _PACKAGES[_GENAI]), "-m", "onnxruntime_genai.models.builder", "-p", "int4"]
+        named = [*builder, "-i", qwen2(), "-o", place, "-e", "cpu", "-c", PLACE / "genai-cache"]
+        subprocess.run(list(map(str, [*named, "--extra_options", *options])), check=True, stdout=subprocess.DEVNULL)
 
     place = PLACE / "plain" / "qwen2-0.5b" / "genai-int4"
     return made(place, make)
@@ -130,7 +116,7 @@ def llama() -> Path:
     def make() -> None:
         place.mkdir()
         script = Path(__file__).with_name("gguf_of_qwen2.py")
-        subprocess.run([environment(_LLAMA), script, qwen2(), place / "model.gguf"], check=True)
+        subprocess.run([environment(_LLAMA, _PACKAGES[_LLAMA]), script, qwen2(), place / "model.gguf"], check=True)
 
     place = PLACE / "plain" / "qwen2-0.5b" / "llama"
     return made(place, make) / "model.gguf"
@@ -175,9 +161,9 @@ def field() -> list[Writer]:
     """Everybody; the first is what others are compared with."""
     here = Path(sys.executable)
     makers: list[Callable[[], Writer]] = [
-        lambda: Writer("onnxruntime-genai int4", environment(_GENAI), "genai", genai()),
+        lambda: Writer("onnxruntime-genai int4", environment(_GENAI, _PACKAGES[_GENAI]), "genai", genai()),
         lambda: Writer("planish small on onnxruntime", here, "planish", ours(TARGETS[0]), TARGETS[0]),
-        lambda: Writer("llama.cpp Q4_0", environment(_LLAMA), "llama", llama()),
+        lambda: Writer("llama.cpp Q4_0", environment(_LLAMA, _PACKAGES[_LLAMA]), "llama", llama()),
         lambda: Writer("optimum-intel int4", here, "planish", optimum_intel(), TARGETS[1]),
         lambda: Writer("planish small on openvino", here, "planish", ours(TARGETS[1]), TARGETS[1]),
     ]

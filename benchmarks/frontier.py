@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from benchmarks.fidelity import engine_outputs, figures_of, inputs, original
-from benchmarks.record import RESULTS, record, settle_memory
+from benchmarks.record import RESULTS, canvas, record, settle_memory
 from benchmarks.subjects import PLACE, TARGETS, calibration, dynamic_int8, minilm, nncf_int8, plain_exports, vnni_int8
 from planish.optimizer import optimize
 from planish.optimizer.lock import LOCK, Lock
@@ -60,13 +60,7 @@ def rounded(label: str) -> str:
 
 def plot(figures: dict[str, dict[str, float]], path: Path) -> None:
     """Speed-up along x, what sentences lose of their cosine along y, on a logarithmic scale."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot
-
-    mpl.rcParams["svg.hashsalt"] = "planish"
-    shape, axes = pyplot.subplots(figsize=(7, 4.5))
+    shape, axes = canvas(7, 4.5)
     for name, marker in (("onnxruntime", "o"), ("openvino", "s")):
         own = [f for label, f in figures.items() if label.startswith(f"{name}, ")]
         axes.plot([f["speedup"] for f in own], [1 - f["cosine"] for f in own], marker=marker, label=f"planish, {name}")

@@ -25,7 +25,7 @@ import click
 import numpy as np
 import psutil
 
-from benchmarks.record import RESULTS, record
+from benchmarks.record import RESULTS, canvas, record
 from benchmarks.subjects import PLACE, qwen2
 from planish.optimizer import optimize
 
@@ -162,13 +162,7 @@ def _anonymous(pid: int) -> int:
 
 def plot(runs: dict[int, Run], subject: Subject, path: Path) -> None:
     """Peak of anonymous memory, beside the size of the engine."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot
-
-    mpl.rcParams["svg.hashsalt"] = "planish"
-    figure, axes = pyplot.subplots(figsize=(6, 3.5))
+    figure, axes = canvas(6, 3.5)
     points = list(runs)
     axes.plot(points, [run.anonymous_peak_bytes / 1e9 for run in runs.values()], "o-", label="peak of planish")
     axes.plot(points, [run.written_bytes / 1e9 for run in runs.values()], "s--", label="engine written")
@@ -210,16 +204,8 @@ def calibrated(samples: int, out: str) -> None:
     """Round Qwen2-0.5B's shape by GPTQ, on so many texts of 128 random tokens."""
     rng = np.random.default_rng(0)
     texts = [{"input_ids": rng.integers(5, 151_000, (1, 128))} for _ in range(samples + _REFERENCE)]
-    rounding = "quantize-weights{bits=4 method=gptq},use-matmul-nbits"
-    optimize(
-        qwen2(),
-        out,
-        targets=("onnxruntime",),
-        pipeline=rounding,
-        reference="none",
-        calibration=texts,
-        samples=samples,
-    )
+    rounding = f"quantize-weights{{bits=4 method=gptq}},{_NBITS}"
+    optimize(qwen2(), out, pipeline=rounding, reference="none", calibration=texts, samples=samples)
 
 
 _NONE = ("--reference", "none")

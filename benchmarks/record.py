@@ -42,6 +42,18 @@ def record(
     print_table(what, columns, rows)
 
 
+def canvas(width: float, height: float) -> tuple[Any, Any]:
+    """An empty figure and its axes, whose file will have the same bytes each time (`metadata={"Date": None}`)."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    mpl.rcParams["svg.hashsalt"] = "planish"
+    figure, axes = pyplot.subplots(figsize=(width, height))
+    return figure, axes
+
+
 def settle_memory() -> None:
     """Drop what the system keeps of files and put free memory together, where we may.
 

@@ -7,12 +7,9 @@ writer.
 
 from __future__ import annotations
 
-import ast
 import itertools
 import math
 import shutil
-import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from benchmarks.exact import MODELS, case_of, made, peers_of
 from benchmarks.record import record, settle_memory
 from benchmarks.subjects import PLACE, TARGETS, t5_small
 from planish.optimizer import optimize, registry
+from planish.optimizer.compare import log_probabilities
 from planish.optimizer.generate import DECODER, ENCODER, FIRST, NEXT, Decoding
 from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.lowering.tokenizer import load_tokenizer
@@ -35,6 +33,8 @@ PRESETS = ("fast", "small")
 _BASE = "optimum export"
 _TOKENS = (16, 128)
 _LENGTH = 64
+_UNSEEN = "[jeux]*/*.py"
+"""Files whose docstrings the writer was not trained on: packages of the standard library."""
 _KEEP = {"writer": ("perplexity<=1.02x",), "translator": ()}
 """Budgets that are asked for; the presets' own if none."""
 
@@ -91,29 +91,17 @@ def speeds(seconds: float) -> dict[str, dict[str, float]]:
     return figures
 
 
-def unseen() -> Iterator[str]:
-    """Docstrings of the packages of the standard library: the writer was trained on those of its single files."""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*/*.py")):
-        if path.parent.name in ("test", "idlelib", "lib2to3", "site-packages", "turtledemo"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
-                yield text
-
-
 def perplexity(target: str, folder: Path, count: int) -> float:
     """Of the writer's next token, over texts of the same length that nobody has seen."""
     backend = registry.backend(target)
     engine = backend.open(backend.path_of(DECODER, folder))
     tokenizer: Any = load_tokenizer(TRAINED / "writer")
-    ids = [token for text in unseen() for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    ids = [token for text in docstrings(_UNSEEN) for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     lost = 0.0
     for start in range(0, count * _LENGTH, _LENGTH):
         row = np.array([ids[start : start + _LENGTH]])
         scores, _ = engine.step({"input_ids": row, "attention_mask": np.ones_like(row)})
-        logits = scores["logits"][0, :-1].astype(np.float64)
-        logits -= logits.max(axis=-1, keepdims=True)
-        likely = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        likely = log_probabilities(scores["logits"][0, :-1])
         lost -= float(likely[np.arange(_LENGTH - 1), row[0, 1:]].sum())
     return math.exp(lost / (count * (_LENGTH - 1)))
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,19 @@ KEEP = {"minilm": ("cosine>=0.998",), "bert-base": ("cosine>=0.999",)}
 PRESETS = ("exact", "fast", "small")
 TARGETS = ("onnxruntime{threads=2}", "openvino{threads=2}")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def environment(place: Path, packages: Sequence[str]) -> Path:
+    """The interpreter of a peer's own environment, made on the first run."""
+    if not place.exists():
+        print(f"making {place}", file=sys.stderr)
+        try:
+            subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+            subprocess.run([place / "bin" / "pip", "install", "-q", *packages], check=True)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)  # half of it would pass for all
+            raise
+    return place / "bin" / "python"
 
 
 def minilm() -> Path:
@@ -153,9 +166,7 @@ def torch_export(checkpoint: Path, path: Path, *, dynamo: bool) -> None:
 
 def optimum_export(checkpoint: Path, folder: Path, task: str = "feature-extraction") -> None:
     """`optimum-cli export onnx`, from the peers' own environment."""
-    if not PEERS.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(PEERS)], check=True)
-        subprocess.run([PEERS / "bin" / "pip", "install", "-q", *PEER_PACKAGES], check=True)
+    environment(PEERS, PEER_PACKAGES)
     command = [*optimum_command(checkpoint, task), folder]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
@@ -191,16 +202,14 @@ def nncf_int8(name: str) -> Path:
     path = PLACE / "plain" / name / "nncf" / "openvino_model.xml"
     if not path.exists():
         print(f"exporting {name}: NNCF", file=sys.stderr)
-        if not NNCF.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(NNCF)], check=True)
-            subprocess.run([NNCF / "bin" / "pip", "install", "-q", *NNCF_PACKAGES], check=True)
+        python = environment(NNCF, NNCF_PACKAGES)
         path.parent.mkdir(parents=True, exist_ok=True)
         cases = path.with_name("calibration.npz")
         arrays = {f"{i}/{n}": array for i, case in enumerate(calibration(name)) for n, array in case.items()}
         np.savez(cases, **arrays)  # type: ignore[arg-type]  # they are no options of its own
         script = Path(__file__).with_name("nncf_quantize.py")
         source = plain_exports(name)["torch.onnx.export"]
-        command = [NNCF / "bin" / "python", script, source, cases, path]
+        command = [python, script, source, cases, path]
         subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
     return path
 
