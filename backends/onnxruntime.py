@@ -14,8 +14,8 @@ from annotated_types import Ge
 from planish.optimizer import onnx_io
 from planish.optimizer.backend import Arrays, Backend, Engine, nothing
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
-from planish.optimizer.graph import weights_as_inputs
-from planish.optimizer.program import Program, Role, TensorSpec, guess_role
+from planish.optimizer.graph import lend_weights
+from planish.optimizer.program import Program, Role, TensorSpec, as_continued, guess_role
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERROR, _WARNING = 3, 2
@@ -70,20 +70,23 @@ class OnnxRuntime(Backend):
         options = self._options(ort)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = _ERROR
-        blocks = any(node.op_type in _PACKED for node in model.graph)
-        options.add_session_config_entry("session.disable_prepacking", "0" if blocks else "1")
-        graph, weights = weights_as_inputs(model, constant_for=_PACKED)
-        lent = {
-            name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.numpy(), int(tensor.dtype))
-            for name, tensor in weights.items()
-        }
+        weights = lend_weights(model, constant_for=_PACKED)
+        lent, constants = (
+            {
+                name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.numpy(), int(tensor.dtype))
+                for name, tensor in tensors.items()
+            }
+            for tensors in (weights.inputs, weights.constants)
+        )
+        options.add_session_config_entry("session.disable_prepacking", "0" if constants else "1")
+        options.add_external_initializers(list(constants), list(constants.values()))
         try:
             session = ort.InferenceSession(
-                ir.to_proto(graph).SerializeToString(), options, providers=[_PROVIDERS[self.provider]]
+                ir.to_proto(weights.model).SerializeToString(), options, providers=[_PROVIDERS[self.provider]]
             )
         except Exception as error:
             raise CheckFailed(f"ONNX Runtime refuses the graph: {_first_line(error)}") from error
-        return OnnxRuntimeEngine(ort, session, lent)
+        return OnnxRuntimeEngine(ort, session, lent, constants)
 
     def mapped(self) -> Self | None:
         """Weights stay in `model.onnx.data`."""
@@ -124,15 +127,18 @@ class OnnxRuntime(Backend):
 
 
 class OnnxRuntimeEngine(Engine):
-    """An inference session, with the weights that are lent to it at each call."""
+    """An inference session, with the weights that are lent to it at each call, and those that it keeps reading."""
 
-    def __init__(self, ort: Any, session: Any, lent: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, ort: Any, session: Any, lent: Mapping[str, Any] | None = None, constants: Mapping[str, Any] | None = None
+    ) -> None:
         self._ort = ort
         self._session = session
         self._lent = dict(lent or {})
+        self._constants = dict(constants or {})
         self.outputs = tuple(map(_spec, session.get_outputs()))
         inputs = tuple(_spec(port) for port in session.get_inputs() if port.name not in self._lent)
-        self.inputs = tuple(_as_given(spec, self.outputs) for spec in inputs)
+        self.inputs = tuple(as_continued(spec, self.outputs) for spec in inputs)
 
     def prepare(self, inputs: Arrays) -> Callable[[], object]:
         """Hand the arrays to the runtime now; the call only runs."""
@@ -186,13 +192,6 @@ def _lenient(model: ir.Model) -> ir.Model:
         if guess_role(value.name or "", value.dtype or ir.DataType.FLOAT) is Role.CACHE and value.shape is not None:
             value.shape = ir.Shape([value.shape[0], f"{value.name}.heads", value.shape[2], f"{value.name}.size"])
     return copy
-
-
-def _as_given(spec: TensorSpec, outputs: tuple[TensorSpec, ...]) -> TensorSpec:
-    """An input of the cache with the heads and the size that the output has which continues it."""
-    name = spec.name.replace("past_key_values.", "present.", 1)
-    twin = next((output for output in outputs if output.name == name and spec.role is Role.CACHE), None)
-    return spec if twin is None else replace(spec, shape=(*spec.shape[:1], twin.shape[1], spec.shape[2], twin.shape[3]))
 
 
 def _spec(port: Any) -> TensorSpec:

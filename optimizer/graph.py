@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -52,6 +53,12 @@ def sole_user(value: ir.Value) -> ir.Node | None:
     """The only node that reads ``value``, or None if there are more, none, or it leaves the graph."""
     users = list(value.uses())
     return users[0].node if len(users) == 1 and not value.is_graph_output() else None
+
+
+def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that makes ``value`` if it is one of these standard operators."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.domain == "" and node.op_type in op_types else None
 
 
 def rank_of(value: ir.Value | None) -> int | None:
@@ -219,36 +226,55 @@ def without_weights(model: ir.Model, limit: int = 1024) -> ir.Model:
     return embedded(copy, limit)
 
 
-def weights_as_inputs(
-    model: ir.Model, limit: int = 1024, constant_for: Container[str] = ()
-) -> tuple[ir.Model, dict[str, ir.TensorProtocol]]:
-    """A copy that takes its initializers of more than ``limit`` elements as inputs, and those tensors by name.
+@dataclass(frozen=True)
+class Lent:
+    """A copy of a model without its large weights, and those: whoever runs it is lent them, so that none are copied."""
 
-    A runtime can be lent them at each call, so that running a graph to check it copies no weights. Those of less than a
-    byte an entry stay: in an array each takes a byte, which is not how they are given. So do those that operators of
-    ``constant_for`` read.
+    model: ir.Model
+    inputs: Mapping[str, ir.TensorProtocol]
+    """Weights that the copy takes as inputs."""
+    constants: Mapping[str, ir.TensorProtocol]
+    """Weights that stay constant: the copy says that they lie in a file, which does not exist."""
+
+
+def lend_weights(model: ir.Model, limit: int = 1024, constant_for: Container[str] = ()) -> Lent:
+    """Take its initializers of more than ``limit`` elements out of a copy of ``model``.
+
+    Those that operators of ``constant_for`` read stay constant. Those of less than a byte an entry stay in the copy: in
+    an array each takes a byte, which is not how they are given.
     """
     copy = model.clone()
-    lent: dict[str, ir.TensorProtocol] = {}
+    inputs: dict[str, ir.TensorProtocol] = {}
+    constants: dict[str, ir.TensorProtocol] = {}
     for value in _big_initializers(copy, limit):
         tensor, name = value.const_value, value.name
-        kept = any(use.node.op_type in constant_for for use in value.uses())
-        whole = tensor is not None and tensor.dtype.bitwidth >= 8
-        if tensor is not None and whole and not kept and name is not None and name in copy.graph.initializers:
+        if tensor is None or name is None or name not in copy.graph.initializers or tensor.dtype.bitwidth < 8:
+            _embed(value)
+        elif any(use.node.op_type in constant_for for use in value.uses()):
+            constants[name] = tensor
+            shape = ir.Shape(sizes_of(tensor))
+            value.const_value = ir.ExternalTensor("lent", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+        else:
+            inputs[name] = tensor
             del copy.graph.initializers[name]
             value.const_value = None
             copy.graph.inputs.append(value)
-            lent[name] = tensor
-    return embedded(copy, limit), lent
+    return Lent(embedded(copy, limit), inputs, constants)
 
 
 def embedded(model: ir.Model, limit: int) -> ir.Model:
     """The model with small initializers (at most ``limit`` elements) in it that lay in files: its bytes can travel."""
     for value in (value for graph in model.graphs() for value in graph.initializers.values()):
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and tensor.size <= limit:
-            value.const_value = ir.tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
+        if value.const_value is not None and value.const_value.size <= limit:
+            _embed(value)
     return model
+
+
+def _embed(value: ir.Value) -> None:
+    """Read a constant that lies in a file."""
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor):
+        value.const_value = ir.tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
 
 
 def _big_initializers(model: ir.Model, limit: int) -> list[ir.Value]:

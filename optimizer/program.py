@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -103,6 +103,15 @@ class TensorSpec:
     def numpy_dtype(self) -> np.dtype[np.generic]:
         """The element type as numpy knows it."""
         return np.dtype(self.dtype.numpy())
+
+
+def as_continued(tensor: TensorSpec, outputs: Sequence[TensorSpec]) -> TensorSpec:
+    """An input of the cache with the heads and the size that the output has which continues it."""
+    name = tensor.name.replace("past_key_values.", "present.", 1)
+    twin = next((output for output in outputs if output.name == name and tensor.role is Role.CACHE), None)
+    if twin is None or len(twin.shape) != 4 or len(tensor.shape) != 4:
+        return tensor
+    return replace(tensor, shape=(tensor.shape[0], twin.shape[1], tensor.shape[2], twin.shape[3]))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from planish.optimizer.graph import (
     constant_of,
     copy_location,
     location_of,
+    made_by,
     opset_of,
     rank_of,
     remove_dead,
@@ -118,12 +119,6 @@ def _inherit(source: ir.Node, nodes: list[ir.Node]) -> None:
         for output in node.outputs:
             if output.name is None:
                 output.name = f"{source.outputs[0].name}_{node.op_type}_{index}"
-
-
-def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The node that makes ``value`` if it is one of these standard operators."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.domain == "" and node.op_type in op_types else None
 
 
 def used_by(value: ir.Value, *op_types: str) -> ir.Node | None:

@@ -17,9 +17,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.graph import SPELLED_OUT, rank_of, scalar_of
+from planish.optimizer.graph import SPELLED_OUT, made_by, rank_of, scalar_of
 from planish.optimizer.shapes import Followed, dims_of, rows_for
-from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, made_by, used_by
+from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, used_by
 
 _RANK = 4
 

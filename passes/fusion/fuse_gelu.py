@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.graph import scalar_of
-from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, made_by, other_operand, used_by, with_constant
+from planish.optimizer.graph import made_by, scalar_of
+from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, other_operand, used_by, with_constant
 
 _TOLERANCE = 1e-4
 _CUBE = 0.044715

@@ -14,13 +14,12 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.graph import rank_of
+from planish.optimizer.graph import made_by, rank_of
 from planish.passes.fusion._fusion import (
     Declined,
     Fusion,
     NearMiss,
     check_mean,
-    made_by,
     other_operand,
     quotient_by,
     squared,

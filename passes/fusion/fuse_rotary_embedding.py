@@ -19,12 +19,11 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import constant_of, rank_of
+from planish.optimizer.graph import constant_of, made_by, rank_of
 from planish.passes.fusion._fusion import (
     Declined,
     Fusion,
     NearMiss,
-    made_by,
     other_operand,
     slice_of,
     used_by,

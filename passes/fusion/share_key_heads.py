@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.graph import constant_of
-from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, made_by
+from planish.optimizer.graph import constant_of, made_by
+from planish.passes.fusion._fusion import Declined, Fusion, NearMiss
 
 _KEY, _VALUE = 1, 2
 

@@ -15,8 +15,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import constant_of, rank_of, scalar_of
-from planish.passes.fusion._fusion import Declined, Fusion, made_by
+from planish.optimizer.graph import constant_of, made_by, rank_of, scalar_of
+from planish.passes.fusion._fusion import Declined, Fusion
 
 _PASSED_ON = ("Identity", "Cast", "Expand")
 

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.graph import is_weight_matrix, rank_of
-from planish.passes.fusion._fusion import Declined, Fusion, made_by, used_by
+from planish.optimizer.graph import is_weight_matrix, made_by, rank_of
+from planish.passes.fusion._fusion import Declined, Fusion, used_by
 
 _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 

@@ -1,0 +1,184 @@
+"""Attention that takes what projections give, (batch, tokens, hidden), and puts keys and values behind a cache itself.
+
+Before:  a = Reshape (q, {0,0,12,64});  b = Transpose <perm=[0,2,1,3]> (a);  c = RotaryEmbedding (b, cos, sin);  …
+         present_k = Concat <axis=2> (past_k, …);  …;  o = Attention (c, present_k, present_v, mask)
+         p = Transpose <perm=[0,2,1,3]> (o);  r = Reshape (p, {0,0,768})
+After:   c = RotaryEmbedding <num_heads=12> (q, cos, sin);  …
+         r, present_k, present_v = Attention <q_num_heads=12, kv_num_heads=12> (c, …, mask, past_k, past_v)
+
+ONNX: Attention and RotaryEmbedding, opset 23, for operands of rank three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.base import admitted
+from planish.optimizer.graph import (
+    add_initializer,
+    constant_of,
+    copy_location,
+    made_by,
+    rank_of,
+    remove_dead,
+    sole_user,
+    stand_in,
+)
+
+_QUERY, _KEY, _VALUE, _MASK = range(4)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Queries, keys or values of an attention, and how they came to be."""
+
+    split: ir.Value
+    """(batch, tokens, heads, size)"""
+    heads: int
+    rotary: ir.Node | None
+    """What turns them by their positions."""
+    concat: ir.Node | None
+    """What puts them behind a cache."""
+
+    @property
+    def past(self) -> ir.Value | None:
+        """The cache that they are put behind."""
+        return None if self.concat is None else self.concat.inputs[0]
+
+
+def flatten(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+    """Replace an attention that stands between transpositions, and return what stands for it; None if it does not."""
+    if len(node.outputs) != 1 or "q_num_heads" in node.attributes or len(node.inputs) > _MASK + 1:
+        return None
+    found = [_operand(value, node) for value in node.inputs[:_MASK]]
+    operands, joined = [operand for operand in found if operand is not None], _joined(node.outputs[0])
+    if joined is None or len(operands) < _MASK or not _cached_alike(node, operands) or not admitted():
+        return None
+    pasts = [operand.past for operand in operands if operand.past is not None]
+    masked = node.inputs[_MASK:] or [None] * bool(pasts)
+    flat = ir.node(
+        "Attention",
+        [*(_flat(graph, node, operand) for operand in operands), *masked, *pasts],
+        {**node.attributes, "q_num_heads": operands[_QUERY].heads, "kv_num_heads": operands[_KEY].heads},
+        num_outputs=1 + len(pasts),
+        name=f"{node.name}_flat",
+        metadata_props=dict(node.metadata_props),
+    )
+    graph.insert_before(node, flat)
+    stand_in(joined[-1].outputs[0], flat.outputs[0], "split")
+    remove_dead(graph, joined[-1])
+    for operand, present in zip(operands[_KEY:], flat.outputs[1:], strict=False):
+        if operand.concat is not None:
+            stand_in(operand.concat.outputs[0], present, "outside")
+            remove_dead(graph, operand.concat)
+    return flat
+
+
+def _operand(value: ir.Value | None, reader: ir.Node) -> Operand | None:
+    """What an attention reads, if it was split into heads and transposed, and nothing else was done but as told above.
+
+    A cache that others read as well is of no use to them inside the attention.
+    """
+    concat = made_by(value, "Concat")
+    if concat is not None and not (_appends(concat) and _read_only_by(concat.outputs[0], reader)):
+        return None
+    inner, reader = (value, reader) if concat is None else (concat.inputs[1], concat)
+    rotary = made_by(inner, "RotaryEmbedding")
+    if rotary is not None:
+        if not _read_only_by(rotary.outputs[0], reader) or rotary.outputs[0].is_graph_output():
+            return None
+        inner = rotary.inputs[0]
+    transpose = made_by(inner, "Transpose")
+    split = None if transpose is None or not _swaps_heads(transpose) else transpose.inputs[0]
+    heads = None if split is None else _heads(split)
+    return None if split is None or heads is None else Operand(split, heads, rotary, concat)
+
+
+def _cached_alike(node: ir.Node, operands: list[Operand]) -> bool:
+    """Whether keys and values both have a cache, or neither; a causal mask counts from where the cache begins."""
+    query, key, value = operands
+    causal = node.attributes.get("is_causal")
+    inside = key.concat is not None
+    alike = query.concat is None and (value.concat is not None) == inside and key.heads == value.heads
+    return alike and not (inside and causal is not None and causal.as_int())
+
+
+def _flat(graph: ir.Graph, node: ir.Node, operand: Operand) -> ir.Value:
+    """An operand as (batch, tokens, heads · size), in front of an attention."""
+    reshape, rotary = made_by(operand.split, "Reshape"), operand.rotary
+    target = None if reshape is None else constant_of(reshape.inputs[1])
+    source = None if reshape is None else reshape.inputs[0]
+    if source is None or rank_of(source) != 3 or target is None or list(target[:2]) != [0, 0]:
+        source = _joined_heads(graph, node, operand)
+    if rotary is None:
+        return source
+    turned = ir.node(
+        "RotaryEmbedding",
+        [source, *rotary.inputs[1:]],
+        {**rotary.attributes, "num_heads": operand.heads},
+        name=f"{rotary.name}_flat",
+        metadata_props=dict(rotary.metadata_props),
+    )
+    output = turned.outputs[0]
+    output.name, output.shape, output.type = f"{rotary.outputs[0].name}_flat", source.shape, source.type
+    graph.insert_before(node, turned)
+    return output
+
+
+def _joined_heads(graph: ir.Graph, node: ir.Node, operand: Operand) -> ir.Value:
+    """(batch, tokens, heads, size), which something else than a split gave, with its heads side by side."""
+    shape, name = operand.split.shape, f"{operand.split.name}_joined"
+    if shape is None or not isinstance(shape[3], int):
+        raise ValueError(f"{operand.split.name!r} was not checked")
+    width = operand.heads * shape[3]
+    target = add_initializer(graph, f"{name}_shape", np.array([0, 0, width], np.int64))
+    reshape = ir.node("Reshape", [operand.split, target], name=name)
+    output = reshape.outputs[0]
+    output.name, output.shape, output.type = name, ir.Shape([*shape[:2], width]), operand.split.type
+    copy_location(node, reshape)
+    graph.insert_before(node, reshape)
+    return output
+
+
+def _heads(split: ir.Value) -> int | None:
+    """The number of heads of (batch, tokens, heads, size), if both are known or it was split from rank three."""
+    shape, reshape = split.shape, made_by(split, "Reshape")
+    target = None if reshape is None else constant_of(reshape.inputs[1])
+    if reshape is not None and target is not None and target.size == 4 and list(target[:2]) == [0, 0]:
+        known = rank_of(reshape.inputs[0]) == 3
+        if known and target[2] > 0:
+            return int(target[2])
+    if shape is None or len(shape) != 4 or not isinstance(shape[3], int):
+        return None
+    return shape[2] if isinstance(shape[2], int) else None
+
+
+def _joined(output: ir.Value) -> list[ir.Node] | None:
+    """The transposition and reshape that put the heads of an output side by side again."""
+    transpose = sole_user(output)
+    reshape = None if transpose is None else sole_user(transpose.outputs[0])
+    if transpose is None or reshape is None or not _swaps_heads(transpose) or reshape.op_type != "Reshape":
+        return None
+    target = constant_of(reshape.inputs[1])
+    joins = target is not None and target.size == 3 and list(target[:2]) == [0, 0]
+    return [transpose, reshape] if joins else None
+
+
+def _swaps_heads(node: ir.Node) -> bool:
+    """Whether a node swaps the two middle axes of four; without `perm` a Transpose reverses them all."""
+    perm = node.attributes.get("perm")
+    return node.op_type == "Transpose" and perm is not None and list(perm.as_ints()) == [0, 2, 1, 3]
+
+
+def _appends(concat: ir.Node) -> bool:
+    """Whether a node puts tokens, axis 2 of four, behind those of another value."""
+    axis = concat.attributes.get("axis")
+    return len(concat.inputs) == 2 and axis is not None and axis.as_int() in (2, -2) and rank_of(concat.inputs[0]) == 4
+
+
+def _read_only_by(value: ir.Value, reader: ir.Node) -> bool:
+    """Whether no other node reads a value; it may leave the graph."""
+    return [use.node for use in value.uses()] == [reader]
