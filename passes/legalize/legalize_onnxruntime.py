@@ -41,8 +41,8 @@ class LegalizeOnnxRuntime(Pass):
 
     1. An integer product that is cast and scaled per column becomes MatMulIntegerToFloat.
     2. An Add of two tensors in front of a LayerNormalization becomes a Sum.
-    3. An Attention between transpositions takes and gives (batch, sequence, hidden) itself, and puts new keys and values
-       behind those of its cache itself.
+    3. An Attention between transpositions takes and gives (batch, sequence, hidden) itself, and puts new keys and
+       values behind those of its cache itself.
     4. If asked for, such an Attention becomes the runtime's own MultiHeadAttention.
 
     Which options are faster is measured on the target, at the sizes of the first attention and the first sum.
