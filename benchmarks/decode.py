@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import click
 
 from benchmarks.exact import MODELS, OPTIMUM_INTEL, Refused, made
 from benchmarks.record import record, settle_memory
 from benchmarks.subjects import PLACE, TARGETS, environment, qwen2
-from planish.optimizer import optimize
+from planish.optimizer import optimize, registry
 from planish.optimizer.measure import timing
 from planish.optimizer.presets import pipeline_text
 
@@ -97,16 +97,16 @@ class Process:
         return line
 
 
-def genai() -> Path:
-    """onnxruntime-genai's own model builder, in 4 bits as its documentation recommends them for a CPU."""
+def genai(block: int = 32) -> Path:
+    """onnxruntime-genai's own model builder in 4 bits, in blocks of 32 as its documentation recommends for a CPU."""
 
     def make() -> None:
-        options = ["int4_block_size=32", "int4_accuracy_level=4"]
+        options = [f"int4_block_size={block}", "int4_accuracy_level=4"]
         builder = [environment(_GENAI, _PACKAGES[_GENAI]), "-m", "onnxruntime_genai.models.builder", "-p", "int4"]
         named = [*builder, "-i", qwen2(), "-o", place, "-e", "cpu", "-c", PLACE / "genai-cache"]
         subprocess.run(list(map(str, [*named, "--extra_options", *options])), check=True, stdout=subprocess.DEVNULL)
 
-    place = PLACE / "plain" / "qwen2-0.5b" / "genai-int4"
+    place = PLACE / "plain" / "qwen2-0.5b" / ("genai-int4" if block == 32 else f"genai-int4-{block}")
     return made(place, make)
 
 
@@ -145,14 +145,15 @@ def optimum_intel() -> Path:
     return made(place, make)
 
 
-def ours(target: str) -> Path:
+def ours(target: str, logits: Literal["all", "last"]) -> Path:
     """The pipeline of the preset `small`, everything in 4 bits. Random weights do not survive that, and what is timed
     is not their answers: nothing is compared."""
     name = target.partition("{")[0]
-    place = PLACE / "ours" / f"qwen2-0.5b-small-{name}"
+    place = PLACE / "ours" / f"qwen2-0.5b-small-{logits}-{name}"
 
     def make() -> None:
-        optimize(qwen2(), place, targets=[target], pipeline=pipeline_text("small", name), reference="none")
+        text = pipeline_text("small", name)
+        optimize(qwen2(), place, targets=[target], pipeline=text, reference="none", logits=logits)
 
     return made(place, make) / name
 
@@ -160,12 +161,22 @@ def ours(target: str) -> Path:
 def field() -> list[Writer]:
     """Everybody; the first is what others are compared with."""
     here = Path(sys.executable)
+
+    def own(target: str, logits: Literal["all", "last"]) -> Writer:
+        scores = "" if logits == "all" else ", last scores"
+        return Writer(
+            f"planish small on {registry.backend(target).name}{scores}", here, "planish", ours(target, logits), target
+        )
+
     makers: list[Callable[[], Writer]] = [
         lambda: Writer("onnxruntime-genai int4", environment(_GENAI, _PACKAGES[_GENAI]), "genai", genai()),
-        lambda: Writer("planish small on onnxruntime", here, "planish", ours(TARGETS[0]), TARGETS[0]),
-        lambda: Writer("llama.cpp Q4_0", environment(_LLAMA, _PACKAGES[_LLAMA]), "llama", llama()),
+        lambda: Writer("the same in blocks of 128", environment(_GENAI, _PACKAGES[_GENAI]), "genai", genai(128)),
+        lambda: own(TARGETS[0], "all"),
+        lambda: own(TARGETS[0], "last"),
+        lambda: Writer("llama.cpp Q4_0, last scores", environment(_LLAMA, _PACKAGES[_LLAMA]), "llama", llama()),
         lambda: Writer("optimum-intel int4", here, "planish", optimum_intel(), TARGETS[1]),
-        lambda: Writer("planish small on openvino", here, "planish", ours(TARGETS[1]), TARGETS[1]),
+        lambda: own(TARGETS[1], "all"),
+        lambda: own(TARGETS[1], "last"),
     ]
     found = []
     for make in makers:

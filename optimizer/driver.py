@@ -97,6 +97,7 @@ def optimize(
     lock: str | Path | None = None,
     adapter: str | Path | None = None,
     reference: ReferenceMode = "full",
+    logits: Literal["all", "last"] = "all",
     sample_inputs: Mapping[str, Any] | None = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     progress: Progress = lambda *_: None,
@@ -114,21 +115,24 @@ def optimize(
     ``reference`` "offload" is for a checkpoint that does not fit into memory: its weights, and those of the engines,
     are read from their files as they are used; engines are compared with it, single passes are not, nothing is timed,
     and a preset ships the plain lowering. With "none" the original is never run, and nothing is compared either. The
-    manifest says so. A module needs ``sample_inputs`` (tensors by keyword) and ``dynamic_axes`` (`{input: {position:
-    name}}`).
+    manifest says so. With ``logits`` "last" a decoder gives the scores behind the last token alone, (batch, 1,
+    vocabulary): what writing needs, and less work for a prompt. A module needs ``sample_inputs`` (tensors by keyword)
+    and ``dynamic_axes`` (`{input: {position: name}}`).
 
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
     data = _data(calibration, samples)
-    request = request_of(targets, preset, pipeline, keep, shapes, fix or {}, profile, evaluate, calibrated=bool(data))
+    request = request_of(
+        targets, preset, pipeline, keep, shapes, fix or {}, profile, evaluate, logits, calibrated=bool(data)
+    )
     wanted = [Expectation.parse(text) for text in expect]
     known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
     offload, timed = reference == "offload", known is None and reference == "full"
     stages = Stages(progress, 2 + offload + (4 if timed else 3) * len(request.targets))
     with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
         with stages.stage("lowering"):
-            lowered = _lowered(source, task, adapter, reference, sample_inputs=sample_inputs, dynamic_axes=dynamic_axes)
-            lowered = lowered.with_fixed(request.fixed)
+            own = {"sample_inputs": sample_inputs, "dynamic_axes": dynamic_axes}
+            lowered = _lowered(source, task, adapter, reference, logits=logits, **own).with_fixed(request.fixed)
         _check_lock(known, lock, lowered, request, data)
         builder = _builder(request, lowered, data, reference, (folder, Path(scratch), Path(f"{out}.failed")), stages)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from planish.optimizer import presets, registry, spec
 from planish.optimizer.backend import Backend
@@ -33,6 +34,8 @@ class Request:
     """Pipelines that are tried instead, by the name of the target, and kept where they are faster."""
     evaluation: Evaluation | None
     """The user's own measure of an engine."""
+    last_logits: bool
+    """Whether a decoder gives the scores behind the last token alone."""
     profile: Path | None
     """Where is kept what the targets run fast; passes keep their usual options without."""
 
@@ -46,7 +49,8 @@ class Request:
         what = {"preset": self.preset} if self.preset else {"pipeline": str(next(iter(self.pipelines.values())))}
         fixed = {"fixed": ",".join(f"{axis}={size}" for axis, size in self.fixed.items())} if self.fixed else {}
         own = {} if self.evaluation is None else {"evaluate": str(self.evaluation)}
-        return what | fixed | own | {"budget": str(self.asked)}
+        last = {"logits": "last"} if self.last_logits else {}
+        return what | fixed | last | own | {"budget": str(self.asked)}
 
     @property
     def beginning(self) -> tuple[Pass, ...]:
@@ -76,6 +80,7 @@ def request_of(
     fix: Mapping[str, int],
     profile: str | Path | None,
     evaluate: str | None,
+    logits: Literal["all", "last"],
     *,
     calibrated: bool,
 ) -> Request:
@@ -94,6 +99,8 @@ def request_of(
     own = None if evaluate is None else Evaluation.parse(evaluate)
     if own is None and any(clause.metric.startswith("score") for clause in asked.clauses):
         raise UsageError("a budget on score needs a command that prints it", where="--keep", advice="give --evaluate")
+    if logits == "last" and any(clause.metric == "perplexity" for clause in asked.clauses):
+        raise UsageError("perplexity needs the scores behind every token", where="--logits last", advice="keep kl<=X")
     return Request(
         targets=backends,
         preset=preset,
@@ -103,6 +110,7 @@ def request_of(
         extra=_extra_for(preset, shapes),
         alternatives=_alternatives_for(backends, preset, fix, calibrated=calibrated),
         evaluation=own,
+        last_logits=logits == "last",
         profile=None if profile is None else Path(profile),
     )
 

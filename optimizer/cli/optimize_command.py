@@ -51,6 +51,10 @@ from planish.optimizer.cli.options import (
     "--reference", type=click.Choice(["full", "offload", "none"]), default="full", show_default=True,
     help="'offload': read weights as they are used, for a checkpoint larger than memory. 'none': check nothing.",
 )  # fmt: skip
+@click.option(
+    "--logits", type=click.Choice(["all", "last"]), default="all", show_default=True,
+    help="'last': a decoder scores the token behind the last one only, which is all that writing needs.",
+)  # fmt: skip
 @click.option("--depfile", type=existing, help="Write the files that were read, in make's syntax.")
 @json_flag
 def command(

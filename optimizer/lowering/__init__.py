@@ -59,12 +59,14 @@ def lower(
     adapter: Path | None = None,
     background: bool = True,
     offload: bool = False,
+    logits: Literal["all", "last"] = "all",
 ) -> Lowered:
     """Lower a checkpoint folder, an `.onnx` file, or an `nn.Module` called with ``sample_inputs`` by keyword.
 
     ``dynamic_axes`` names the axes of a module's inputs that vary. ``adapter`` is the folder of a PEFT adapter to merge
     into a checkpoint. With ``background`` the original of a checkpoint is loaded by another process meanwhile; with
-    ``offload`` it is never loaded, its weights are read as they are used. Raises BadInput or UsageError.
+    ``offload`` it is never loaded, its weights are read as they are used. With ``logits`` "last" a decoder gives the
+    scores behind the last token alone. Raises BadInput or UsageError.
     """
     if offload and not (isinstance(source, str | Path) and Path(source).suffix.lower() != ".onnx"):
         raise UsageError(
@@ -74,16 +76,24 @@ def lower(
         )
     if adapter is not None and not (isinstance(source, str | Path) and Path(source).is_dir()):
         raise UsageError("an adapter is merged into a checkpoint folder", where="--adapter", advice="give its base")
+    if logits == "last" and not (isinstance(source, str | Path) and Path(source).is_dir()):
+        raise UsageError("only a checkpoint folder is lowered so", where="--logits last", advice="leave it out")
     if not isinstance(source, str | Path):
         return _lower_module(source, sample_inputs, dynamic_axes or {})
     path = Path(source)
     if path.suffix.lower() == ".onnx" or path.is_file():
         return _lower_file(path, task)
-    return _lower_folder(path, task, adapter, "offload" if offload else "background" if background else "here")
+    kind: Literal["here", "background", "offload"] = "offload" if offload else "background" if background else "here"
+    return _lower_folder(path, task, adapter, kind, last_logits=logits == "last")
 
 
 def _lower_folder(
-    path: Path, task: str | None, adapter: Path | None, kind: Literal["here", "background", "offload"]
+    path: Path,
+    task: str | None,
+    adapter: Path | None,
+    kind: Literal["here", "background", "offload"],
+    *,
+    last_logits: bool,
 ) -> Lowered:
     if not path.exists():
         raise BadInput(
@@ -94,7 +104,7 @@ def _lower_folder(
     from planish.optimizer.lowering import assemble
     from planish.optimizer.lowering.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(path, task, adapter)
+    checkpoint = open_checkpoint(path, task, adapter, last_logits=last_logits)
     program, original = assemble.lower(checkpoint, kind)
     return Lowered(program, original, path, tuple(checkpoint.companions()))
 

@@ -28,13 +28,20 @@ def module(module: Any, feeds: Tensors) -> dict[str, Any]:
     return flatten(module(**feeds))
 
 
-def decoder(module: Any, feeds: Tensors) -> dict[str, Any]:
+def decoder(module: Any, feeds: Tensors, **options: Any) -> dict[str, Any]:
     """New tokens behind those in the cache (which may be empty): scores, and the cache with both."""
     given, past = _apart(feeds)
     cache = _cache(past) if past else None
-    result = module(**given, past_key_values=cache, use_cache=True, return_dict=True)
+    result = module(**given, **options, past_key_values=cache, use_cache=True, return_dict=True)
     cache = cache if cache is not None else result.past_key_values
     return {"logits": result.logits} | _presents(cache, "")
+
+
+def last_decoder(module: Any, feeds: Tensors) -> dict[str, Any]:
+    """The same with the scores behind the last token alone, shape (batch, 1, vocabulary): what writing needs."""
+    given = accepted(module, logits_to_keep=1)
+    found = decoder(module, feeds, **given)
+    return found if given else found | {"logits": found["logits"][:, -1:]}
 
 
 def encoder(module: Any, feeds: Tensors) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def _place(item: tuple[str, Any]) -> tuple[int, str]:
 
 
 CALLS: Mapping[str, Call] = {
-    call.__name__: call for call in (plain, module, decoder, encoder, first_decoder, next_decoder)
+    call.__name__: call for call in (plain, module, decoder, last_decoder, encoder, first_decoder, next_decoder)
 }
 """Every way to call a module, by name."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.lowering import adapter as adapter_files
 from planish.optimizer.lowering import tasks
 from planish.optimizer.lowering.assembled import Assembly
@@ -45,6 +45,8 @@ class Checkpoint:
     weights: Mapping[str, Stored]
     adapter: Path | None = None
     """The folder of a PEFT adapter that is merged into the weights."""
+    last_logits: bool = False
+    """Whether a decoder gives the scores behind the last token alone."""
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the configuration and of each weight file, those of an adapter as well."""
@@ -62,7 +64,9 @@ def companions_in(folder: Path) -> list[Path]:
     return [Path(name) for name in ("config.json", *_TEXT_FILES) if (folder / name).is_file()]
 
 
-def open_checkpoint(folder: Path, task: str | None = None, adapter: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, task: str | None = None, adapter: Path | None = None, *, last_logits: bool = False
+) -> Checkpoint:
     """Check a folder (and that of an adapter) and read its configuration; nothing is executed, nothing is fetched.
 
     BadInput says what is missing, broken or refused; UsageError a task that is not known.
@@ -84,7 +88,11 @@ def open_checkpoint(folder: Path, task: str | None = None, adapter: Path | None 
         task = tasks.infer(str(architecture), folder)
     if adapter is not None:
         adapter_files.read_adapter(adapter)
-    return Checkpoint(folder, config, architecture, task, weights, adapter)
+    if last_logits and tasks.TASKS[task].family is not tasks.Family.DECODER:
+        raise UsageError(
+            f"a model for {task} has no scores behind a last token", where="--logits last", advice="leave it out"
+        )
+    return Checkpoint(folder, config, architecture, task, weights, adapter, last_logits)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

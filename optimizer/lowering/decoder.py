@@ -38,7 +38,8 @@ def describe(model: Any, checkpoint: Checkpoint) -> Component:
         TensorSpec(f"past_key_values.{name}", ir.DataType.FLOAT, (batch, heads, PAST, size), Role.CACHE)
         for name, (heads, size) in shapes.items()
     )
-    return Component("model", "decoder", (*found, *past), (*_SCORES, *(f"present.{n}" for n in shapes)), Role.LOGITS)
+    call = "last_decoder" if checkpoint.last_logits else "decoder"
+    return Component("model", call, (*found, *past), (*_SCORES, *(f"present.{n}" for n in shapes)), Role.LOGITS)
 
 
 def cache_shapes(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,7 @@ from planish.optimizer import bench, optimize, registry, verify
 from planish.optimizer.checking import check_engines
 from planish.optimizer.compare import Budget
 from planish.optimizer.driver import _inputs, _references
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.generate import Decoding, Sampling
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.measure import Timing
@@ -56,6 +56,32 @@ def test_one_graph_serves_prefill_and_decode(llama: tuple[Lowered, References]) 
     assert (signature.axes["past"].minimum, signature.axes["past"].maximum) == (0, 47)
     pasts = {case["past_key_values.0.key"].shape[2] for case in llama[1].components["model"].inputs}
     assert {0, 1, 47} <= pasts
+
+
+def test_a_decoder_may_score_the_last_token_alone(tmp_path: Path) -> None:
+    checkpoint = build(by_name("llama"), tmp_path / "checkpoint")
+    result = optimize(checkpoint, tmp_path / "out", targets=TARGETS, logits="last")
+    signature = result.manifest.signatures["model"].signature()
+    assert next(tensor.shape[1] for tensor in signature.outputs if tensor.name == "logits") == 1
+    whole = lower(checkpoint, background=False)
+    case = _inputs(whole, None)["model"][1]
+    scores = whole.original.answer({"model": [case]}, 0).outputs["model"][0]["logits"]
+    assert scores.shape[1] > 1
+    for target in TARGETS:
+        backend = registry.backend(target)
+        engine = backend.open(backend.path_of("model", tmp_path / "out" / target))
+        np.testing.assert_allclose(engine.run(case)["logits"], scores[:, -1:], rtol=1e-3, atol=1e-4)
+    assert not any(verdict.problems for verdict in verify(tmp_path / "out").values())
+
+
+def test_scores_of_the_last_token_alone_are_for_decoders(tmp_path: Path) -> None:
+    encoder_decoder = build(by_name("t5"), tmp_path / "t5")
+    with pytest.raises(UsageError, match="no scores behind a last token"):
+        optimize(encoder_decoder, tmp_path / "out", logits="last")
+    with pytest.raises(UsageError, match="only a checkpoint folder"):
+        optimize(tmp_path / "model.onnx", tmp_path / "out", logits="last")
+    with pytest.raises(UsageError, match="perplexity needs the scores behind every token"):
+        optimize(encoder_decoder, tmp_path / "out", preset="small", keep=["perplexity<=1.02x"], logits="last")
 
 
 Break = Callable[[dict[str, ir.Model]], None]
