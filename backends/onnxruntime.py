@@ -72,13 +72,11 @@ class OnnxRuntime(Backend):
         options.log_severity_level = _ERROR
         weights = lend_weights(model, constant_for=_PACKED)
         lent, constants = (
-            {
-                name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.numpy(), int(tensor.dtype))
-                for name, tensor in tensors.items()
-            }
+            {name: _lent(ort, tensor) for name, tensor in tensors.items()}
             for tensors in (weights.inputs, weights.constants)
         )
-        options.add_session_config_entry("session.disable_prepacking", "0" if constants else "1")
+        blocks = any(node.op_type in _PACKED for node in model.graph)
+        options.add_session_config_entry("session.disable_prepacking", "0" if blocks else "1")
         options.add_external_initializers(list(constants), list(constants.values()))
         try:
             session = ort.InferenceSession(
@@ -179,6 +177,11 @@ class OnnxRuntimeEngine(Engine):
         except Exception as error:
             raise BadInput(f"ONNX Runtime cannot run these inputs: {_first_line(error)}") from error
         return dict(zip(names, results, strict=True))
+
+
+def _lent(ort: Any, tensor: ir.TensorProtocol) -> Any:
+    """A tensor where it lies in memory; the runtime does not look whether its rows follow each other."""
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(tensor.numpy()), int(tensor.dtype))
 
 
 def _lenient(model: ir.Model) -> ir.Model:

@@ -19,7 +19,7 @@ from planish.optimizer.observing import Observe
 from planish.optimizer.program import Role, Signature, TensorSpec
 from planish.passes.quantization._rounding import Blocks, Method, blocks_of
 
-ROWS, COLUMNS = 64, 24
+ROWS, COLUMNS = 64, 96  # of more than 1024 bytes in 4 bits: what checks lend to the runtime
 
 
 def product(matrix: np.ndarray) -> ir.Model:
