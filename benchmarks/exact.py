@@ -409,10 +409,10 @@ def main(names: tuple[str, ...], targets: tuple[str, ...], seconds: float, keep:
 
 
 def _kept() -> dict[str, Any]:
-    """Figures that stand there, if this machine gave them: those that are not measured now stay."""
+    """Figures that stand there: those that are not measured now stay, and say which machine gave them."""
     path = RESULTS / "exact.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return dict(found["figures"]) if found.get("machine") == machine() else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"figures": {}}
+    return {what: {"machine": found["machine"], **own} for what, own in found["figures"].items()}
 
 
 def _figures(cell: Cell) -> dict[str, Any]:
@@ -424,6 +424,7 @@ def _figures(cell: Cell) -> dict[str, Any]:
         "refused": dict(cell.refused),
         "share_of_products": cell.products,
         "measured": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
     }
 
 
@@ -431,7 +432,8 @@ def _row(what: Sequence[str], own: Mapping[str, Any]) -> list[str]:
     best, found = own["best"], own["ours_over_best"]
     span = f"{found['speedup']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
     theirs = f"{best}, {own['median_ms'][best]:.2f}"
-    return [*what, f"{found['median_ms']:.2f}", theirs, span, f"{own['share_of_products']:.0%}"]
+    where = own["machine"].partition(",")[0].replace("(R)", "")
+    return [*what, f"{found['median_ms']:.2f}", theirs, span, f"{own['share_of_products']:.0%}", where, own["measured"]]
 
 
 def _write(figures: Mapping[str, Any]) -> None:
@@ -446,11 +448,21 @@ def _write(figures: Mapping[str, Any]) -> None:
     for what in ordered:
         ratios.setdefault(what.split(", ")[-1], []).append(figures[what]["ours_over_best"]["speedup"])
     means = [
-        ["geometric mean", "", runtime, "", "", f"{statistics.geometric_mean(own):.2f}", ""]
+        ["geometric mean", "", runtime, "", "", f"{statistics.geometric_mean(own):.2f}", "", "", ""]
         for runtime, own in ratios.items()
     ]
     title = "Exact engines in fp32 beside the best of the peers, two threads: medians, ratios with 95 % intervals"
-    columns = ("what", "texts x tokens", "runtime", "ours, ms", "best peer, ms", "times as fast", "in products")
+    columns = (
+        "what",
+        "texts x tokens",
+        "runtime",
+        "ours, ms",
+        "best peer, ms",
+        "times as fast",
+        "in products",
+        "on",
+        "at",
+    )
     record("exact", title, columns, [*rows, *means], {what: figures[what] for what in ordered})
 
 

@@ -169,7 +169,8 @@ class Builder:
             ways = {"": self._run_all(target, choice, share)}
             trying = choice is None and not self._unmeasured(target)
             main = self.request.pipelines[target.name].passes
-            for other in self.request.alternatives.get(target.name, ()) if trying else ():
+            writes = self.lowered.program.generates
+            for other in self.request.instead(target, writes=writes) if trying else ():
                 instead = ",".join(str(step) for step in other.passes if step not in main)
                 ways[instead] = self._run_all(target, None, share, other)
             extra = self.request.extra

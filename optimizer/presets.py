@@ -20,11 +20,10 @@ _TIDY = "fold-constants,deduplicate-initializers"
 
 _OPENVINO, _TENSORRT = f"legalize-openvino,{_TIDY}", f"legalize-tensorrt,{_TIDY}"
 
-_SMALL = (
-    "pack-projections,quantize-embeddings,quantize-weights{bits=4 block=128},quantize-weights{bits=4},quantize-weights"
-)
-"""Embeddings in 8 bits; weights in 4 bits where the budget bears it, with a scale for 128 or for 32 of them, and in 8
-bits where that is too much. A step of a decoder takes as long as its weights take to be read, scales included."""
+_WEIGHTS = "quantize-weights{bits=4 block=128},quantize-weights{bits=4},quantize-weights"
+"""Weights in 4 bits where the budget bears it, with a scale for 128 or for 32 of them, and in 8 bits where that is too
+much. A step of a decoder takes as long as its weights take to be read, scales included."""
+_SMALL = f"pack-projections,quantize-embeddings,{_WEIGHTS}"
 
 _LAST = "remove-unused-nodes"
 
@@ -64,6 +63,14 @@ CALIBRATED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """What is tried instead of the pipeline of a preset if there are calibration data, and kept where that is faster.
 
 Fixed steps come last: whatever moves an activation by a rounding error, exact as it is, can move it by a whole step."""
+
+STEPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "fast": {
+        "onnxruntime": (f"{_SHARED},pack-projections,{_WEIGHTS},use-matmul-nbits,legalize-onnxruntime,{_LAST}",),
+        "openvino": (f"{_SHARED},pack-projections,{_WEIGHTS},{_OPENVINO},{_LAST}",),
+    },
+}
+"""What is tried as well where texts are written token by token, and kept where that is faster."""
 
 EXTRA = "remove-padding"
 """Costs a little for a single text and gains much for padded ones: tried behind the pipeline of a preset, and kept

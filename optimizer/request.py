@@ -32,6 +32,8 @@ class Request:
     """Passes that are tried behind the pipeline of each target, and kept where that is faster."""
     alternatives: Mapping[str, Sequence[Pipeline]]
     """Pipelines that are tried instead, by the name of the target, and kept where they are faster."""
+    stepping: Mapping[str, Sequence[Pipeline]]
+    """More of them, for programs that write token by token."""
     evaluation: Evaluation | None
     """The user's own measure of an engine."""
     last_logits: bool
@@ -52,10 +54,14 @@ class Request:
         last = {"logits": "last"} if self.last_logits else {}
         return what | fixed | last | own | {"budget": str(self.asked)}
 
+    def instead(self, target: Backend, *, writes: bool) -> list[Pipeline]:
+        """What is tried instead of a target's pipeline, for a program that writes token by token or does not."""
+        return [*self.alternatives.get(target.name, ()), *(self.stepping.get(target.name, ()) if writes else ())]
+
     @property
     def beginning(self) -> tuple[Pass, ...]:
         """What all pipelines begin with, up to the first pass that asks the target or wants to see activations."""
-        others = [other for group in self.alternatives.values() for other in group]
+        others = [one for known in (self.alternatives, self.stepping) for group in known.values() for one in group]
         every = [pipeline.passes for pipeline in (*self.pipelines.values(), *others)]
         alike = itertools.takewhile(lambda steps: len(set(map(str, steps))) == 1, zip(*every, strict=False))
         plain = itertools.takewhile(lambda step: not step.asks, (steps[0] for steps in alike))
@@ -108,7 +114,8 @@ def request_of(
         asked=asked,
         shapes=tuple(shapes),
         extra=_extra_for(preset, shapes),
-        alternatives=_alternatives_for(backends, preset, fix, calibrated=calibrated),
+        alternatives=_alternatives_for(backends, presets.CALIBRATED.get(preset or "", {}) if calibrated else {}, fix),
+        stepping=_alternatives_for(backends, presets.STEPS.get(preset or "", {}), fix),
         evaluation=own,
         last_logits=logits == "last",
         profile=None if profile is None else Path(profile),
@@ -131,9 +138,8 @@ def _extra_for(preset: str | None, shapes: Sequence[Mapping[str, int]]) -> Pipel
 
 
 def _alternatives_for(
-    targets: Sequence[Backend], preset: str | None, fix: Mapping[str, int], *, calibrated: bool
+    targets: Sequence[Backend], texts: Mapping[str, Sequence[str]], fix: Mapping[str, int]
 ) -> dict[str, list[Pipeline]]:
-    """Pipelines that are tried instead of the preset's: those whose choices need calibration data, if there are any."""
+    """Pipelines that are tried instead of the preset's; first the sizes that are fixed."""
     first = [spec.format_spec(presets.SPECIALIZE, fix)] if fix else []
-    known = presets.CALIBRATED.get(preset or "", {}) if calibrated else {}
-    return {t.name: [Pipeline.parse(",".join([*first, text])) for text in known.get(t.name, ())] for t in targets}
+    return {t.name: [Pipeline.parse(",".join([*first, text])) for text in texts.get(t.name, ())] for t in targets}

@@ -18,10 +18,12 @@ from planish.optimizer.compare import Budget
 from planish.optimizer.driver import _inputs, _references
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.generate import Decoding, Sampling
+from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.measure import Timing
 from planish.optimizer.program import SUM
 from planish.optimizer.reference import References
+from tests.train import MODELS as TRAINED
 from tests.zoo import GENERATORS, Species, build
 
 TARGETS = ("onnxruntime", "openvino")
@@ -72,6 +74,15 @@ def test_a_decoder_may_score_the_last_token_alone(tmp_path: Path) -> None:
         engine = backend.open(backend.path_of("model", tmp_path / "out" / target))
         np.testing.assert_allclose(engine.run(case)["logits"], scores[:, -1:], rtol=1e-3, atol=1e-4)
     assert not any(verdict.problems for verdict in verify(tmp_path / "out").values())
+
+
+def test_weights_in_few_bits_race_where_texts_are_written(tmp_path: Path) -> None:
+    result = optimize(TRAINED / "writer", tmp_path / "out", preset="fast", shapes=[{"sequence": 1, "past": 32}])
+    (trial,) = Lock.read(result.folder / LOCK).targets["onnxruntime"].tried
+    assert "quantize-weights{bits=4 block=128}" in trial.passes
+    assert trial.measured  # it raced
+    shipped = Lock.read(result.folder / LOCK).targets["onnxruntime"].pipelines["model"]
+    assert ("quantize-weights{bits=4" in shipped) == trial.kept
 
 
 def test_scores_of_the_last_token_alone_are_for_decoders(tmp_path: Path) -> None:
