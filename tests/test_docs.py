@@ -105,19 +105,29 @@ def without_last_column(table: str) -> str:
 def test_figures_of_the_readme_are_those_that_benchmarks_wrote() -> None:
     results = {path.stem: path.read_text() for path in (ROOT / "benchmarks" / "results").glob("*.md")}
     text = (ROOT / "README.md").read_text()
-    rows = [line for line in text.splitlines() if re.match(r"\| (onnxruntime|openvino|optimum|NNCF)", line)]
-    assert len(rows) >= 4
+    said = " ".join(text.split())
+
+    def measured(table: str, start: str) -> list[str]:
+        (row,) = [line for line in results[table].splitlines() if line.startswith(f"| {start} |")]
+        return [cell.strip() for cell in row.strip("|").split("|")]
+
+    rows = [line for line in text.splitlines() if re.match(r"\| (onnxruntime|optimum|NNCF|planish)", line)]
+    assert len(rows) == 5
     for row in rows:
         engine, speed, *fidelity = [cell.strip() for cell in row.strip("|").split("|")]
-        (measured,) = [line for line in results["frontier"].splitlines() if line.startswith(f"| {engine} |")]
-        assert f"| {' | '.join([speed, *fidelity])} |" in measured
-    said = re.search(r"makes it ([\d.]+) \(ONNX Runtime\) and ([\d.]+) \(OpenVINO\)", " ".join(text.split()))
-    assert said is not None
-    for target, ratio in zip(("onnxruntime", "openvino"), said.groups(), strict=True):
-        (measured,) = [
-            x for x in results["exact"].splitlines() if x.startswith(f"| minilm encoder | 1 x 128 | {target}")
-        ]
-        assert f"| {ratio} [" in measured
+        assert measured("speed", f"minilm | {engine}")[-1] == speed
+        assert measured("fidelity", f"minilm | {engine}")[-2:] == fidelity
+    whole = re.search(r"shape is made ([\d.]+) \(ONNX Runtime\) and ([\d.]+) \(OpenVINO\) times as fast", said)
+    exact = re.search(r"makes MiniLM ([\d.]+) and ([\d.]+) times as fast", said)
+    prompt = re.search(r"([\d.]+) \(ONNX Runtime\) and ([\d.]+) \(OpenVINO\) times as fast\. All", said)
+    written = re.search(r"writes ([\d.]+) \(both runtimes\) times as many tokens", said)
+    assert whole and exact and prompt and written
+    for place, target in enumerate(("onnxruntime", "openvino"), start=1):
+        assert measured("speed", f"bert-base | planish fast on {target}")[-1].startswith(f"{whole[place]} [")
+        assert measured("exact", f"minilm encoder | 1 x 128 | {target}")[5].startswith(f"{exact[place]} [")
+        *_, read, wrote = measured("decode", f"planish small on {target}")
+        assert read.startswith(f"{prompt[place]} [")
+        assert wrote.startswith(f"{written[1]} [")
 
 
 def test_every_decision_has_a_number_of_its_own() -> None:
