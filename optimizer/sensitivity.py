@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.backend import Arrays, Engine
+from planish.optimizer.base import Pass
 from planish.optimizer.compare import Budget, compare, divergence, visible_part
 from planish.optimizer.graph import location_of, rank_of, sizes_of, stand_in, weight_bytes
 from planish.optimizer.instruments import Instrument, Step
@@ -179,38 +180,46 @@ class Select(Instrument):
         pass_ = step.pass_
         if not isinstance(pass_, Quantizing) or pass_.skip:
             return
-        later = _that_round(step.rest)
+        rounding, last = _behind(step.rest)
         if not pass_.candidates(step.model):
             return
-        harmless = self._holds(pass_, step.model, [], 0, later)
+        harmless = self._holds(pass_, step.model, [], 0, [*rounding, *last])
         order = losses(pass_, step.model, self.reference().inputs, self.load, self.signature, traced=not harmless)
         self.found[str(pass_)] = order
-        count = 0 if harmless else self._fewest(pass_, step.model, order, later)
+        count = 0 if harmless else self._fewest(pass_, step.model, order, rounding, last)
         step.vetted = bool(order)
         if count:
             text = str(pass_)
             step.pass_ = replace(pass_, skip=tuple(sorted(loss.product for loss in order[:count])))
             step.rest = str(step.pass_) + step.rest.removeprefix(text)
 
-    def _fewest(self, pass_: Quantizing, model: ir.Model, order: Sequence[Loss], later: Sequence[Quantizing]) -> int:
+    def _fewest(
+        self,
+        pass_: Quantizing,
+        model: ir.Model,
+        order: Sequence[Loss],
+        rounding: Sequence[Quantizing],
+        last: Sequence[Pass],
+    ) -> int:
         """The least number of products to skip, by bisection: fewer rounded products are taken to be closer.
 
-        What is skipped shall be rounded by the passes behind, if the budget has room for that.
+        What is skipped shall be rounded by those passes behind, if the budget has room for that.
         """
         everything = len(order)
         if not everything:
             return 0
-        later = later if self._holds(pass_, model, order, everything, later) else []
-        if not later and self._holds(pass_, model, order, 0):
+        rounding = rounding if self._holds(pass_, model, order, everything, [*rounding, *last]) else []
+        if not rounding and self._holds(pass_, model, order, 0, last):
             return 0
         bad, good = 0, everything
         while good - bad > 1:
             middle = (bad + good) // 2
-            bad, good = (bad, middle) if self._holds(pass_, model, order, middle, later) else (middle, good)
+            holds = self._holds(pass_, model, order, middle, [*rounding, *last])
+            bad, good = (bad, middle) if holds else (middle, good)
         return good
 
     def _holds(
-        self, pass_: Quantizing, model: ir.Model, order: Sequence[Loss], count: int, later: Sequence[Quantizing] = ()
+        self, pass_: Quantizing, model: ir.Model, order: Sequence[Loss], count: int, later: Sequence[Pass]
     ) -> bool:
         """Whether the model stays within the budget if the ``count`` dearest products are left to ``later`` passes."""
         tried = model.clone()
@@ -237,9 +246,11 @@ class Select(Instrument):
         ]
 
 
-def _that_round(rest: str) -> list[Quantizing]:
-    """The quantizing passes behind the first of a pipeline."""
-    return [one for one in Pipeline.parse(rest).passes[1:] if isinstance(one, Quantizing)]
+def _behind(rest: str) -> tuple[list[Quantizing], list[Pass]]:
+    """The quantizing passes behind the first of a pipeline, and the others that round something: activations, say."""
+    later = [one for one in Pipeline.parse(rest).passes[1:] if not one.exact]
+    rounding = [one for one in later if isinstance(one, Quantizing)]
+    return rounding, [one for one in later if not isinstance(one, Quantizing)]
 
 
 def tightened(budget: Budget, share: float) -> Budget:

@@ -108,11 +108,9 @@ def _cached_alike(node: ir.Node, operands: list[Operand]) -> bool:
 
 def _flat(graph: ir.Graph, node: ir.Node, operand: Operand) -> ir.Value:
     """An operand as (batch, tokens, heads · size), in front of an attention."""
-    reshape, rotary = made_by(operand.split, "Reshape"), operand.rotary
-    target = None if reshape is None else constant_of(reshape.inputs[1])
+    reshape, rotary = _splitting(operand.split), operand.rotary
     source = None if reshape is None else reshape.inputs[0]
-    if source is None or rank_of(source) != 3 or target is None or list(target[:2]) != [0, 0]:
-        source = _joined_heads(graph, node, operand)
+    source = _joined_heads(graph, node, operand) if source is None else source
     if rotary is None:
         return source
     turned = ir.node(
@@ -144,16 +142,22 @@ def _joined_heads(graph: ir.Graph, node: ir.Node, operand: Operand) -> ir.Value:
 
 
 def _heads(split: ir.Value) -> int | None:
-    """The number of heads of (batch, tokens, heads, size), if both are known or it was split from rank three."""
-    shape, reshape = split.shape, made_by(split, "Reshape")
+    """The number of heads of (batch, tokens, heads, size): as a split of rank three writes it, or by a known shape."""
+    shape, reshape = [] if split.shape is None else list(split.shape), _splitting(split)
+    heads, size = shape[2:] if len(shape) == 4 else (None, None)
     target = None if reshape is None else constant_of(reshape.inputs[1])
-    if reshape is not None and target is not None and target.size == 4 and list(target[:2]) == [0, 0]:
-        known = rank_of(reshape.inputs[0]) == 3
-        if known and target[2] > 0:
-            return int(target[2])
-    if shape is None or len(shape) != 4 or not isinstance(shape[3], int):
-        return None
-    return shape[2] if isinstance(shape[2], int) else None
+    if target is not None and target[2] > 0:
+        return int(target[2])
+    known = isinstance(size, int) or reshape is not None
+    return heads if isinstance(heads, int) and known else None
+
+
+def _splitting(value: ir.Value) -> ir.Node | None:
+    """The Reshape that split the last axis of (batch, tokens, hidden), if that is how a value came to be."""
+    reshape = made_by(value, "Reshape")
+    target = None if reshape is None else constant_of(reshape.inputs[1])
+    keeps = target is not None and target.size == 4 and list(target[:2]) == [0, 0]
+    return reshape if keeps and reshape is not None and rank_of(reshape.inputs[0]) == 3 else None
 
 
 def _joined(output: ir.Value) -> list[ir.Node] | None:

@@ -20,8 +20,9 @@ from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.generate import Decoding, Sampling
 from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.lowering import Lowered, lower
+from planish.optimizer.lowering.onnx_file import read_signature
 from planish.optimizer.measure import Timing
-from planish.optimizer.program import SUM
+from planish.optimizer.program import SUM, Role
 from planish.optimizer.reference import References
 from tests.train import MODELS as TRAINED
 from tests.zoo import GENERATORS, Species, build
@@ -74,6 +75,8 @@ def test_a_decoder_may_score_the_last_token_alone(tmp_path: Path) -> None:
         engine = backend.open(backend.path_of("model", tmp_path / "out" / target))
         np.testing.assert_allclose(engine.run(case)["logits"], scores[:, -1:], rtol=1e-3, atol=1e-4)
     assert not any(verdict.problems for verdict in verify(tmp_path / "out").values())
+    file = read_signature(tmp_path / "out" / "onnxruntime" / "model.onnx")  # its cache inputs leave heads open
+    assert [tensor.shape[1::2] for tensor in file.inputs if tensor.role is Role.CACHE] == [(2, 8)] * 4
 
 
 def test_weights_in_few_bits_race_where_texts_are_written(tmp_path: Path) -> None:

@@ -100,6 +100,24 @@ def test_huge_outputs_are_compared_by_the_entries_that_the_reference_keeps(monke
     assert outcome.reports[0].modified
 
 
+def test_what_later_passes_round_counts_as_well() -> None:
+    """MatMulNBits rounds activations, which the graph in front of it does not."""
+    text, graph = "quantize-weights{minimum=0}", model(1.0)
+    rng = np.random.default_rng(2)
+    case = {"x": rng.standard_normal((5, WIDTH)).astype(np.float32)}
+
+    def error(made: ir.Model) -> float:
+        return float(np.abs(LOAD(made).run(case)["r"] - LOAD(graph).run(case)["r"]).max())
+
+    alone, both = (error(Pipeline.parse(one).run(graph.clone()).model) for one in (text, f"{text},use-matmul-nbits"))
+    assert 1.2 * alone < both
+    watcher = select(graph, f"max_abs<={(alone * both) ** 0.5}")
+    watcher.reference = lambda: Reference((case,), (LOAD(graph).run(case),), {"r": 1e-7}, "the graph itself")
+    outcome = Pipeline.parse(f"{text},use-matmul-nbits").run(graph.clone(), [watcher])
+    assert outcome.applied.passes[0].skip  # type: ignore[attr-defined]
+    assert error(outcome.model) <= (alone * both) ** 0.5
+
+
 def test_what_was_written_out_is_left_as_it_is() -> None:
     watcher = select(model(40.0), "cosine>=0.99")
     outcome = Pipeline.parse("quantize-weights{bits=4 minimum=0 skip=[product_a]}").run(model(40.0), [watcher])
