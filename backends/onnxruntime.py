@@ -64,7 +64,8 @@ class OnnxRuntime(Backend):
     def load(self, model: ir.Model) -> Engine:
         """Run a graph as it is written: no optimization, no packing, weights lent to the runtime and not copied.
 
-        Matrices in blocks are packed: lent, their operator misreads them, and unpacked it computes in float.
+        Matrices in blocks are lent as constants, and packed: as inputs their operator misreads them, and unpacked it
+        computes in float.
         """
         ort = self._import()
         options = self._options(ort)

@@ -106,7 +106,7 @@ def genai(block: int = 32) -> Path:
         named = [*builder, "-i", qwen2(), "-o", place, "-e", "cpu", "-c", PLACE / "genai-cache"]
         subprocess.run(list(map(str, [*named, "--extra_options", *options])), check=True, stdout=subprocess.DEVNULL)
 
-    place = PLACE / "plain" / "qwen2-0.5b" / ("genai-int4" if block == 32 else f"genai-int4-{block}")
+    place = PLACE / "plain" / "qwen2-0.5b" / f"genai-int4-{block}"
     return made(place, make)
 
 
@@ -170,7 +170,9 @@ def field() -> list[Writer]:
 
     makers: list[Callable[[], Writer]] = [
         lambda: Writer("onnxruntime-genai int4", environment(_GENAI, _PACKAGES[_GENAI]), "genai", genai()),
-        lambda: Writer("the same in blocks of 128", environment(_GENAI, _PACKAGES[_GENAI]), "genai", genai(128)),
+        lambda: Writer(
+            "onnxruntime-genai int4, blocks of 128", environment(_GENAI, _PACKAGES[_GENAI]), "genai", genai(128)
+        ),
         lambda: own(TARGETS[0], "all"),
         lambda: own(TARGETS[0], "last"),
         lambda: Writer("llama.cpp Q4_0, last scores", environment(_LLAMA, _PACKAGES[_LLAMA]), "llama", llama()),

@@ -122,17 +122,13 @@ def optimize(
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
     data = _data(calibration, samples)
-    request = request_of(
-        targets, preset, pipeline, keep, shapes, fix or {}, profile, evaluate, logits, calibrated=bool(data)
-    )
+    request = request_of(targets, preset, pipeline, keep, shapes, fix, profile, evaluate, logits, calibrated=bool(data))
     wanted = [Expectation.parse(text) for text in expect]
     known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
-    offload, timed = reference == "offload", known is None and reference == "full"
-    stages = Stages(progress, 2 + offload + (4 if timed else 3) * len(request.targets))
+    stages = Stages(progress, _count(request, known, reference))
     with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
         with stages.stage("lowering"):
-            own = {"sample_inputs": sample_inputs, "dynamic_axes": dynamic_axes}
-            lowered = _lowered(source, task, adapter, reference, logits=logits, **own).with_fixed(request.fixed)
+            lowered = _lowered(request, source, task, adapter, reference, sample_inputs, dynamic_axes)
         _check_lock(known, lock, lowered, request, data)
         builder = _builder(request, lowered, data, reference, (folder, Path(scratch), Path(f"{out}.failed")), stages)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
@@ -142,6 +138,12 @@ def optimize(
     if lock is not None and known is None:
         _copy_text(Path(out) / LOCK, Path(lock))
     return replace(result, folder=Path(out))
+
+
+def _count(request: Request, known: Lock | None, reference: ReferenceMode) -> int:
+    """How many stages there will be, if no engine has to be built again."""
+    each = 4 if known is None and reference == "full" else 3
+    return 2 + (reference == "offload") + each * len(request.targets)
 
 
 def _copy_text(source: Path, place: Path) -> None:
@@ -187,7 +189,13 @@ def _check_lock(
 
 
 def _lowered(
-    source: str | Path | Any, task: str | None, adapter: str | Path | None, reference: ReferenceMode, **options: Any
+    request: Request,
+    source: str | Path | Any,
+    task: str | None,
+    adapter: str | Path | None,
+    reference: ReferenceMode,
+    sample_inputs: Mapping[str, Any] | None,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None,
 ) -> Lowered:
     """Lower, and spare the collector the objects of torch: few die meanwhile, and a million stay as they are after."""
     usual = gc.get_threshold()
@@ -200,8 +208,10 @@ def _lowered(
                 adapter=None if adapter is None else Path(adapter),
                 background=reference == "full",
                 offload=reference == "offload",
-                **options,
-            )
+                last_logits=request.last_logits,
+                sample_inputs=sample_inputs,
+                dynamic_axes=dynamic_axes,
+            ).with_fixed(request.fixed)
     finally:
         gc.set_threshold(*usual)
     gc.collect()

@@ -83,7 +83,7 @@ def request_of(
     pipeline: str | None,
     keep: Sequence[str],
     shapes: Sequence[Mapping[str, int]],
-    fix: Mapping[str, int],
+    fix: Mapping[str, int] | None,
     profile: str | Path | None,
     evaluate: str | None,
     logits: Literal["all", "last"],
@@ -101,7 +101,8 @@ def request_of(
         raise UsageError(f"each target must be given once, got {names}", advice="build two folders for two variants")
     preset = "exact" if pipeline is None and preset is None else preset
     asked = Budget.parse(keep) if keep else presets.budget(preset)
-    pipelines = _pipelines_for(backends, preset, pipeline, fix)
+    first = [spec.format_spec(presets.SPECIALIZE, fix)] if fix else []
+    pipelines = _pipelines_for(backends, preset, pipeline, first)
     own = None if evaluate is None else Evaluation.parse(evaluate)
     if own is None and any(clause.metric.startswith("score") for clause in asked.clauses):
         raise UsageError("a budget on score needs a command that prints it", where="--keep", advice="give --evaluate")
@@ -114,8 +115,8 @@ def request_of(
         asked=asked,
         shapes=tuple(shapes),
         extra=_extra_for(preset, shapes),
-        alternatives=_alternatives_for(backends, presets.CALIBRATED.get(preset or "", {}) if calibrated else {}, fix),
-        stepping=_alternatives_for(backends, presets.STEPS.get(preset or "", {}), fix),
+        alternatives=_alternatives_for(backends, presets.CALIBRATED.get(preset or "", {}) if calibrated else {}, first),
+        stepping=_alternatives_for(backends, presets.STEPS.get(preset or "", {}), first),
         evaluation=own,
         last_logits=logits == "last",
         profile=None if profile is None else Path(profile),
@@ -123,10 +124,9 @@ def request_of(
 
 
 def _pipelines_for(
-    targets: Sequence[Backend], preset: str | None, text: str | None, fix: Mapping[str, int]
+    targets: Sequence[Backend], preset: str | None, text: str | None, first: Sequence[str]
 ) -> dict[str, Pipeline]:
-    """The pipeline of each target: the text that was given, or what the preset says; first the sizes that are fixed."""
-    first = [spec.format_spec(presets.SPECIALIZE, fix)] if fix else []
+    """The pipeline of each target, behind ``first``: the text that was given, or what the preset says."""
     texts = {t.name: text if text is not None else presets.pipeline_text(preset or "exact", t.name) for t in targets}
     return {name: Pipeline.parse(",".join([*first, own])) for name, own in texts.items()}
 
@@ -138,8 +138,7 @@ def _extra_for(preset: str | None, shapes: Sequence[Mapping[str, int]]) -> Pipel
 
 
 def _alternatives_for(
-    targets: Sequence[Backend], texts: Mapping[str, Sequence[str]], fix: Mapping[str, int]
+    targets: Sequence[Backend], texts: Mapping[str, Sequence[str]], first: Sequence[str]
 ) -> dict[str, list[Pipeline]]:
-    """Pipelines that are tried instead of the preset's; first the sizes that are fixed."""
-    first = [spec.format_spec(presets.SPECIALIZE, fix)] if fix else []
+    """Pipelines that are tried instead of the preset's, each behind ``first``."""
     return {t.name: [Pipeline.parse(",".join([*first, text])) for text in texts.get(t.name, ())] for t in targets}

@@ -119,7 +119,7 @@ def test_figures_of_the_readme_are_those_that_benchmarks_wrote() -> None:
         assert measured("fidelity", f"minilm | {engine}")[-2:] == fidelity
     whole = re.search(r"shape is made ([\d.]+) \(ONNX Runtime\) and ([\d.]+) \(OpenVINO\) times as fast", said)
     exact = re.search(r"makes MiniLM ([\d.]+) and ([\d.]+) times as fast", said)
-    prompt = re.search(r"([\d.]+) \(ONNX Runtime\) and ([\d.]+) \(OpenVINO\) times as fast\. All", said)
+    prompt = re.search(r"([\d.]+) \(ONNX Runtime\) and ([\d.]+) \(OpenVINO\) times as fast\. In fp32", said)
     written = re.search(r"writes ([\d.]+) \(both runtimes\) times as many tokens", said)
     assert whole and exact and prompt and written
     for place, target in enumerate(("onnxruntime", "openvino"), start=1):

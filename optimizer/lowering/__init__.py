@@ -59,13 +59,13 @@ def lower(
     adapter: Path | None = None,
     background: bool = True,
     offload: bool = False,
-    logits: Literal["all", "last"] = "all",
+    last_logits: bool = False,
 ) -> Lowered:
     """Lower a checkpoint folder, an `.onnx` file, or an `nn.Module` called with ``sample_inputs`` by keyword.
 
     ``dynamic_axes`` names the axes of a module's inputs that vary. ``adapter`` is the folder of a PEFT adapter to merge
     into a checkpoint. With ``background`` the original of a checkpoint is loaded by another process meanwhile; with
-    ``offload`` it is never loaded, its weights are read as they are used. With ``logits`` "last" a decoder gives the
+    ``offload`` it is never loaded, its weights are read as they are used. With ``last_logits`` a decoder gives the
     scores behind the last token alone. Raises BadInput or UsageError.
     """
     if offload and not (isinstance(source, str | Path) and Path(source).suffix.lower() != ".onnx"):
@@ -76,7 +76,7 @@ def lower(
         )
     if adapter is not None and not (isinstance(source, str | Path) and Path(source).is_dir()):
         raise UsageError("an adapter is merged into a checkpoint folder", where="--adapter", advice="give its base")
-    if logits == "last" and not (isinstance(source, str | Path) and Path(source).is_dir()):
+    if last_logits and not (isinstance(source, str | Path) and Path(source).is_dir()):
         raise UsageError("only a checkpoint folder is lowered so", where="--logits last", advice="leave it out")
     if not isinstance(source, str | Path):
         return _lower_module(source, sample_inputs, dynamic_axes or {})
@@ -84,7 +84,7 @@ def lower(
     if path.suffix.lower() == ".onnx" or path.is_file():
         return _lower_file(path, task)
     kind: Literal["here", "background", "offload"] = "offload" if offload else "background" if background else "here"
-    return _lower_folder(path, task, adapter, kind, last_logits=logits == "last")
+    return _lower_folder(path, task, adapter, kind, last_logits=last_logits)
 
 
 def _lower_folder(

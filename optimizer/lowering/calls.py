@@ -39,9 +39,7 @@ def decoder(module: Any, feeds: Tensors, **options: Any) -> dict[str, Any]:
 
 def last_decoder(module: Any, feeds: Tensors) -> dict[str, Any]:
     """The same with the scores behind the last token alone, shape (batch, 1, vocabulary): what writing needs."""
-    given = accepted(module, logits_to_keep=1)
-    found = decoder(module, feeds, **given)
-    return found if given else found | {"logits": found["logits"][:, -1:]}
+    return decoder(module, feeds, logits_to_keep=1)
 
 
 def encoder(module: Any, feeds: Tensors) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.lowering.checkpoint import Checkpoint
 from planish.optimizer.lowering.component import Component, probing, total
 from planish.optimizer.lowering.encoder import vocabulary_of
@@ -32,6 +32,8 @@ def describe(model: Any, checkpoint: Checkpoint) -> Component:
     ]
     if "input_ids" not in parameters or "past_key_values" not in parameters:
         raise BadInput(f"{type(model).__name__} takes no cache: it is not a text decoder", where=checkpoint.folder)
+    if checkpoint.last_logits and "logits_to_keep" not in parameters:
+        raise UsageError(f"{type(model).__name__} scores every token", where="--logits last", advice="leave it out")
     found = tuple(tensor for tensor in inputs if tensor.name in parameters)
     shapes = cache_shapes(model, checkpoint)
     past = tuple(

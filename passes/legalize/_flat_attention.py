@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import admitted
+from planish.optimizer.base import Refusal, admitted
 from planish.optimizer.graph import (
     add_initializer,
     constant_of,
@@ -49,13 +49,21 @@ class Operand:
         return None if self.concat is None else self.concat.inputs[0]
 
 
-def flatten(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
-    """Replace an attention that stands between transpositions, and return what stands for it; None if it does not."""
+def flatten(graph: ir.Graph, node: ir.Node) -> ir.Node | Refusal | None:
+    """Replace an attention that stands between transpositions, and return what stands for it, or why it stays.
+
+    None if it does not stand there, or may not be changed now.
+    """
     if len(node.outputs) != 1 or "q_num_heads" in node.attributes or len(node.inputs) > _MASK + 1:
         return None
-    found = [_operand(value, node) for value in node.inputs[:_MASK]]
+    found = [_operand(value) for value in node.inputs[:_MASK]]
     operands, joined = [operand for operand in found if operand is not None], _joined(node.outputs[0])
-    if joined is None or len(operands) < _MASK or not _cached_alike(node, operands) or not admitted():
+    if joined is None or len(operands) < _MASK:
+        return None
+    obstacle = _obstacle(node, operands)
+    if obstacle is not None:
+        return Refusal.at(node, *obstacle)
+    if not admitted():
         return None
     pasts = [operand.past for operand in operands if operand.past is not None]
     masked = node.inputs[_MASK:] or [None] * bool(pasts)
@@ -77,33 +85,37 @@ def flatten(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     return flat
 
 
-def _operand(value: ir.Value | None, reader: ir.Node) -> Operand | None:
-    """What an attention reads, if it was split into heads and transposed, and nothing else was done but as told above.
-
-    A cache that others read as well is of no use to them inside the attention.
-    """
+def _operand(value: ir.Value | None) -> Operand | None:
+    """What an attention reads, if it was split into heads, transposed, and at most turned and put behind a cache."""
     concat = made_by(value, "Concat")
-    if concat is not None and not (_appends(concat) and _read_only_by(concat.outputs[0], reader)):
+    if concat is not None and not _appends(concat):
         return None
-    inner, reader = (value, reader) if concat is None else (concat.inputs[1], concat)
+    inner = value if concat is None else concat.inputs[1]
     rotary = made_by(inner, "RotaryEmbedding")
-    if rotary is not None:
-        if not _read_only_by(rotary.outputs[0], reader) or rotary.outputs[0].is_graph_output():
-            return None
-        inner = rotary.inputs[0]
+    inner = inner if rotary is None else rotary.inputs[0]
     transpose = made_by(inner, "Transpose")
     split = None if transpose is None or not _swaps_heads(transpose) else transpose.inputs[0]
     heads = None if split is None else _heads(split)
     return None if split is None or heads is None else Operand(split, heads, rotary, concat)
 
 
-def _cached_alike(node: ir.Node, operands: list[Operand]) -> bool:
-    """Whether keys and values both have a cache, or neither; a causal mask counts from where the cache begins."""
+def _obstacle(node: ir.Node, operands: list[Operand]) -> tuple[str, ir.Value | ir.Node] | None:
+    """Why an attention cannot take its operands as they were before, and the culprit."""
     query, key, value = operands
     causal = node.attributes.get("is_causal")
-    inside = key.concat is not None
-    alike = query.concat is None and (value.concat is not None) == inside and key.heads == value.heads
-    return alike and not (inside and causal is not None and causal.as_int())
+    if query.concat is not None or (key.concat is None) != (value.concat is None):
+        return "not its keys and values alone are put behind a cache, and both", node
+    if key.heads != value.heads:
+        return "its keys and values differ in heads", value.split
+    if key.concat is not None and causal is not None and causal.as_int():
+        return "its causal mask counts from the first key, inside it would count from the end of the cache", node
+    for operand in operands:
+        for made, reader in ((operand.concat, node), (operand.rotary, operand.concat or node)):
+            if made is not None and [use.node for use in made.outputs[0].uses()] != [reader]:
+                return "others read what would be inside", made.outputs[0]
+    if any(one.rotary is not None and one.rotary.outputs[0].is_graph_output() for one in operands):
+        return "what is turned by positions leaves the graph", node
+    return None
 
 
 def _flat(graph: ir.Graph, node: ir.Node, operand: Operand) -> ir.Value:
@@ -181,8 +193,3 @@ def _appends(concat: ir.Node) -> bool:
     """Whether a node puts tokens, axis 2 of four, behind those of another value."""
     axis = concat.attributes.get("axis")
     return len(concat.inputs) == 2 and axis is not None and axis.as_int() in (2, -2) and rank_of(concat.inputs[0]) == 4
-
-
-def _read_only_by(value: ir.Value, reader: ir.Node) -> bool:
-    """Whether no other node reads a value; it may leave the graph."""
-    return [use.node for use in value.uses()] == [reader]
