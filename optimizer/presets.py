@@ -24,6 +24,7 @@ _WEIGHTS = "quantize-weights{bits=4 block=128},quantize-weights{bits=4},quantize
 """Weights in 4 bits where the budget bears it, with a scale for 128 or for 32 of them, and in 8 bits where that is too
 much. A step of a decoder takes as long as its weights take to be read, scales included."""
 _SMALL = f"pack-projections,quantize-embeddings,{_WEIGHTS}"
+_SMALL_BY_DATA = _SMALL.replace("bits=4", "bits=4 method=gptq")
 
 _LAST = "remove-unused-nodes"
 
@@ -49,7 +50,23 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
 `fast` quantizes the head of a language model, so that its embedding has no second copy to share."""
 
 _SMOOTH = "smooth-activations{anywhere=true},split-outliers"
-_STATIC = "quantize-int8{activations=static range=average method=gptq correct_bias=true}"
+_BY_DATA = "range=average method=gptq correct_bias=true"
+_STATIC = f"quantize-int8{{activations=static {_BY_DATA}}}"
+_TENSOR_CORES = (
+    f"smooth-activations,{_TENSORRT},quantize-int8{{activations=static signed=true {_BY_DATA}}},convert-float16"
+)
+"""Integers around zero, as tensor cores multiply them; the smoothing is folded into what stands before."""
+
+INFORMED: Mapping[str, Mapping[str, str]] = {
+    "fast": {"tensorrt": f"{_SHARED},{_TENSOR_CORES},{_LAST}"},
+    "small": {
+        "onnxruntime": f"{_SHARED},{_SMALL_BY_DATA},use-matmul-nbits,legalize-onnxruntime,{_LAST}",
+        "openvino": f"{_SHARED},{_SMALL_BY_DATA},{_OPENVINO},{_LAST}",
+        "tensorrt": f"{_SHARED},{_TENSOR_CORES},{_LAST}",
+    },
+}
+"""What stands for the pipeline of a preset if there are calibration data, where a race would decide nothing: `small` is
+not after speed, and for tensorrt nothing is timed."""
 
 CALIBRATED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "fast": {
@@ -60,7 +77,7 @@ CALIBRATED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "openvino": (f"{_SHARED},{_SMOOTH},{_OPENVINO},{_STATIC},quantize-int8{{activations=runtime}},{_LAST}",),
     },
 }
-"""What is tried instead of the pipeline of a preset if there are calibration data, and kept where that is faster.
+"""What is tried beside the pipeline of a preset if there are calibration data, and kept where that is faster.
 
 Fixed steps come last: whatever moves an activation by a rounding error, exact as it is, can move it by a whole step."""
 
@@ -83,11 +100,12 @@ BUDGETS: Mapping[str, str] = {"fast": "cosine>=0.99", "small": "cosine>=0.99"}
 """What passes that are not exact may cost when nothing else is asked for."""
 
 
-def pipeline_text(preset: str, target: str) -> str:
+def pipeline_text(preset: str, target: str, *, calibrated: bool = False) -> str:
     """The pipeline of a preset for a target named without options; targets of third parties get the shared part."""
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}{spec.did_you_mean(preset, PRESETS)}")
-    return PRESETS[preset].get(target, f"{_SHARED},{_LAST}")
+    informed = INFORMED.get(preset, {}).get(target) if calibrated else None
+    return informed or PRESETS[preset].get(target, f"{_SHARED},{_LAST}")
 
 
 def budget(preset: str | None) -> Budget:

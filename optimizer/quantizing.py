@@ -38,7 +38,7 @@ class Site:
     @property
     def name(self) -> str:
         """How options and the lock call it: by its product, whose name stays the same."""
-        return self.node.name or self.node.outputs[0].name or ""
+        return _name_of(self.node)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,12 @@ class Quantizing(Pass):
         """Rewrite every such MatMul of the main graph."""
         result = PassResult(model, modified=False)
         taken: list[Site] = []
-        for node in products_of(model):
+        products = products_of(model)
+        unknown = set(self.skip) - {_name_of(node) for node in products}
+        result.refusals += [
+            Refusal(name, "it is to be skipped, and there is no such product") for name in sorted(unknown)
+        ]
+        for node in products:
             site = site_of(node)
             reason = "its right operand is not a constant matrix" if site is None else self._reason(site)
             if site is None or reason is not None:
@@ -138,6 +143,10 @@ class Quantizing(Pass):
         if not _finite(site):
             return "its matrix holds NaN or infinity"
         return self.obstacle(site)
+
+
+def _name_of(product: ir.Node) -> str:
+    return product.name or product.outputs[0].name or ""
 
 
 def products_of(model: ir.Model) -> list[ir.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def request_of(
     preset = "exact" if pipeline is None and preset is None else preset
     asked = Budget.parse(keep) if keep else presets.budget(preset)
     first = [spec.format_spec(presets.SPECIALIZE, fix)] if fix else []
-    pipelines = _pipelines_for(backends, preset, pipeline, first)
+    pipelines = _pipelines_for(backends, preset, pipeline, first, calibrated=calibrated)
     own = None if evaluate is None else Evaluation.parse(evaluate)
     if own is None and any(clause.metric.startswith("score") for clause in asked.clauses):
         raise UsageError("a budget on score needs a command that prints it", where="--keep", advice="give --evaluate")
@@ -124,10 +125,11 @@ def request_of(
 
 
 def _pipelines_for(
-    targets: Sequence[Backend], preset: str | None, text: str | None, first: Sequence[str]
+    targets: Sequence[Backend], preset: str | None, text: str | None, first: Sequence[str], *, calibrated: bool
 ) -> dict[str, Pipeline]:
     """The pipeline of each target, behind ``first``: the text that was given, or what the preset says."""
-    texts = {t.name: text if text is not None else presets.pipeline_text(preset or "exact", t.name) for t in targets}
+    said = functools.partial(presets.pipeline_text, preset or "exact", calibrated=calibrated)
+    texts = {t.name: said(t.name) if text is None else text for t in targets}
     return {name: Pipeline.parse(",".join([*first, own])) for name, own in texts.items()}
 
 

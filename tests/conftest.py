@@ -7,12 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from planish.optimizer.lowering import lower
 from tests.zoo import Species, build
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub shall fail, not wait
@@ -29,6 +30,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: there is none here"))
         if item.get_closest_marker("needs_tensorrt") and importlib.util.find_spec("tensorrt") is None:
             item.add_marker(pytest.mark.skip(reason="needs the TensorRT runtime: it is not installed here"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _originals_answer_here() -> Iterator[None]:
+    """Builds inside a test's own process ask the original there, where PyTorch is loaded already: a process of its own,
+    as users get it, takes seconds each time, and the tests of the command line have it."""
+
+    def here(*arguments: Any, background: bool, **options: Any) -> Any:
+        return lower(*arguments, background=False, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("planish.optimizer.driver.lower", here)
+        yield
 
 
 @pytest.fixture(scope="session")

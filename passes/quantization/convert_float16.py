@@ -6,7 +6,9 @@ After:   h = Cast <to=10> (x);  y = MatMul (h, w16);  f = Cast <to=1> (y);  z = 
 
 1. An operator stays in float if it is named, holds a subgraph, or has no 16-bit form in the standard.
 2. It stays in float if a weight, or what was seen of an activation, comes near the largest number of the type.
-3. Inputs and outputs of the model keep their types.
+3. Scales of integers are converted to float16 if none is below its smallest normal number; bfloat16 is too coarse for
+   them, and they stay in float.
+4. Inputs and outputs of the model keep their types.
 
 Micikevicius et al. 2018, "Mixed Precision Training", section 3: sums of many terms keep 32 bits.
 """
@@ -33,16 +35,10 @@ _TYPES = {
 }
 _MARGIN = 4.0
 """How far below the largest number what was seen must stay: other inputs reach further."""
-_ALWAYS = (
-    "Cast",
-    "CastLike",
-    "Constant",
-    "ConstantOfShape",
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "DynamicQuantizeLinear",
-)
+_ALWAYS = ("Cast", "CastLike", "Constant", "ConstantOfShape", "DynamicQuantizeLinear")
 """Operators whose types are a matter of their own."""
+_STEPS = ("QuantizeLinear", "DequantizeLinear")
+"""Between floats and integers: a runtime that multiplies integers wants no Cast between these and a product."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class ConvertFloat16(Pass):
     def wishes(self, model: ir.Model) -> Sequence[Wish]:
         """The range of everything that might be computed in float16."""
         nodes = [node for node in model.graph if self._unfit(node) is None] if self.type == "float16" else []
-        return [Wish(value, Range) for node in nodes for value in _floats(node.outputs)]
+        return [Wish(value, Range) for node in nodes if node.op_type not in _STEPS for value in _floats(node.outputs)]
 
     def call(self, model: ir.Model) -> PassResult:
         """Convert what can be converted."""
@@ -73,7 +69,7 @@ class ConvertFloat16(Pass):
         for node in list(model.graph):
             if not _floats(node.inputs) and not _floats(node.outputs):
                 continue
-            reason = self._unfit(node) or self._overflow(node)
+            reason = self._unfit(node) or (_misfit(node) if node.op_type in _STEPS else self._overflow(node))
             if reason is not None:
                 result.refusals.append(Refusal.at(node, reason))
                 writer.keep(node)
@@ -94,6 +90,8 @@ class ConvertFloat16(Pass):
             return f"{node.op_type} is not a plain operator of the standard"
         if not _admits(node, _TYPES[self.type][0]):
             return f"{node.op_type} has no form in {self.type}"
+        if node.op_type in _STEPS:
+            return None if self.type == "float16" else f"the scale of {node.op_type} is kept in float"
         return None if _floats(node.outputs) else f"{node.op_type} has no result of type FLOAT"
 
     def _overflow(self, node: ir.Node) -> str | None:
@@ -107,6 +105,18 @@ class ConvertFloat16(Pass):
                 return f"nothing was seen of {value.name!r}: its range needs calibration data"
             reaches[value.name] = max(-found.low, found.high)
         return next((f"{n!r} reaches {reach:.4g}" for n, reach in reaches.items() if not reach <= largest), None)
+
+
+def _misfit(node: ir.Node) -> str | None:
+    """Why the scale of integers, or what they stand for, cannot be told in float16."""
+    scale, steps = node.inputs[1], node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
+    if not _is_weight(scale) or scale.const_value is None or steps is None or steps.dtype is None:
+        return f"the scale of {node.op_type} is not known before it runs"
+    scales = np.abs(scale.const_value.numpy())
+    if scales.min(initial=np.inf) < np.finfo(np.float16).smallest_normal:
+        return f"{scale.name!r} falls to {scales.min():.4g}"
+    reach = float(scales.max(initial=0)) * max(-float(steps.dtype.min), float(steps.dtype.max))
+    return f"{scale.name!r} reaches {reach:.4g}" if reach > _TYPES["float16"][2] / _MARGIN else None
 
 
 def _floats(values: Sequence[ir.Value | None]) -> list[ir.Value]:

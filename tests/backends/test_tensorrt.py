@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 
-from planish.optimizer import Pipeline, registry
+from planish.optimizer import Pipeline, optimize, registry
 from planish.optimizer.errors import CheckFailed, MissingRuntime
 from planish.optimizer.lowering import lower
 from planish.optimizer.program import Program
 from tests.backends.conftest import contents
+from tests.train import MODELS as TRAINED
 from tests.zoo import GENERATORS, build
 
 
@@ -83,3 +85,19 @@ def test_a_past_may_be_empty(tmp_path: Path) -> None:
 def test_several_components_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="engines of one component, this program has 3"):
         registry.backend("tensorrt").emit(generator("t5", tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fast", "small"])
+def test_data_give_integers_that_meet_their_product_in_float16(preset: str, tmp_path: Path) -> None:
+    texts = [f"Return the {word} of the list." for word in ("length", "sum", "end", "name", "path", "first item")]
+    built = optimize(
+        TRAINED / "writer", tmp_path / "out", targets=["tensorrt"], preset=preset, calibration=texts * 12, keep=["kl<=0.05"]
+    )  # fmt: skip
+    graph = ir.load(built.folder / "tensorrt" / "model.onnx").graph
+    operands = [[v.producer() for v in node.inputs if v is not None] for node in graph if node.op_type == "MatMul"]
+    integer = [pair for pair in operands if all(one is not None and one.op_type == "DequantizeLinear" for one in pair)]
+    assert len(integer) > 12
+    assert {one.inputs[1].dtype for pair in integer for one in pair if one and one.inputs[1]} == {ir.DataType.FLOAT16}
+    signs = {one.inputs[0].dtype for pair in integer for one in pair if one and one.inputs[0]}
+    assert signs == {ir.DataType.INT8}

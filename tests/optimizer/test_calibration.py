@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from planish.optimizer import optimize, registry
+from planish.optimizer import optimize, presets, registry
 from planish.optimizer.calibration import Samples, fitted, one_behind_the_other
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.lock import Lock
@@ -168,6 +168,13 @@ def test_perplexity_is_a_budget(tmp_path: Path) -> None:
     )  # fmt: skip
     found = built.manifest.targets["onnxruntime"].comparison["model.logits"]["perplexity"]
     assert 0.8 < found < 1.2
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_small_chooses_its_integers_by_data_if_there_are_any(target: str) -> None:
+    text = {known: presets.pipeline_text("small", target, calibrated=known) for known in (False, True)}
+    assert text[True].replace(" method=gptq", "") == text[False]
+    assert text[True].count("bits=4 method=gptq") == text[False].count("bits=4") == 2
 
 
 def decoder(*more: TensorSpec) -> Signature:

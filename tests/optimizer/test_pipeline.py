@@ -37,8 +37,9 @@ class Double(Pass):
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt", "somebody-elses"])
-def test_presets_are_text_that_round_trips(preset: str, target: str) -> None:
-    text = presets.pipeline_text(preset, target)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_presets_are_text_that_round_trips(preset: str, target: str, *, calibrated: bool) -> None:
+    text = presets.pipeline_text(preset, target, calibrated=calibrated)
     assert str(Pipeline.parse(text)) == str(Pipeline.parse(str(Pipeline.parse(text))))
 
 
