@@ -43,7 +43,7 @@ def optimize_file(
     """
     wanted = [Expectation.parse(text) for text in expect]
     name = registry.backend(target).name
-    steps = _steps(pipeline, preset, name)
+    steps = _steps(pipeline, preset, name, calibrated=calibration is not None)
     asked = Budget.parse(keep) if keep else presets.budget(preset)
     lowered = lower(source).with_fixed(steps.fixed)
     watchers: list[Instrument] = [
@@ -90,10 +90,12 @@ def observing(lowered: Lowered, calibration: Given | None = None) -> Observe:
     return Observe(signature, lambda: cases, registry.backend(CHECKER).load)
 
 
-def _steps(pipeline: str | None, preset: str | None, target: str) -> Pipeline:
+def _steps(pipeline: str | None, preset: str | None, target: str, *, calibrated: bool = False) -> Pipeline:
     if pipeline is not None and preset is not None:
         raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
-    return Pipeline.parse(pipeline if pipeline is not None else presets.pipeline_text(preset or "exact", target))
+    if pipeline is None:
+        pipeline = presets.pipeline_text(preset or "exact", target, calibrated=calibrated)
+    return Pipeline.parse(pipeline)
 
 
 def file_reference(lowered: Lowered) -> Reference:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from planish.optimizer.lowering import lower
+from planish.optimizer.lowering import Lowered, lower
 from tests.zoo import Species, build
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub shall fail, not wait
@@ -33,12 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _originals_answer_here() -> Iterator[None]:
-    """Builds inside a test's own process ask the original there, where PyTorch is loaded already: a process of its own,
-    as users get it, takes seconds each time, and the tests of the command line have it."""
+def _lowered_once() -> Iterator[None]:
+    """Builds inside a test's own process lower a checkpoint once, and ask its original there, where PyTorch is loaded
+    already: a process for each original, as users get it, takes seconds, and the tests of the command line have it."""
+    known: dict[tuple[Any, ...], Lowered] = {}
 
-    def here(*arguments: Any, background: bool, **options: Any) -> Any:
-        return lower(*arguments, background=False, **options)
+    def here(source: Any, *arguments: Any, background: bool, **options: Any) -> Lowered:
+        alone = options["adapter"] is not None or options["offload"]  # what they read is gone after the first build
+        if alone or not isinstance(source, Path) or not source.is_dir():
+            return lower(source, *arguments, **options)
+        files = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(source.rglob("*"))]
+        key = (source, arguments, tuple(sorted(options.items())), tuple(files))
+        if key not in known:
+            known[key] = lower(source, *arguments, **options)
+        return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("planish.optimizer.driver.lower", here)

@@ -57,7 +57,7 @@ def lower(
     sample_inputs: Mapping[str, Any] | None = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     adapter: Path | None = None,
-    background: bool = True,
+    background: bool = False,
     offload: bool = False,
     last_logits: bool = False,
 ) -> Lowered:

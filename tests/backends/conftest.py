@@ -17,7 +17,7 @@ from tests.zoo import Species, build
 def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """A tiny encoder, optimized for no target in particular; its word table alone is larger than one MiB."""
     wide = Species("bert", "feature-extraction", {"vocab_size": 12_000})
-    lowered = lower(build(wide, tmp_path_factory.mktemp("program") / "checkpoint"), background=False).program
+    lowered = lower(build(wide, tmp_path_factory.mktemp("program") / "checkpoint")).program
     optimized = Pipeline.parse(presets.pipeline_text("exact", "tensorrt")).run(lowered.sole()[0])
     return replace(lowered, components={"model": optimized.model})
 

@@ -71,7 +71,7 @@ def test_opening_says_what_is_missing(program: Program, tmp_path: Path) -> None:
 
 def generator(name: str, folder: Path) -> Program:
     species = next(species for species in GENERATORS if species.model_type == name)
-    return lower(build(species, folder / "checkpoint"), background=False).program
+    return lower(build(species, folder / "checkpoint")).program
 
 
 def test_a_past_may_be_empty(tmp_path: Path) -> None:

@@ -115,13 +115,13 @@ def test_an_adapter_for_another_base_is_refused(pair: tuple[Path, Path], tmp_pat
         {name.replace("layers.1", "layers.9"): t for name, t in tensors.items()}, made / "adapter_model.safetensors"
     )
     with pytest.raises(BadInput, match=r"changes 'model\.layers\.9.*does not have"):
-        lower(pair[0], "text-generation", adapter=made, background=False)
+        lower(pair[0], "text-generation", adapter=made)
     save_file(
         {name: np.ascontiguousarray(t[:, :-1]) if "lora_A" in name else t for name, t in tensors.items()},
         made / "adapter_model.safetensors",
     )
     with pytest.raises(BadInput, match=r"has shape \[32, 23\], the base has \[32, 24\]"):
-        lower(pair[0], "text-generation", adapter=made, background=False)
+        lower(pair[0], "text-generation", adapter=made)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_an_adapter_as_a_pickle_is_refused(pair: tuple[Path, Path], tmp_path: Pa
     made = copied(pair, tmp_path)
     (made / "adapter_model.safetensors").rename(made / "adapter_model.bin")
     with pytest.raises(BadInput, match=r"no adapter_model\.safetensors.*safe_serialization"):
-        lower(pair[0], "text-generation", adapter=made, background=False)
+        lower(pair[0], "text-generation", adapter=made)
 
 
 def test_an_adapter_needs_a_checkpoint(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def by_name(name: str) -> Species:
 
 
 def lowered_with_references(species: Species, folder: Path) -> tuple[Lowered, References]:
-    lowered = lower(build(species, folder / "checkpoint"), background=False)
+    lowered = lower(build(species, folder / "checkpoint"))
     return lowered, _references(lowered, _inputs(lowered, None))()
 
 
@@ -66,7 +66,7 @@ def test_a_decoder_may_score_the_last_token_alone(tmp_path: Path) -> None:
     result = optimize(checkpoint, tmp_path / "out", targets=TARGETS, logits="last")
     signature = result.manifest.signatures["model"].signature()
     assert next(tensor.shape[1] for tensor in signature.outputs if tensor.name == "logits") == 1
-    whole = lower(checkpoint, background=False)
+    whole = lower(checkpoint)
     case = _inputs(whole, None)["model"][1]
     scores = whole.original.answer({"model": [case]}, 0).outputs["model"][0]["logits"]
     assert scores.shape[1] > 1
@@ -241,6 +241,7 @@ def test_an_output_of_a_decoder_is_verified_again(tmp_path: Path, monkeypatch: p
     assert {"batch=1", "past=47"} <= set(step.split(","))
 
 
+@pytest.mark.breadth
 def test_locked_builds_are_equal_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
     checkpoint = build(by_name("t5"), tmp_path / "c")
@@ -285,11 +286,11 @@ def test_broken_checkpoints_are_refused(name: str, change: Callable[[Path], None
     checkpoint = build(by_name(name), tmp_path / "c")
     change(checkpoint)
     with pytest.raises(BadInput) as refused:
-        lower(checkpoint, background=False)
+        lower(checkpoint)
     assert says in str(refused.value)
 
 
 def test_a_model_without_a_cache_is_no_decoder(tmp_path: Path) -> None:
     checkpoint = build(Species("bert", "fill-mask"), tmp_path / "c")
     with pytest.raises(BadInput, match=r"has no head for text2text-generation"):
-        lower(checkpoint, "text2text-generation", background=False)
+        lower(checkpoint, "text2text-generation")

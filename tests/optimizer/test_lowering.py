@@ -28,33 +28,8 @@ EVERY_DAY = {
     *("distilbert-question-answering", "modernbert-fill-mask", "deberta-v2-token-classification"),
 }
 """Species of the fast suite; CI runs them all."""
-ALIKE = {
-    *(
-        "camembert",
-        "xlm-roberta",
-        "ernie",
-        "data2vec-text",
-        "xmod",
-        "roc_bert",
-        "megatron-bert",
-        "flaubert",
-        "markuplm",
-    ),
-    *(
-        "lilt",
-        "luke",
-        "splinter",
-        "mra",
-        "yoso",
-        "nystromformer",
-        "ibert",
-        "rembert",
-        "layoutlm",
-        "convbert",
-        "big_bird",
-    ),
-}
-"""Model types whose blocks are those of another, or that few people have."""
+OFTEN = {"bert", "roberta", "albert", "mpnet", "fnet", "gpt2", "llama"}
+"""Model types whose blocks stand for those of others; the rest is left to `make breadth`."""
 REFUSED_BY = {("fnet-text-classification", "openvino"): "OpenVINO 2026.4 computes its Fourier transform wrongly"}
 
 
@@ -62,7 +37,7 @@ def params() -> list[Any]:
     def mark(species: Species) -> Any:
         if species.name in EVERY_DAY:
             return ()
-        return pytest.mark.breadth if species.model_type in ALIKE else pytest.mark.slow
+        return pytest.mark.slow if species.model_type in OFTEN else pytest.mark.breadth
 
     return [pytest.param(species, marks=mark(species), id=species.name) for species in ZOO]
 
@@ -93,7 +68,7 @@ def fidelity(lowered: Lowered, reference: Reference, target: str, folder: Path) 
 
 @pytest.mark.parametrize("species", params())
 def test_architectures(species: Species, tmp_path: Path) -> None:
-    lowered = lower(build(species, tmp_path / "checkpoint"), background=False)
+    lowered = lower(build(species, tmp_path / "checkpoint"))
     reference = reference_of(lowered)
     assert lowered.program.task == species.task
     assert lowered.program.sole()[1].axes.keys() >= {"batch", "sequence"}
@@ -104,7 +79,7 @@ def test_architectures(species: Species, tmp_path: Path) -> None:
 
 
 def test_reference_inputs_cover_what_goes_wrong(tiny: Path) -> None:
-    lowered = lower(tiny, background=False)
+    lowered = lower(tiny)
     inputs = make_inputs(lowered.program.sole()[1])
     shapes = [case["input_ids"].shape for case in inputs]
     assert shapes == [(3, 20), (1, 2), (1, 48), (1, 48)]
@@ -117,9 +92,7 @@ def test_reference_inputs_cover_what_goes_wrong(tiny: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_checkpoints_are_widened_as_they_are_read(dtype: str, tmp_path: Path) -> None:
-    lowered = lower(
-        build(Species("bert", "feature-extraction"), tmp_path / "checkpoint", dtype=dtype), background=False
-    )
+    lowered = lower(build(Species("bert", "feature-extraction"), tmp_path / "checkpoint", dtype=dtype))
     found = fidelity(lowered, reference_of(lowered), "onnxruntime", tmp_path / "engine")
     assert (found.worst("max_rel") or 0) < 1e-5
 
@@ -130,7 +103,7 @@ def test_a_sharded_checkpoint(tmp_path: Path) -> None:
     whole = build(Species("bert", "feature-extraction"), tmp_path / "whole")
     AutoModel.from_pretrained(whole).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
-    lowered = lower(tmp_path / "shards", background=False)
+    lowered = lower(tmp_path / "shards")
     assert len(lowered.program.provenance.files) > 3
     found = fidelity(lowered, reference_of(lowered), "onnxruntime", tmp_path / "engine")
     assert (found.worst("max_rel") or 0) < 1e-5
@@ -138,7 +111,7 @@ def test_a_sharded_checkpoint(tmp_path: Path) -> None:
 
 def test_another_task_than_the_checkpoint_was_saved_for(tiny: Path, tmp_path: Path) -> None:
     """The encoder of a classifier: its weights carry a prefix, its head is left out."""
-    lowered = lower(tiny, "feature-extraction", background=False)
+    lowered = lower(tiny, "feature-extraction")
     assert [tensor.name for tensor in lowered.program.sole()[1].outputs] == ["last_hidden_state"]
     found = fidelity(lowered, reference_of(lowered), "onnxruntime", tmp_path / "engine")
     assert (found.worst("max_rel") or 0) < 1e-5
@@ -146,7 +119,7 @@ def test_another_task_than_the_checkpoint_was_saved_for(tiny: Path, tmp_path: Pa
 
 def test_weights_that_no_output_depends_on_may_be_absent(tmp_path: Path) -> None:
     """A language model is saved without the pooler that its bare encoder has; the hidden states need none."""
-    lowered = lower(build(Species("bert", "fill-mask"), tmp_path / "c"), "feature-extraction", background=False)
+    lowered = lower(build(Species("bert", "fill-mask"), tmp_path / "c"), "feature-extraction")
     found = fidelity(lowered, reference_of(lowered), "onnxruntime", tmp_path / "engine")
     assert (found.worst("max_rel") or 0) < 1e-5
 
@@ -154,7 +127,7 @@ def test_weights_that_no_output_depends_on_may_be_absent(tmp_path: Path) -> None
 def test_deep_stacks_are_traced_by_their_first_layers(tmp_path: Path) -> None:
     """Seven layers of which two are traced; what is written for the others must read their own weights."""
     deep = Species("bert", "feature-extraction", {"num_hidden_layers": 7})
-    lowered = lower(build(deep, tmp_path / "checkpoint"), background=False)
+    lowered = lower(build(deep, tmp_path / "checkpoint"))
     model, _ = lowered.program.sole()
     names = [node.name or "" for node in model.graph if node.op_type == "Attention"]
     assert len(names) == 7
@@ -166,7 +139,7 @@ def test_deep_stacks_are_traced_by_their_first_layers(tmp_path: Path) -> None:
 def test_layers_that_differ_are_all_traced(tmp_path: Path) -> None:
     """ModernBERT: every second layer attends to everything, the others to a window."""
     settings = {"num_hidden_layers": 6, "global_attn_every_n_layers": 2, "local_attention": 8, "pad_token_id": 0}
-    lowered = lower(build(Species("modernbert", "feature-extraction", settings), tmp_path / "c"), background=False)
+    lowered = lower(build(Species("modernbert", "feature-extraction", settings), tmp_path / "c"))
     found = fidelity(lowered, reference_of(lowered), "onnxruntime", tmp_path / "engine")
     assert (found.worst("max_rel") or 0) < 1e-5
     assert not any("_layer2" in (node.name or "") for node in lowered.program.sole()[0].graph)

@@ -37,7 +37,7 @@ def species(name: str) -> Species:
 
 def answers(checkpoint: Path, task: str, adapter_folder: Path | None = None) -> tuple[Answers, Answers]:
     """Of the loaded original, and of the one whose weights stay in the checkpoint."""
-    lowered = lower(checkpoint, task, adapter=adapter_folder, background=False)
+    lowered = lower(checkpoint, task, adapter=adapter_folder)
     signatures = lowered.program.signatures
     cases = {name: make_inputs(signature) for name, signature in signatures.items()}
     prompts = make_prompts(next(iter(signatures.values()))) if lowered.program.generates else []
@@ -112,7 +112,7 @@ def test_no_more_than_a_few_weights_are_in_memory_whatever_the_depth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = build(DEEP, tmp_path / "c", dtype="bfloat16")
-    lowered = lower(checkpoint, background=False)
+    lowered = lower(checkpoint)
     cases = {name: make_inputs(signature) for name, signature in lowered.program.signatures.items()}
     prompts = make_prompts(lowered.program.sole()[1])
     watch = Watch(monkeypatch)

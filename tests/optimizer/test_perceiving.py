@@ -255,7 +255,7 @@ def test_the_likeliest_of_several() -> None:
 
 
 def test_made_images_and_recordings(whisper: Path, vit: Path) -> None:
-    image = lower(vit / "checkpoint", background=False).program.sole()[1]
+    image = lower(vit / "checkpoint").program.sole()[1]
     cases = make_inputs(image)
     assert [case["pixel_values"].shape for case in cases] == [(3, 3, 30, 24), (1, 3, 30, 24)]
     assert cases[0]["pixel_values"].dtype == np.float32
@@ -263,7 +263,7 @@ def test_made_images_and_recordings(whisper: Path, vit: Path) -> None:
     assert all(
         np.array_equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(cases, make_inputs(image), strict=True)
     )
-    program = lower(whisper / "checkpoint", background=False).program
+    program = lower(whisper / "checkpoint").program
     prompts = make_prompts(program.signatures["encoder_model"])
     shapes = [prompt["input_features"].shape for prompt, _ in prompts]
     assert shapes == [(3, 10, 26), (1, 10, 26)]
@@ -284,7 +284,7 @@ def test_the_size_of_images(tmp_path: Path) -> None:
     sizes = {name: value for name, value in species.config.items() if name != "image_size"}
     checkpoint = build(Species("resnet", species.task, sizes), tmp_path / "c")
     with pytest.raises(BadInput, match=r"neither config.json nor preprocessor_config.json tells the size"):
-        lower(checkpoint, background=False)
+        lower(checkpoint)
     for settings, size in (
         (PROCESSOR, (40, 32)),
         ('{"size": {"height": 50, "width": 42}, "do_center_crop": false, "crop_size": 9}', (50, 42)),
@@ -292,10 +292,10 @@ def test_the_size_of_images(tmp_path: Path) -> None:
         ('{"size": {"shortest_edge": 36}}', (36, 36)),
     ):
         (checkpoint / "preprocessor_config.json").write_text(settings)
-        assert lower(checkpoint, background=False).program.sole()[1].inputs[0].shape == ("batch", 3, *size)
+        assert lower(checkpoint).program.sole()[1].inputs[0].shape == ("batch", 3, *size)
     (checkpoint / "preprocessor_config.json").write_text("{")
     with pytest.raises(BadInput, match="this is not JSON"):
-        lower(checkpoint, background=False)
+        lower(checkpoint)
 
 
 def test_what_sees_and_reads_is_no_encoder_of_images(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_what_sees_and_reads_is_no_encoder_of_images(tmp_path: Path) -> None:
     sizes = {"text_config": {**text, "vocab_size": 99}, "vision_config": {**text, "image_size": 30, "patch_size": 6}}
     checkpoint = build(Species("clip", "feature-extraction", sizes), tmp_path / "c")
     with pytest.raises(BadInput, match="CLIPModel"):
-        lower(checkpoint, background=False)
+        lower(checkpoint)
 
 
 def test_spectra_of_another_kind_are_refused(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_spectra_of_another_kind_are_refused(tmp_path: Path) -> None:
     }
     checkpoint = build(Species("speech_to_text", WHISPER.task, sizes), tmp_path / "c")
     with pytest.raises(BadInput, match="Speech2TextForConditionalGeneration"):
-        lower(checkpoint, background=False)
+        lower(checkpoint)
 
 
 def test_positions_of_a_decoder_that_hears_are_limited(whisper: Path) -> None:

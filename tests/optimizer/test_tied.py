@@ -21,7 +21,7 @@ def _lowered(model_type: str, folder: Path, **config: Any) -> Program:
 
     species = next(species for species in GENERATORS if species.model_type == model_type)
     wanted = replace(species, config={**species.config, "vocab_size": _VOCABULARY, **config})
-    return lower(build(wanted, folder), background=False).program
+    return lower(build(wanted, folder)).program
 
 
 def _shared(program: Program) -> Program:

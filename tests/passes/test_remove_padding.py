@@ -177,7 +177,7 @@ def test_what_reads_padding_is_left_alone(op_type: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_decoder_and_its_cache(model_type: str, side: str, tmp_path: Path) -> None:
     species = next(each for each in GENERATORS if each.model_type == model_type)
-    model, signature = lower(build(species, tmp_path / "checkpoint"), background=False).program.sole()
+    model, signature = lower(build(species, tmp_path / "checkpoint")).program.sole()
     Pipeline.preset("exact", "onnxruntime").run(model)
     Pipeline.parse("share-transposed-weights{minimum=1}").run(model)
     packed = model.clone()
