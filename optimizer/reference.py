@@ -193,10 +193,15 @@ def make_inputs(signature: Signature, seed: int = 0) -> list[dict[str, np.ndarra
 
 
 def default_shapes(signature: Signature) -> tuple[Mapping[str, int], ...]:
-    """What is timed when nothing is asked for: one text; behind a cache, its prefill and one further token."""
+    """What is timed when nothing is asked for: one text; behind a cache, its prefill and one further token.
+
+    What takes keys of an encoder writes further tokens only: another component has begun the text.
+    """
     if PAST not in signature.axes:
         return (DEFAULT_SHAPE,)
-    return ({**DEFAULT_SHAPE, PAST: 0}, {**DEFAULT_SHAPE, "sequence": 1, PAST: 128})
+    step = {**DEFAULT_SHAPE, "sequence": 1, PAST: 128}
+    begun = any(tensor.role is Role.CACHE and PAST not in tensor.shape for tensor in signature.inputs)
+    return (step,) if begun else ({**DEFAULT_SHAPE, PAST: 0}, step)
 
 
 def sized_case(signature: Signature, sizes: Mapping[str, int]) -> tuple[Case, str]:

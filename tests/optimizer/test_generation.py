@@ -22,8 +22,8 @@ from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.lowering.onnx_file import read_signature
 from planish.optimizer.measure import Timing
-from planish.optimizer.program import SUM, Role
-from planish.optimizer.reference import References
+from planish.optimizer.program import SUM, Role, Signature
+from planish.optimizer.reference import References, default_shapes
 from tests.train import MODELS as TRAINED
 from tests.zoo import GENERATORS, Species, build
 
@@ -189,6 +189,16 @@ def test_components_of_an_encoder_decoder_share_their_weights(t5: tuple[Lowered,
     shared = used["decoder_model"].keys() & used["decoder_with_past_model"].keys()
     assert len(shared) >= 10
     assert all(used["decoder_model"][key] == used["decoder_with_past_model"][key] for key in shared)
+
+
+def test_what_goes_on_behind_an_encoder_is_timed_at_single_tokens(
+    llama: tuple[Lowered, References], t5: tuple[Lowered, References]
+) -> None:
+    def tokens(signature: Signature) -> list[tuple[int, int]]:
+        return [(sizes["sequence"], sizes["past"]) for sizes in default_shapes(signature)]
+
+    assert tokens(t5[0].program.signatures["decoder_with_past_model"]) == [(1, 128)]
+    assert tokens(llama[0].program.sole()[1]) == [(128, 0), (1, 128)]
 
 
 class Scripted(Decoding):
