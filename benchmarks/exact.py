@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,13 +45,13 @@ from planish.optimizer import optimize, registry
 from planish.optimizer.backend import Arrays
 from planish.optimizer.errors import PlanishError
 from planish.optimizer.manifest import Manifest
-from planish.optimizer.measure import EngineRef, Worker, alternate, timing
+from planish.optimizer.measure import CONFIDENCE, EngineRef, Timing, Worker, alternate
 from planish.optimizer.program import PAST, Role, Signature
 
 _SHAPES = ((1, 16), (1, 128), (8, 128))
 """Texts and tokens; behind a cache, texts and tokens in the cache."""
 OPTIMUM_INTEL = Path("build") / "interop" / "openvino-env"
-_OPENINGS = 3
+_DRAWS = 2000
 _LEVELS = ("O1", "O2", "O3")
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FullyConnected")
 _OURS = "planish exact"
@@ -248,9 +247,9 @@ def case_of(signature: Signature, texts: int, tokens: int, behind: bool) -> Arra
 
 @dataclass(frozen=True)
 class Cell:
-    """One model, shape and runtime: turns of every engine, in milliseconds, and what refused."""
+    """One model, shape and runtime: turns of every engine in each opening, in milliseconds, and what refused."""
 
-    turns: Mapping[str, Sequence[float]]
+    turns: Mapping[str, Sequence[Sequence[float]]]
     refused: Mapping[str, str]
     products: float
     """Share of the time of our engine that the runtime spends in matrix products, from its own profile."""
@@ -258,7 +257,28 @@ class Cell:
     def best(self) -> str:
         """The fastest peer that is as exact as ours."""
         out = {_OURS, _ROUNDED} if _UNROUNDED in self.turns else {_OURS}
-        return min(self.turns.keys() - out, key=lambda label: statistics.median(self.turns[label]))
+        return min(self.turns.keys() - out, key=self.median)
+
+    def median(self, label: str) -> float:
+        """Of all turns of an engine."""
+        return statistics.median(itertools.chain(*self.turns[label]))
+
+    def over_best(self) -> Timing:
+        """How many times as fast as the best peer, with an interval that is as wide as openings differ.
+
+        Turns of one opening share the luck of where weights lie, so openings are drawn, and turns within each: a
+        bootstrap in two stages (Davison and Hinkley 1997, section 3.8), of the median.
+        """
+        base, own = self.turns[self.best()], self.turns[_OURS]
+        ratios = [np.asarray(theirs) / np.asarray(mine) for theirs, mine in zip(base, own, strict=True)]
+        draw = np.random.default_rng(0)
+        medians = [
+            np.median(np.concatenate([draw.choice(ratios[at], len(ratios[at])) for at in chosen]))
+            for chosen in draw.integers(len(ratios), size=(_DRAWS, len(ratios)))
+        ]
+        low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        every = np.concatenate(ratios)
+        return Timing(self.median(_OURS), float(np.median(every)), float(low), float(high), len(every))
 
 
 @cache
@@ -283,7 +303,7 @@ def field(name: str, part: str, target: str) -> tuple[dict[str, Path], dict[str,
     return running, refused
 
 
-def measure(model: Model, part: str, shape: tuple[int, int], target: str, seconds: float) -> Cell:
+def measure(model: Model, part: str, shape: tuple[int, int], target: str, seconds: float, openings: int) -> Cell:
     """Everything that runs on a runtime, in one alternation."""
     component, behind = model.parts[part]
     texts, tokens = shape
@@ -292,25 +312,23 @@ def measure(model: Model, part: str, shape: tuple[int, int], target: str, second
     case = case_of(Manifest.read(folder).signatures[component].signature(), texts, tokens, behind)
     peers, refused = field(model.name, part, target)
     racing = {_OURS: backend.path_of(component, folder / backend.name), **peers}
-    settle_memory()
     engines = [
         EngineRef(_opened(target, model, texts) if label == _OURS else target, path) for label, path in racing.items()
     ]
-    turns = _alternate(engines, [_as_taken(case, path, model) for path in racing.values()], seconds)
+    turns = _alternate(engines, [_as_taken(case, path, model) for path in racing.values()], seconds, openings)
     share = _share_of_products(target, racing[_OURS], case)
     return Cell(dict(zip(racing, turns, strict=True)), refused, share)
 
 
-def _alternate(engines: Sequence[EngineRef], cases: Sequence[Arrays], seconds: float) -> list[list[float]]:
-    """Turns of every engine, opened anew up to three times: where weights lie in memory is luck of one opening."""
-    turns: list[list[float]] = [[] for _ in engines]
-    start = time.perf_counter()
-    for _ in range(_OPENINGS):
-        found = alternate(engines, cases, seconds=seconds / _OPENINGS)
-        turns = [[*own, *more] for own, more in zip(turns, found, strict=True)]
-        if time.perf_counter() - start > seconds:
-            break
-    return turns
+def _alternate(
+    engines: Sequence[EngineRef], cases: Sequence[Arrays], seconds: float, openings: int
+) -> list[list[list[float]]]:
+    """Turns of every engine in each opening: where weights lie in memory is luck of one."""
+    found = []
+    for _ in range(openings):
+        settle_memory()
+        found.append(alternate(engines, cases, seconds=seconds / openings))
+    return [list(own) for own in zip(*found, strict=True)]
 
 
 def _opened(target: str, model: Model, texts: int) -> str:
@@ -391,9 +409,10 @@ def _openvino_profile(target: str, path: Path, case: Arrays) -> dict[str, float]
     help="Only this, keep others; all if none.",
 )
 @click.option("--target", "targets", multiple=True, type=click.Choice(TARGETS), help="Only this; both if none.")
-@click.option("--seconds", default=10.0, show_default=True, help="Longest time for one model, shape and runtime.")
+@click.option("--seconds", default=10.0, show_default=True, help="Of turns, for one model, shape and runtime.")
+@click.option("--openings", default=3, show_default=True, help="Times that all engines are opened anew in that time.")
 @click.option("--keep", is_flag=True, help="Measure the engines that were built before.")
-def main(names: tuple[str, ...], targets: tuple[str, ...], seconds: float, keep: bool) -> None:
+def main(names: tuple[str, ...], targets: tuple[str, ...], seconds: float, openings: int, keep: bool) -> None:
     """Time our engines beside the peers', and say how far the best of them is."""
     if not keep:
         for name in names or MODELS:
@@ -403,7 +422,7 @@ def main(names: tuple[str, ...], targets: tuple[str, ...], seconds: float, keep:
     for model in map(MODELS.__getitem__, names or MODELS):
         for part, shape, target in itertools.product(model.parts, _SHAPES, targets or TARGETS):
             what = f"{model.name} {part}", f"{shape[0]} x {shape[1]}", target.partition("{")[0]
-            figures[", ".join(what)] = _figures(measure(model, part, shape, target, seconds))
+            figures[", ".join(what)] = _figures(measure(model, part, shape, target, seconds, openings))
             print(*_row(what, figures[", ".join(what)]), sep=" | ", file=sys.stderr, flush=True)
         _write(figures)  # after each model: a run takes long
 
@@ -416,11 +435,11 @@ def _kept() -> dict[str, Any]:
 
 
 def _figures(cell: Cell) -> dict[str, Any]:
-    found = timing(cell.turns[cell.best()], cell.turns[_OURS])
     return {
-        "median_ms": {label: statistics.median(turns) for label, turns in cell.turns.items()},
+        "median_ms": {label: cell.median(label) for label in cell.turns},
         "best": cell.best(),
-        "ours_over_best": found.__dict__,
+        "ours_over_best": cell.over_best().__dict__,
+        "openings": len(cell.turns[_OURS]),
         "refused": dict(cell.refused),
         "share_of_products": cell.products,
         "measured": datetime.now(UTC).date().isoformat(),
