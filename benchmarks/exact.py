@@ -408,23 +408,28 @@ def _openvino_profile(target: str, path: Path, case: Arrays) -> dict[str, float]
     type=click.Choice(list(MODELS)),
     help="Only this, keep others; all if none.",
 )
-@click.option("--target", "targets", multiple=True, type=click.Choice(TARGETS), help="Only this; both if none.")
+@click.option(
+    "--cell", "wanted", multiple=True, help="Only cells whose name holds this, as `decode, 8 x 128`; keep others."
+)
 @click.option("--seconds", default=10.0, show_default=True, help="Of turns, for one model, shape and runtime.")
 @click.option("--openings", default=3, show_default=True, help="Times that all engines are opened anew in that time.")
 @click.option("--keep", is_flag=True, help="Measure the engines that were built before.")
-def main(names: tuple[str, ...], targets: tuple[str, ...], seconds: float, openings: int, keep: bool) -> None:
+def main(names: tuple[str, ...], wanted: tuple[str, ...], seconds: float, openings: int, keep: bool) -> None:
     """Time our engines beside the peers', and say how far the best of them is."""
     if not keep:
         for name in names or MODELS:
             for folder in (PLACE / "ours").glob(f"{name}-exact-[18]"):
                 shutil.rmtree(folder)
-    figures = _kept() if names or targets else {}
+    figures = _kept() if names or wanted else {}
     for model in map(MODELS.__getitem__, names or MODELS):
-        for part, shape, target in itertools.product(model.parts, _SHAPES, targets or TARGETS):
+        for part, shape, target in itertools.product(model.parts, _SHAPES, TARGETS):
             what = f"{model.name} {part}", f"{shape[0]} x {shape[1]}", target.partition("{")[0]
-            figures[", ".join(what)] = _figures(measure(model, part, shape, target, seconds, openings))
-            print(*_row(what, figures[", ".join(what)]), sep=" | ", file=sys.stderr, flush=True)
-        _write(figures)  # after each model: a run takes long
+            cell = ", ".join(what)
+            if wanted and not any(text in cell for text in wanted):
+                continue
+            figures[cell] = _figures(measure(model, part, shape, target, seconds, openings))
+            print(*_row(what, figures[cell]), sep=" | ", file=sys.stderr, flush=True)
+            _write(figures)  # after each cell: a run takes long
 
 
 def _kept() -> dict[str, Any]:
