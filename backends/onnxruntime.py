@@ -15,7 +15,8 @@ from planish.optimizer import onnx_io
 from planish.optimizer.backend import Arrays, Backend, Engine, nothing
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
 from planish.optimizer.graph import lend_weights
-from planish.optimizer.program import Program, Role, TensorSpec, as_continued, guess_role
+from planish.optimizer.pipeline import Pipeline
+from planish.optimizer.program import PAST_NAME, PRESENT_NAME, Program, Role, TensorSpec, as_continued, guess_role
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERROR, _WARNING = 3, 2
@@ -37,16 +38,30 @@ class OnnxRuntime(Backend):
     provider: Literal["cpu", "cuda"] = "cpu"
     """The execution provider that runs the graph."""
 
+    cache: Literal["f32", "int8"] = "f32"
+    """How a decoder keeps keys and values between its steps; int8 with a scale for each token and head (the pass
+    `quantize-cache`): a quarter of the memory, and slower steps."""
+
     weights: Literal["packed", "mapped"] = "packed"
     """`packed` copies them into memory in the order that kernels read fastest; `mapped` leaves them in the file, for a
     model larger than memory: slower."""
 
+    @property
+    def rounds(self) -> bool:
+        """Where the cache is kept in 8 bits."""
+        return self.cache != "f32"
+
     def emit(self, program: Program, folder: Path) -> None:
         """Write `model.onnx`, with its weights beside it if they are large; several components share theirs."""
-        if len(program.components) > 1:
-            onnx_io.save_together({self.file_of(name): model for name, model in program.components.items()}, folder)
+        models = {name: self._keeping(model) for name, model in program.components.items()}
+        if len(models) > 1:
+            onnx_io.save_together({self.file_of(name): model for name, model in models.items()}, folder)
         else:
-            onnx_io.save(_lenient(program.sole()[0]), folder / self.model_file)
+            onnx_io.save(_lenient(next(iter(models.values()))), folder / self.model_file)
+
+    def _keeping(self, model: ir.Model) -> ir.Model:
+        """The model with its cache kept as is asked for; a copy if that changes it."""
+        return model if self.cache == "f32" else Pipeline.parse("quantize-cache").run(model.clone()).model
 
     def open(self, path: Path) -> Engine:
         """Open an engine folder or an `.onnx` file, with all of the runtime's own optimizations."""
@@ -153,11 +168,11 @@ class OnnxRuntimeEngine(Engine):
         empty = {t.name: nothing(t, inputs) for t in self.inputs if t.name in names - past.keys()}
         results = self._run_values(self._values(feeds | empty) | {name: past[name] for name in names & past.keys()})
         fresh = {
-            name.replace("present.", "past_key_values.", 1): value
+            name.replace(PRESENT_NAME, PAST_NAME, 1): value
             for name, value in results.items()
-            if name.startswith("present.")
+            if name.startswith(PRESENT_NAME)
         }
-        rest = {name: value.numpy() for name, value in results.items() if not name.startswith("present.")}
+        rest = {name: value.numpy() for name, value in results.items() if not name.startswith(PRESENT_NAME)}
         return rest, past | fresh
 
     def select(self, cache: object, rows: np.ndarray) -> object:

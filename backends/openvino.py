@@ -21,7 +21,7 @@ from planish.optimizer import onnx_io
 from planish.optimizer.backend import Arrays, Backend, Engine
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
 from planish.optimizer.graph import FINITE_MASK
-from planish.optimizer.program import PAST, Program, Role, TensorSpec, guess_role
+from planish.optimizer.program import PAST, PAST_NAME, PRESENT_NAME, Program, Role, TensorSpec, guess_role
 
 _TYPES = {"f32": "FLOAT", "f64": "DOUBLE", "f16": "FLOAT16", "bf16": "BFLOAT16", "boolean": "BOOL"} | {
     f"{sign}{bits}": f"{'INT' if sign == 'i' else 'UINT'}{bits}" for sign in "iu" for bits in (4, 8, 16, 32, 64)
@@ -29,7 +29,6 @@ _TYPES = {"f32": "FLOAT", "f64": "DOUBLE", "f16": "FLOAT16", "bf16": "BFLOAT16",
 
 
 _BEAMS = "beam_idx"
-_PRESENT = "present."
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,11 @@ class OpenVino(Backend):
     buckets: tuple[Annotated[str, StringConstraints(pattern="^[1-9][0-9]*x[1-9][0-9]*$")], ...] = ()
     """Texts and tokens, as `1x16`, for which the model is compiled a second time: calls of exactly this size run with
     shapes that are known, for the memory of another copy; all others run as ever. Not for models that keep a cache."""
+
+    @property
+    def rounds(self) -> bool:
+        """Where arithmetic or the cache has fewer bits than 32."""
+        return (self.precision, self.cache) != ("f32", "f32")
 
     def emit(self, program: Program, folder: Path) -> None:
         """Convert through ONNX and write the IR, weights as they are (never halved in silence).
@@ -129,7 +133,7 @@ class OpenVinoEngine(Engine):
         self._tensor = ov.Tensor
         self._request = compiled.create_infer_request()
         self._buckets = {size: own.create_infer_request() for size, own in (buckets or {}).items()}
-        self._variables = {state.name.partition(_PRESENT)[0]: state for state in self._request.query_state()}
+        self._variables = {state.name.partition(PRESENT_NAME)[0]: state for state in self._request.query_state()}
         cached = tuple(
             TensorSpec(name, ir.DataType.FLOAT, ("batch", "heads", PAST, "size"), Role.CACHE)
             for name in self._variables
@@ -138,9 +142,9 @@ class OpenVinoEngine(Engine):
         self.outputs = tuple(map(_spec, compiled.outputs))
 
     def prepare(self, inputs: Arrays) -> Callable[[], object]:
-        """Set the variables now; the call only infers."""
+        """Set the variables now; the call only infers, and leaves outputs where the runtime has them."""
         feeds = self._stateless(self._feeds(inputs))
-        return lambda: self._infer(feeds)
+        return lambda: self._results(feeds)
 
     def step(self, inputs: Arrays, cache: object | None = None) -> tuple[dict[str, np.ndarray], object]:
         """The cache stays in the variables; what is handed round is the rows of it that the next step reads."""
@@ -160,7 +164,7 @@ class OpenVinoEngine(Engine):
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = self._infer(self._stateless(feeds))
         presents = {
-            name.replace("past_key_values.", _PRESENT, 1): np.array(state.state.data)
+            name.replace(PAST_NAME, PRESENT_NAME, 1): np.array(state.state.data)
             for name, state in self._variables.items()
         }
         return outputs | presents
@@ -177,13 +181,17 @@ class OpenVinoEngine(Engine):
         return {**rest, _BEAMS: np.arange(_rows(feeds), dtype=np.int32)}
 
     def _infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        results = self._results(feeds)
+        return {tensor.name: np.array(results[index]) for index, tensor in enumerate(self.outputs)}
+
+    def _results(self, feeds: Mapping[str, np.ndarray]) -> Any:
+        """Outputs by number, in memory that the next call writes to."""
         sizes = {array.shape for array in feeds.values()} if self._buckets else set()
         request = self._buckets.get(sizes.pop(), self._request) if len(sizes) == 1 else self._request
         try:
-            results = request.infer(dict(feeds), share_inputs=True)
+            return request.infer(dict(feeds), share_inputs=True, share_outputs=True)
         except RuntimeError as error:
             raise BadInput(f"OpenVINO cannot run these inputs: {_first_line(error)}") from error
-        return {tensor.name: np.array(results[index]) for index, tensor in enumerate(self.outputs)}
 
 
 def _of_size(core: Any, file: Path, size: tuple[int, ...]) -> Any:
@@ -210,7 +218,7 @@ def make_stateful(ov: Any, model: Any, cache: str) -> None:
     from openvino import opset13 as ops
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    pasts = [name for port in model.inputs for name in port.get_names() if name.startswith("past_key_values.")]
+    pasts = [name for port in model.inputs for name in port.get_names() if name.startswith(PAST_NAME)]
     batch = model.input("input_ids").get_partial_shape()[0]
     beams = ops.parameter(ov.PartialShape([batch]), ov.Type.i32, name=_BEAMS)
     beams.output(0).get_tensor().add_names({_BEAMS})
@@ -222,7 +230,7 @@ def make_stateful(ov: Any, model: Any, cache: str) -> None:
         for reader in readers:
             reader.replace_source_output(chosen.output(0))
     model.validate_nodes_and_infer_types()
-    apply_make_stateful_transformation(model, {name: name.replace("past_key_values.", _PRESENT, 1) for name in pasts})
+    apply_make_stateful_transformation(model, {name: name.replace(PAST_NAME, PRESENT_NAME, 1) for name in pasts})
     _start_empty(ops, model)
     model.set_rt_info(cache, ["runtime_options", "KV_CACHE_PRECISION"])
 

@@ -7,7 +7,7 @@ builds need not be the machine that runs.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,7 +18,17 @@ import onnx_ir as ir
 from planish.optimizer import spec
 from planish.optimizer.base import OPTIONS_CONFIG
 from planish.optimizer.errors import BadInput
-from planish.optimizer.program import Program, Role, TensorSpec
+from planish.optimizer.program import (
+    CACHE_SCALE,
+    INT8_STEPS,
+    PAST_NAME,
+    PRESENT_NAME,
+    SMALLEST_SCALE,
+    Program,
+    Role,
+    TensorSpec,
+    is_cache_scale,
+)
 
 Arrays = Mapping[str, np.ndarray]
 """Arrays by name: what goes into an engine and what comes out."""
@@ -33,10 +43,11 @@ class Engine(abc.ABC):
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """Outputs for ``inputs``, both by name.
 
-        A mask that is left out is all ones, segments are all zeros; integers are widened to what the engine takes.
+        A mask that is left out is all ones, segments are all zeros; integers are widened to what the engine takes. A
+        cache that the engine keeps in 8 bits may be given in float, and is returned so.
         BadInput names an input that is unknown, missing or of the wrong kind.
         """
-        return self._run(self._feeds(inputs))
+        return _real(self._run(self._feeds(inputs)))
 
     def prepare(self, inputs: Arrays) -> Callable[[], object]:
         """Do now what a run needs beside the run itself; the function that is returned is what is timed."""
@@ -53,10 +64,8 @@ class Engine(abc.ABC):
         empty = {t.name: nothing(t, inputs) for t in self.inputs if t.role is Role.CACHE and t.name not in past}
         known = {tensor.name for tensor in self.inputs}
         outputs = self.run({**inputs, **empty, **{name: array for name, array in past.items() if name in known}})
-        fresh = {
-            n.replace("present.", "past_key_values.", 1): a for n, a in outputs.items() if n.startswith("present.")
-        }
-        return {name: array for name, array in outputs.items() if not name.startswith("present.")}, past | fresh
+        fresh = {n.replace(PRESENT_NAME, PAST_NAME, 1): a for n, a in outputs.items() if n.startswith(PRESENT_NAME)}
+        return {name: array for name, array in outputs.items() if not name.startswith(PRESENT_NAME)}, past | fresh
 
     def select(self, cache: object, rows: np.ndarray) -> object:
         """The cache with these rows of its batch, in this order: what beam search asks for."""
@@ -68,7 +77,8 @@ class Engine(abc.ABC):
             raise BadInput(
                 f"this engine has no input {unknown[0]!r}{spec.did_you_mean(unknown[0], [t.name for t in self.inputs])}"
             )
-        return {tensor.name: self._feed(tensor, inputs) for tensor in self.inputs}
+        given = {**inputs, **_stored(self.inputs, inputs)}
+        return {tensor.name: self._feed(tensor, given) for tensor in self.inputs}
 
     @abc.abstractmethod
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -89,7 +99,7 @@ class Engine(abc.ABC):
         if tokens is None or fill is None:
             raise BadInput(f"input {tensor.name!r} is missing", advice=f"give an array of {tensor.numpy_dtype()}")
         shape = inputs[tokens].shape
-        past = max((array.shape[2] for name, array in inputs.items() if name.startswith("past_key_values.")), default=0)
+        past = max((array.shape[2] for name, array in inputs.items() if name.startswith(PAST_NAME)), default=0)
         if tensor.role is Role.POSITIONS:
             return np.broadcast_to(np.arange(past, past + shape[1]), shape).astype(tensor.numpy_dtype())
         longer = past if tensor.role is Role.MASK and len(shape) == 2 else 0
@@ -100,6 +110,29 @@ def _as_arrays(cache: object) -> Arrays:
     if not isinstance(cache, Mapping):
         raise BadInput("this is not a cache that an engine gave")
     return cache
+
+
+def round_cache(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys or values (batch, heads, tokens, size) in 8 bits as `quantize-cache` keeps them, and the scale of each token
+    of a head, (batch, heads, tokens, 1)."""
+    largest = np.abs(array).max(axis=-1, keepdims=True, initial=0.0)
+    scale = np.maximum(largest * (np.float32(1) / INT8_STEPS), SMALLEST_SCALE).astype(np.float32)
+    return np.rint(array / scale).astype(np.int8), scale
+
+
+def _stored(tensors: Sequence[TensorSpec], inputs: Arrays) -> dict[str, np.ndarray]:
+    """What is given of a cache in float where it is taken in 8 bits."""
+    found: dict[str, np.ndarray] = {}
+    for name in {t.name.removesuffix(CACHE_SCALE) for t in tensors if is_cache_scale(t.name)}:
+        if name in inputs and np.issubdtype(inputs[name].dtype, np.floating):
+            found[name], found[name + CACHE_SCALE] = round_cache(inputs[name])
+    return found
+
+
+def _real(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same with a cache in 8 bits made real."""
+    scales = {name.removesuffix(CACHE_SCALE): a for name, a in outputs.items() if is_cache_scale(name)}
+    return {n: a * scales[n] if n in scales else a for n, a in outputs.items() if not is_cache_scale(n)}
 
 
 def nothing(tensor: TensorSpec, inputs: Arrays) -> np.ndarray:
@@ -123,6 +156,11 @@ class Backend(abc.ABC):
     def __str__(self) -> str:
         """The text form; options that have their default are left out."""
         return spec.format_dataclass(self.name, self)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its options make engines compute or keep something in fewer bits than their graphs say."""
+        return False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:

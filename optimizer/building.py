@@ -19,6 +19,7 @@ from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engi
 from planish.optimizer.compare import Budget, Clause, Comparison
 from planish.optimizer.errors import CheckFailed
 from planish.optimizer.evaluating import Evaluation, scored
+from planish.optimizer.graph import border_of
 from planish.optimizer.instruments import Instrument
 from planish.optimizer.lock import Choice, LockedPass, Product
 from planish.optimizer.lowering import Lowered
@@ -188,7 +189,7 @@ class Builder:
         return [found.get(text) or replace(found[""], outcomes=outcomes, tried=text) for text, outcomes in ways.items()]
 
     def _contender(self, target: Backend, outcomes: Mapping[str, Outcome], tried: str, place: Path) -> Contender:
-        budgets = self._budgets({name: outcome.applied.passes for name, outcome in outcomes.items()})
+        budgets = self._budgets(target, {name: outcome.applied.passes for name, outcome in outcomes.items()})
         return Contender(outcomes, tried, place, budgets, self._check(target, place))
 
     def _unmeasured(self, target: Backend) -> bool:
@@ -305,15 +306,16 @@ class Builder:
             return self.references().components[component].exact_budget()
         return self.request.steering
 
-    def _budgets(self, passes: Mapping[str, Sequence[Pass]]) -> dict[str, Budget]:
+    def _budgets(self, target: Backend, passes: Mapping[str, Sequence[Pass]]) -> dict[str, Budget]:
         """What each component of an engine may differ from the reference, given the passes that made it.
 
-        As long as all are exact, continuations may not differ in a single token.
+        As long as all are exact, and the target is, or nothing was asked for, not a token of continuations may differ.
         """
         if self.references is None:
             return {}
         references = self.references()
-        exact = {name: all(step.exact for step in steps) for name, steps in passes.items()}
+        bent = target.rounds and bool(self.request.asked.clauses)
+        exact = {name: not bent and all(step.exact for step in steps) for name, steps in passes.items()}
         budgets = {
             name: Budget((*references.components[name].exact_budget().clauses, *self.request.asked.clauses))
             if exact[name]
@@ -383,9 +385,12 @@ class Builder:
         """The fastest of the sound contenders for each component; where none beats the plain lowering, that one."""
         with self.stages.stage(f"{target.name}: measurement"):
             plain, *others = self._measure(target, [contender.place for contender in sound])
-        best = {name: choosing.fastest([own[name] for own in others]) for name in plain}
+        borders = [{name: border_of(one.model) for name, one in each.outcomes.items()} for each in sound]
+        old = {name: border_of(model) for name, model in self.lowered.program.components.items()}
+        best = choosing.fastest_of_each(others, apart=all(border == old for border in borders))
         timed = {name: others[index][name] for name, index in best.items()}
-        won = {name: sound[index] for name, index in best.items() if choosing.is_faster(timed[name])}
+        faster = choosing.faster(timed, apart=all(borders[index] == old for index in best.values()))
+        won = {name: sound[index] for name, index in best.items() if name in faster}
         engine = self._joined(target, won) if won else sound[0]
         if engine.violations:
             return engine, _choice(target, engine, "plain", f"outside the budget: {engine.violations[0]}"), {}
@@ -443,7 +448,7 @@ class Builder:
     def _plain_instead(self, target: Backend, optimized: Contender, place: Path) -> Contender:
         """Put the plain lowering where an engine stands; CheckFailed if it is outside the budget itself."""
         _replace(self._plain(target), place)
-        budgets = self._budgets(dict.fromkeys(optimized.outcomes, ()))
+        budgets = self._budgets(target, dict.fromkeys(optimized.outcomes, ()))
         plain = replace(optimized, place=place, budgets=budgets, fidelity=self._check(target, place))
         if plain.violations:
             raise CheckFailed("; ".join(plain.violations), where=f"the plain lowering for {target}")

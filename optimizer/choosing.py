@@ -20,6 +20,20 @@ def fastest(engines: Sequence[Mapping[str, Timing]]) -> int:
     return best
 
 
+def fastest_of_each(engines: Sequence[Timed], *, apart: bool) -> dict[str, int]:
+    """Component -> the engine to take it from; unless they may be taken ``apart``, all are of one."""
+    if apart:
+        return {name: fastest([own[name] for own in engines]) for name in engines[0]}
+    return dict.fromkeys(engines[0], fastest([_labelled(own) for own in engines]))
+
+
+def faster(timed: Timed, *, apart: bool) -> list[str]:
+    """The components that are faster than in the plain lowering; unless they may be taken ``apart``, all or none."""
+    if apart:
+        return [name for name, timings in timed.items() if is_faster(timings)]
+    return list(timed) if is_faster(_labelled(timed)) else []
+
+
 def is_faster(timings: Mapping[str, Timing]) -> bool:
     """Whether an engine is measurably faster than the plain lowering, over all shapes together."""
     return _low(timings) > 1

@@ -211,6 +211,11 @@ def opset_of(model: ir.Model) -> int:
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
+def border_of(model: ir.Model) -> list[tuple[str | None, ir.DataType | None]]:
+    """Names and types of what a model takes and gives: components hand each other tensors by them."""
+    return [(value.name, value.dtype) for value in (*model.graph.inputs, *model.graph.outputs)]
+
+
 def without_weights(model: ir.Model, limit: int = 1024) -> ir.Model:
     """A copy in which used initializers of more than ``limit`` elements are references to a file that is not there.
 

@@ -65,6 +65,14 @@ def guess_role(name: str, dtype: ir.DataType) -> Role:
 
 PAST = "past"
 """The axis along which a cache grows."""
+PAST_NAME, PRESENT_NAME = "past_key_values.", "present."
+"""How the names of a cache's tensors begin, as a graph takes and gives them."""
+CACHE_SCALE = ".scale"
+"""Behind the name of a tensor of a cache in 8 bits: the scales of its tokens, (batch, heads, past, 1)."""
+INT8_STEPS = np.float32(127)
+"""What the largest entry of a token is rounded to in a cache in 8 bits."""
+SMALLEST_SCALE = np.float32(2.0**-100)
+"""Instead of zero, where all entries are zero."""
 SUM = " + "
 """Between the names of axes whose sizes add up to a dimension: `past + sequence`."""
 
@@ -107,11 +115,26 @@ class TensorSpec:
 
 def as_continued(tensor: TensorSpec, outputs: Sequence[TensorSpec]) -> TensorSpec:
     """An input of the cache with the heads and the size that the output has which continues it."""
-    name = tensor.name.replace("past_key_values.", "present.", 1)
+    name = tensor.name.replace(PAST_NAME, PRESENT_NAME, 1)
     twin = next((output for output in outputs if output.name == name and tensor.role is Role.CACHE), None)
     if twin is None or len(twin.shape) != 4 or len(tensor.shape) != 4:
         return tensor
     return replace(tensor, shape=(tensor.shape[0], twin.shape[1], tensor.shape[2], twin.shape[3]))
+
+
+def is_cache_scale(name: str) -> bool:
+    """Whether this is the name of the scales of a cache in 8 bits."""
+    return name.startswith((PAST_NAME, PRESENT_NAME)) and name.endswith(CACHE_SCALE)
+
+
+def in_float(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The same as engines are called and compared: a cache in 8 bits is real there, and has no scales."""
+    scaled = {tensor.name.removesuffix(CACHE_SCALE) for tensor in tensors if is_cache_scale(tensor.name)}
+    return tuple(
+        replace(tensor, dtype=ir.DataType.FLOAT) if tensor.name in scaled else tensor
+        for tensor in tensors
+        if not is_cache_scale(tensor.name)
+    )
 
 
 @dataclass(frozen=True)

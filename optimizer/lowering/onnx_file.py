@@ -19,7 +19,17 @@ from planish.optimizer.lowering.component import border_spec
 from planish.optimizer.lowering.module import OPSET
 from planish.optimizer.lowering.original import Answers, Cases, Original
 from planish.optimizer.lowering.tasks import TASKS
-from planish.optimizer.program import Axis, Program, Provenance, Role, Signature, TensorSpec, as_continued, guess_role
+from planish.optimizer.program import (
+    Axis,
+    Program,
+    Provenance,
+    Role,
+    Signature,
+    TensorSpec,
+    as_continued,
+    guess_role,
+    in_float,
+)
 from planish.optimizer.reference import Prompt, thin
 from planish.optimizer.verifier import picture, structural_faults
 
@@ -96,8 +106,8 @@ def _upgrade(model: ir.Model, folder: Path | None) -> tuple[str, ...]:
 
 def signature_of(model: ir.Model) -> Signature:
     """Inputs with their roles and bounds, outputs with theirs, and the named axes."""
-    outputs = tuple(_output_spec(value) for value in model.graph.outputs)
-    inputs = tuple(as_continued(_input_spec(value), outputs) for value in model.graph.inputs)
+    outputs = in_float([_output_spec(value) for value in model.graph.outputs])
+    inputs = tuple(as_continued(tensor, outputs) for tensor in in_float(list(map(_input_spec, model.graph.inputs))))
     names = [dim for tensor in inputs for dim in tensor.shape if isinstance(dim, str)]
     longest = _position_rows(model)
     axes = {name: Axis(name, 1, longest if _is_sequence(name, inputs) else None) for name in dict.fromkeys(names)}

@@ -22,6 +22,7 @@ from planish.optimizer.graph import (
     constant_of,
     copy_location,
     made_by,
+    name_nodes,
     rank_of,
     remove_dead,
     sole_user,
@@ -193,3 +194,39 @@ def _appends(concat: ir.Node) -> bool:
     """Whether a node puts tokens, axis 2 of four, behind those of another value."""
     axis = concat.attributes.get("axis")
     return len(concat.inputs) == 2 and axis is not None and axis.as_int() in (2, -2) and rank_of(concat.inputs[0]) == 4
+
+
+def spread(graph: ir.Graph, node: ir.Node) -> bool:
+    """Take an attention apart that puts keys and values behind a cache itself, as `flatten` wrote it; the inverse.
+
+    What it gave as the cache is a Concat in front of it then. False, and nothing changed, if it is of another form.
+    """
+    causal = node.attributes.get_int("is_causal", 0)
+    heads = [node.attributes.get_int(f"{kind}_num_heads", 0) for kind in ("q", "kv")]
+    pasts = node.inputs[_MASK + 1 :]
+    if len(pasts) != 2 or None in pasts or len(node.outputs) != 3 or causal or not all(heads):
+        return False
+    tape = ir.tape.Tape()
+    split = [
+        _split(graph, tape, value, heads[index > 0], f"{node.name}_{what}")
+        for index, (value, what) in enumerate(zip(node.inputs[:_MASK], ("query", "key", "value"), strict=True))
+    ]
+    joined = [tape.op("Concat", [past, new], {"axis": 2}) for past, new in zip(pasts, split[1:], strict=True)]
+    attributes = {name: each for name, each in node.attributes.items() if not name.endswith("_num_heads")}
+    apart = tape.op("Attention", [split[0], *joined, node.inputs[_MASK]], attributes)
+    turned = tape.op("Transpose", [apart], {"perm": [0, 2, 1, 3]})
+    flat = add_initializer(graph, f"{node.name}_joined", np.array([0, 0, -1], np.int64))
+    result = tape.op("Reshape", [turned, flat])
+    name_nodes(tape.nodes, f"{node.name}_apart")
+    copy_location(node, *tape.nodes)
+    graph.insert_before(node, tape.nodes)
+    for old, new in zip(node.outputs, (result, *joined), strict=True):
+        stand_in(old, new, "inside")
+    remove_dead(graph, node)
+    return True
+
+
+def _split(graph: ir.Graph, tape: ir.tape.Tape, value: ir.Value | None, heads: int, name: str) -> ir.Value:
+    """(batch, heads, tokens, size) of (batch, tokens, heads · size)."""
+    shape = add_initializer(graph, f"{name}_split", np.array([0, 0, heads, -1], np.int64))
+    return tape.op("Transpose", [tape.op("Reshape", [value, shape])], {"perm": [0, 2, 1, 3]})

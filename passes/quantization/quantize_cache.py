@@ -1,0 +1,195 @@
+"""Keep a cache of keys and values in 8 bits, with a scale for each token and head.
+
+Before:  present = Concat <axis=2> (past, k);  r = Attention (q, present, …)
+After:   s = Max (Mul (ReduceMax <keepdims=1> (Abs (k), {-1}), {1/127}), {tiny})
+         k8 = QuantizeLinear <axis=3, block_size=64, output_dtype=INT8> (k, s)
+         present = Concat <axis=2> (past, k8);  present.scale = Concat <axis=2> (past.scale, s)           int8, float
+         f = DequantizeLinear <axis=3, block_size=64> (present, present.scale);  r = Attention (q, f, …)
+
+Symmetric around zero; scales are found as tokens come, so nothing is calibrated, and what a token was rounded to never
+changes: a cache may be cut, repeated and put in another order as before. One that is only read (an encoder's) or only
+written (by the first step) likewise; attention that keeps its cache inside gives it away first. ONNX: blocked
+quantization of QuantizeLinear and DequantizeLinear, opset 21.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.graph import add_initializer, copy_location, made_by, opset_of, remove_dead
+from planish.optimizer.program import CACHE_SCALE, INT8_STEPS, PAST_NAME, PRESENT_NAME, SMALLEST_SCALE
+from planish.passes.legalize._flat_attention import spread
+
+_RANK, _TOKENS, _ENTRIES = 4, 2, 3
+"""Of (batch, heads, tokens, entries), and two of its axes."""
+_SINCE = 21
+_ABOUT_SHAPES = ("Shape", "Size")
+
+
+@dataclass(frozen=True)
+class QuantizeCache(Pass):
+    """Take, keep and give keys and values of earlier tokens in 8 bits: for memory, not for speed."""
+
+    name: ClassVar[str] = "quantize-cache"
+    exact: ClassVar[bool] = False
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite what the main graph takes and gives."""
+        result = PassResult(model, modified=False)
+        graph = model.graph
+        for values, prefix, rewrite in ((graph.inputs, PAST_NAME, _take), (graph.outputs, PRESENT_NAME, _give)):
+            for name in [value.name or "" for value in values]:
+                value = next(value for value in values if value.name == name)  # the one before may have changed it
+                if not name.startswith(prefix) or name.endswith(CACHE_SCALE):
+                    continue
+                reason = _obstacle(model, value)
+                if reason is not None:
+                    result.refusals.append(Refusal(name, reason, name))
+                elif admitted():
+                    result.sites.append(name)
+                    rewrite(graph, value)
+        result.modified = bool(result.sites)
+        return result
+
+
+def _obstacle(model: ir.Model, value: ir.Value) -> str | None:
+    """Why a tensor of the cache stays as it is."""
+    if value.dtype is not ir.DataType.FLOAT:
+        return "it is not of type FLOAT"
+    if opset_of(model) < _SINCE:
+        return f"the model is written in opset {opset_of(model)}, scales of blocks exist since {_SINCE}"
+    if value.shape is None or len(value.shape) != _RANK or not isinstance(value.shape[_ENTRIES], int):
+        return "its shape is not known to be (batch, heads, tokens, a fixed number of entries)"
+    return None
+
+
+def _take(graph: ir.Graph, past: ir.Value) -> None:
+    """Let the graph take a tensor in 8 bits and its scales, and whoever reads it read it made real."""
+    past.type = ir.TensorType(ir.DataType.INT8)
+    name = f"{past.name}{CACHE_SCALE}"
+    scale = ir.Value(name=name, shape=_of_scales(past), type=ir.TensorType(ir.DataType.FLOAT))
+    graph.inputs.insert(graph.inputs.index(past) + 1, scale)
+    readers = {use.node for use in past.uses() if use.node.op_type not in _ABOUT_SHAPES}
+    real = _made_real(past, scale)
+    if real is not None:
+        first = next((node for node in graph if node in readers), graph[0])  # else they are all in subgraphs
+        graph.insert_before(first, real)
+
+
+def _give(graph: ir.Graph, present: ir.Value) -> None:
+    """Let the graph give a tensor in 8 bits and its scales: new tokens behind the old, or all of them at once."""
+    name, index = present.name or "", graph.outputs.index(present)
+    attention = made_by(present, "Attention")
+    if attention is not None and spread(graph, attention):
+        present = graph.outputs[index]
+    concat = made_by(present, "Concat")
+    old, new = (None, None) if concat is None or not _appends(concat) else concat.inputs
+    real = _of_cache(old)
+    if concat is not None and real is not None and new is not None:
+        scale = _append(graph, concat, real, new)
+    else:
+        present.name = f"{name}_whole"
+        stored, scale = _rounded(graph, present, present, name)
+        stored.name, graph.outputs[index] = name, stored
+    scale.name = f"{name}{CACHE_SCALE}"
+    graph.outputs.insert(index + 1, scale)
+
+
+def _append(graph: ir.Graph, concat: ir.Node, real: ir.Node, new: ir.Value) -> ir.Value:
+    """Put new tokens behind a cache in 8 bits where they stood behind it made real; the scales of all."""
+    present, name = concat.outputs[0], concat.outputs[0].name or ""
+    fresh, fresh_scale = _rounded(graph, new, present, name)
+    past, past_scale = real.inputs
+    concat.replace_input_with(0, past)
+    concat.replace_input_with(1, fresh)
+    remove_dead(graph, real)
+    scales = ir.node("Concat", [past_scale, fresh_scale], dict(concat.attributes), name=f"{name}_scales")
+    scale = scales.outputs[0]
+    scale.shape, scale.type = _of_scales(present), ir.TensorType(ir.DataType.FLOAT)
+    present.type = ir.TensorType(ir.DataType.INT8)
+    whole = _made_real(present, scale)
+    nodes = [scales] if whole is None else [scales, whole]
+    copy_location(concat, *nodes)
+    graph.insert_after(concat, nodes)
+    return scale
+
+
+def _rounded(graph: ir.Graph, value: ir.Value, like: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+    """Tokens in 8 bits, and their scales; ``like`` has as many entries."""
+    constants = [
+        add_initializer(graph, f"{name}_{what}", array)
+        for what, array in (
+            ("axes", np.array([-1], np.int64)),
+            ("steps", np.array(1 / INT8_STEPS)),
+            ("smallest", np.array(SMALLEST_SCALE)),
+        )
+    ]
+    tape = ir.tape.Tape()
+    size = tape.op("Abs", [value])
+    largest = tape.op("ReduceMax", [size, constants[0]], {"keepdims": 1})
+    wide = tape.op("Mul", [largest, constants[1]])
+    scale = tape.op("Max", [wide, constants[2]])
+    stored = tape.op("QuantizeLinear", [value, scale], {**_blocks(like), "output_dtype": ir.DataType.INT8})
+    for node, what in zip(tape.nodes, ("size", "largest", "wide", "scale", "int8"), strict=True):
+        node.name = node.outputs[0].name = f"{name}_{what}"
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = None if value.shape is None else _of_scales(value)
+    size.shape = stored.shape = value.shape
+    stored.type = ir.TensorType(ir.DataType.INT8)
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], tape.nodes)
+    else:
+        copy_location(producer, *tape.nodes)
+        graph.insert_after(producer, tape.nodes)
+    return stored, scale
+
+
+def _made_real(stored: ir.Value, scale: ir.Value) -> ir.Node | None:
+    """What makes a tensor of the cache real for those who read it, if any do more than ask for its shape."""
+    uses = [use for use in stored.uses() if use.node.op_type not in _ABOUT_SHAPES]
+    if not uses:
+        return None
+    node = ir.node("DequantizeLinear", [stored, scale], _blocks(stored), name=f"{stored.name}_real")
+    value = node.outputs[0]
+    value.name, value.shape, value.type = node.name, stored.shape, ir.TensorType(ir.DataType.FLOAT)
+    for use in uses:
+        use.node.replace_input_with(use.idx, value)
+    return node
+
+
+def _appends(concat: ir.Node) -> bool:
+    """Whether a Concat puts one tensor behind another along their tokens."""
+    axis = concat.attributes.get_int("axis", 0)
+    return len(concat.inputs) == 2 and axis in (_TOKENS, _TOKENS - _RANK)
+
+
+def _of_cache(value: ir.Value | None) -> ir.Node | None:
+    """What makes a tensor real that the graph takes in 8 bits."""
+    real = made_by(value, "DequantizeLinear")
+    taken = None if real is None else real.inputs[0]
+    return real if taken is not None and taken.is_graph_input() and (taken.name or "").startswith(PAST_NAME) else None
+
+
+def _blocks(value: ir.Value) -> dict[str, int]:
+    """One scale for all entries of a token in a head."""
+    entries = _sizes(value)[_ENTRIES]
+    if not isinstance(entries, int):
+        raise ValueError(f"{value.name!r} was not checked")
+    return {"axis": _ENTRIES, "block_size": entries}
+
+
+def _of_scales(value: ir.Value) -> ir.Shape:
+    """The shape of a tensor of the cache with one entry instead of its own."""
+    return ir.Shape([*_sizes(value)[:_ENTRIES], 1])
+
+
+def _sizes(value: ir.Value) -> ir.Shape:
+    if value.shape is None:
+        raise ValueError(f"{value.name!r} was not checked")
+    return value.shape
