@@ -40,7 +40,7 @@ class OnnxRuntime(Backend):
 
     cache: Literal["f32", "int8"] = "f32"
     """How a decoder keeps keys and values between its steps; int8 with a scale for each token and head (the pass
-    `quantize-cache`): a quarter of the memory, and slower steps."""
+    `quantize-cache`): a quarter of the memory, and a little slower for single texts."""
 
     weights: Literal["packed", "mapped"] = "packed"
     """`packed` copies them into memory in the order that kernels read fastest; `mapped` leaves them in the file, for a

@@ -37,7 +37,7 @@ from planish.optimizer.observing import Observe
 from planish.optimizer.program import Role, Signature, TensorSpec, is_cache_scale
 
 FOLDER = Path(__file__).parent / "data" / "passes"
-_SIZES = {"batch": 2, "sequence": 5, "N": 3, "M": 4, "past": 3, "total": 8}
+_SIZES = {"batch": 2, "sequence": 5, "N": 3, "M": 4, "past": 3, "total": 8, "heads": 2, "size": 4}
 
 
 @dataclass

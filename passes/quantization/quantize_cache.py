@@ -2,14 +2,14 @@
 
 Before:  present = Concat <axis=2> (past, k);  r = Attention (q, present, …)
 After:   s = Max (Mul (ReduceMax <keepdims=1> (Abs (k), {-1}), {1/127}), {tiny})
-         k8 = QuantizeLinear <axis=3, block_size=64, output_dtype=INT8> (k, s)
+         k8 = Cast <to=INT8> (Round (Div (k, s)))
          present = Concat <axis=2> (past, k8);  present.scale = Concat <axis=2> (past.scale, s)           int8, float
-         f = DequantizeLinear <axis=3, block_size=64> (present, present.scale);  r = Attention (q, f, …)
+         f = Mul (Cast <to=FLOAT> (present), present.scale);  r = Attention (q, f, …)
 
 Symmetric around zero; scales are found as tokens come, so nothing is calibrated, and what a token was rounded to never
 changes: a cache may be cut, repeated and put in another order as before. One that is only read (an encoder's) or only
-written (by the first step) likewise; attention that keeps its cache inside gives it away first. ONNX: blocked
-quantization of QuantizeLinear and DequantizeLinear, opset 21.
+written (by the first step) likewise; attention that keeps its cache inside gives it away first. DequantizeLinear with
+scales of blocks says the same in one operator; ONNX Runtime took up to twice as long for a step with it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from planish.passes.legalize._flat_attention import spread
 
 _RANK, _TOKENS, _ENTRIES = 4, 2, 3
 """Of (batch, heads, tokens, entries), and two of its axes."""
-_SINCE = 21
+_SINCE = 18
+"""The opset whose ReduceMax takes its axes as an input."""
 _ABOUT_SHAPES = ("Shape", "Size")
 
 
@@ -47,7 +48,7 @@ class QuantizeCache(Pass):
                 value = next(value for value in values if value.name == name)  # the one before may have changed it
                 if not name.startswith(prefix) or name.endswith(CACHE_SCALE):
                     continue
-                reason = _obstacle(model, value)
+                reason = _obstacle(model, value, _shape(graph, value))
                 if reason is not None:
                     result.refusals.append(Refusal(name, reason, name))
                 elif admitted():
@@ -57,28 +58,36 @@ class QuantizeCache(Pass):
         return result
 
 
-def _obstacle(model: ir.Model, value: ir.Value) -> str | None:
+def _shape(graph: ir.Graph, value: ir.Value) -> ir.Shape | None:
+    """The shape of a tensor of the cache: files say of what they give how many heads of which size there are, and may
+    leave it open of what they take."""
+    name = (value.name or "").replace(PAST_NAME, PRESENT_NAME, 1)
+    own, given = value.shape, next((other.shape for other in graph.outputs if other.name == name), value.shape)
+    if own is None or given is None or len(own) != _RANK or len(given) != _RANK:
+        return own
+    return ir.Shape([own[0], given[1], own[_TOKENS], given[_ENTRIES]])
+
+
+def _obstacle(model: ir.Model, value: ir.Value, shape: ir.Shape | None) -> str | None:
     """Why a tensor of the cache stays as it is."""
     if value.dtype is not ir.DataType.FLOAT:
         return "it is not of type FLOAT"
     if opset_of(model) < _SINCE:
-        return f"the model is written in opset {opset_of(model)}, scales of blocks exist since {_SINCE}"
-    if value.shape is None or len(value.shape) != _RANK or not isinstance(value.shape[_ENTRIES], int):
-        return "its shape is not known to be (batch, heads, tokens, a fixed number of entries)"
+        return f"the model is written in opset {opset_of(model)}, ReduceMax takes axes since {_SINCE}"
+    if shape is None or len(shape) != _RANK:
+        return "its shape is not known to be (batch, heads, tokens, entries)"
     return None
 
 
 def _take(graph: ir.Graph, past: ir.Value) -> None:
     """Let the graph take a tensor in 8 bits and its scales, and whoever reads it read it made real."""
-    past.type = ir.TensorType(ir.DataType.INT8)
+    past.type, past.shape = ir.TensorType(ir.DataType.INT8), _shape(graph, past)
     name = f"{past.name}{CACHE_SCALE}"
     scale = ir.Value(name=name, shape=_of_scales(past), type=ir.TensorType(ir.DataType.FLOAT))
     graph.inputs.insert(graph.inputs.index(past) + 1, scale)
     readers = {use.node for use in past.uses() if use.node.op_type not in _ABOUT_SHAPES}
-    real = _made_real(past, scale)
-    if real is not None:
-        first = next((node for node in graph if node in readers), graph[0])  # else they are all in subgraphs
-        graph.insert_before(first, real)
+    first = next((node for node in graph if node in readers), graph[0])  # else they are all in subgraphs
+    graph.insert_before(first, _made_real(past, scale))
 
 
 def _give(graph: ir.Graph, present: ir.Value) -> None:
@@ -89,22 +98,23 @@ def _give(graph: ir.Graph, present: ir.Value) -> None:
         present = graph.outputs[index]
     concat = made_by(present, "Concat")
     old, new = (None, None) if concat is None or not _appends(concat) else concat.inputs
-    real = _of_cache(old)
-    if concat is not None and real is not None and new is not None:
-        scale = _append(graph, concat, real, new)
+    found = _of_cache(old)
+    if concat is not None and found is not None and new is not None:
+        scale = _append(graph, concat, found, new)
     else:
         present.name = f"{name}_whole"
-        stored, scale = _rounded(graph, present, present, name)
+        stored, scale = _rounded(graph, present, name)
         stored.name, graph.outputs[index] = name, stored
     scale.name = f"{name}{CACHE_SCALE}"
     graph.outputs.insert(index + 1, scale)
 
 
-def _append(graph: ir.Graph, concat: ir.Node, real: ir.Node, new: ir.Value) -> ir.Value:
+def _append(graph: ir.Graph, concat: ir.Node, old: tuple[ir.Value, ir.Node], new: ir.Value) -> ir.Value:
     """Put new tokens behind a cache in 8 bits where they stood behind it made real; the scales of all."""
     present, name = concat.outputs[0], concat.outputs[0].name or ""
-    fresh, fresh_scale = _rounded(graph, new, present, name)
-    past, past_scale = real.inputs
+    fresh, fresh_scale = _rounded(graph, new, name)
+    past, real = old
+    past_scale = real.inputs[1]
     concat.replace_input_with(0, past)
     concat.replace_input_with(1, fresh)
     remove_dead(graph, real)
@@ -112,15 +122,14 @@ def _append(graph: ir.Graph, concat: ir.Node, real: ir.Node, new: ir.Value) -> i
     scale = scales.outputs[0]
     scale.shape, scale.type = _of_scales(present), ir.TensorType(ir.DataType.FLOAT)
     present.type = ir.TensorType(ir.DataType.INT8)
-    whole = _made_real(present, scale)
-    nodes = [scales] if whole is None else [scales, whole]
+    nodes = [scales, *_made_real(present, scale)]
     copy_location(concat, *nodes)
     graph.insert_after(concat, nodes)
     return scale
 
 
-def _rounded(graph: ir.Graph, value: ir.Value, like: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
-    """Tokens in 8 bits, and their scales; ``like`` has as many entries."""
+def _rounded(graph: ir.Graph, value: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+    """Tokens in 8 bits, and their scales."""
     constants = [
         add_initializer(graph, f"{name}_{what}", array)
         for what, array in (
@@ -134,12 +143,15 @@ def _rounded(graph: ir.Graph, value: ir.Value, like: ir.Value, name: str) -> tup
     largest = tape.op("ReduceMax", [size, constants[0]], {"keepdims": 1})
     wide = tape.op("Mul", [largest, constants[1]])
     scale = tape.op("Max", [wide, constants[2]])
-    stored = tape.op("QuantizeLinear", [value, scale], {**_blocks(like), "output_dtype": ir.DataType.INT8})
-    for node, what in zip(tape.nodes, ("size", "largest", "wide", "scale", "int8"), strict=True):
+    parts = tape.op("Div", [value, scale])
+    rounded = tape.op("Round", [parts])
+    stored = tape.op("Cast", [rounded], {"to": ir.DataType.INT8})
+    for node, what in zip(tape.nodes, ("size", "largest", "wide", "scale", "parts", "rounded", "int8"), strict=True):
         node.name = node.outputs[0].name = f"{name}_{what}"
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         node.outputs[0].shape = None if value.shape is None else _of_scales(value)
-    size.shape = stored.shape = value.shape
+    for each in (size, parts, rounded, stored):
+        each.shape = value.shape
     stored.type = ir.TensorType(ir.DataType.INT8)
     producer = value.producer()
     if producer is None:
@@ -150,17 +162,21 @@ def _rounded(graph: ir.Graph, value: ir.Value, like: ir.Value, name: str) -> tup
     return stored, scale
 
 
-def _made_real(stored: ir.Value, scale: ir.Value) -> ir.Node | None:
+def _made_real(stored: ir.Value, scale: ir.Value) -> list[ir.Node]:
     """What makes a tensor of the cache real for those who read it, if any do more than ask for its shape."""
     uses = [use for use in stored.uses() if use.node.op_type not in _ABOUT_SHAPES]
     if not uses:
-        return None
-    node = ir.node("DequantizeLinear", [stored, scale], _blocks(stored), name=f"{stored.name}_real")
-    value = node.outputs[0]
-    value.name, value.shape, value.type = node.name, stored.shape, ir.TensorType(ir.DataType.FLOAT)
+        return []
+    tape = ir.tape.Tape()
+    cast = tape.op("Cast", [stored], {"to": ir.DataType.FLOAT})
+    real = tape.op("Mul", [cast, scale])
+    for value, what in ((cast, "float"), (real, "real")):
+        value.name, value.shape, value.type = f"{stored.name}_{what}", stored.shape, ir.TensorType(ir.DataType.FLOAT)
+    for node in tape.nodes:
+        node.name = node.outputs[0].name
     for use in uses:
-        use.node.replace_input_with(use.idx, value)
-    return node
+        use.node.replace_input_with(use.idx, real)
+    return list(tape.nodes)
 
 
 def _appends(concat: ir.Node) -> bool:
@@ -169,19 +185,14 @@ def _appends(concat: ir.Node) -> bool:
     return len(concat.inputs) == 2 and axis in (_TOKENS, _TOKENS - _RANK)
 
 
-def _of_cache(value: ir.Value | None) -> ir.Node | None:
-    """What makes a tensor real that the graph takes in 8 bits."""
-    real = made_by(value, "DequantizeLinear")
-    taken = None if real is None else real.inputs[0]
-    return real if taken is not None and taken.is_graph_input() and (taken.name or "").startswith(PAST_NAME) else None
-
-
-def _blocks(value: ir.Value) -> dict[str, int]:
-    """One scale for all entries of a token in a head."""
-    entries = _sizes(value)[_ENTRIES]
-    if not isinstance(entries, int):
-        raise ValueError(f"{value.name!r} was not checked")
-    return {"axis": _ENTRIES, "block_size": entries}
+def _of_cache(value: ir.Value | None) -> tuple[ir.Value, ir.Node] | None:
+    """A tensor that the graph takes in 8 bits, and what made this value of it."""
+    real = made_by(value, "Mul")
+    cast = None if real is None else made_by(real.inputs[0], "Cast")
+    taken = None if cast is None else cast.inputs[0]
+    if real is None or taken is None or not taken.is_graph_input() or not (taken.name or "").startswith(PAST_NAME):
+        return None
+    return taken, real
 
 
 def _of_scales(value: ir.Value) -> ir.Shape:
