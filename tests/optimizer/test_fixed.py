@@ -70,6 +70,7 @@ def references(result: Result) -> References:
     return References.load(result.folder / "reference", record.noise, record.origin)
 
 
+@pytest.mark.breadth
 def test_a_decoder_of_two_texts_writes_what_one_of_any_number_does(tmp_path: Path) -> None:
     prompts = [Question(text) for text in ("Return a list of", "The file is closed when", "Raise")]
     written = {}

@@ -121,7 +121,7 @@ def test_a_lock_repeats_what_a_profile_chose(tiny: Path, tmp_path: Path, monkeyp
         optimize(tiny, tmp_path / "third", pipeline="fold-constants", profile=tmp_path / "profile.json")
 
 
-@pytest.mark.slow
+@pytest.mark.breadth
 def test_the_command_line_makes_a_profile(tiny: Path, tmp_path: Path, planish: Planish) -> None:
     arguments = ["--profile", tmp_path / "p.json", "--shape", "batch=1,sequence=4"]
     done = planish("optimize", tiny, "-o", tmp_path / "out", *arguments)

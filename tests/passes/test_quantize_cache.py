@@ -97,7 +97,7 @@ def test_a_cache_inside_attention_is_brought_out(model_type: str, tmp_path: Path
 
 @pytest.mark.parametrize(
     "model_type",
-    ["llama", "t5", *(pytest.param(name, marks=pytest.mark.breadth) for name in ("gpt2", "bart", "whisper"))],
+    ["t5", *(pytest.param(name, marks=pytest.mark.breadth) for name in ("gpt2", "llama", "bart", "whisper"))],
 )
 def test_texts_go_on_as_before(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
@@ -170,6 +170,7 @@ def test_components_that_hand_each_other_something_else_go_together(
     assert set(changed.values()) == {speed > 1}
 
 
+@pytest.mark.breadth
 def test_a_file_whose_cache_is_in_8_bits_already_is_called_in_float(tmp_path: Path) -> None:
     optimize(
         build(by_name("llama"), tmp_path / "checkpoint"),
