@@ -60,8 +60,15 @@ class OnnxRuntime(Backend):
             onnx_io.save(_lenient(next(iter(models.values()))), folder / self.model_file)
 
     def _keeping(self, model: ir.Model) -> ir.Model:
-        """The model with its cache kept as is asked for; a copy if that changes it."""
-        return model if self.cache == "f32" else Pipeline.parse("quantize-cache").run(model.clone()).model
+        """The model with its cache kept as is asked for, a copy if that changes it; CheckFailed if that cannot be."""
+        if self.cache == "f32":
+            return model
+        outcome = Pipeline.parse("quantize-cache").run(model.clone())
+        refused = [refusal for report in outcome.reports for refusal in report.refusals]
+        if refused:
+            reason = f"{refused[0].site} cannot be kept in 8 bits: {refused[0].reason}; leave out cache=int8"
+            raise CheckFailed(reason, where=f"target {self}")
+        return outcome.model
 
     def open(self, path: Path) -> Engine:
         """Open an engine folder or an `.onnx` file, with all of the runtime's own optimizations."""

@@ -34,7 +34,7 @@ from planish.optimizer.base import Refusal
 from planish.optimizer.graph import graphs_of
 from planish.optimizer.instruments import VerifyEach
 from planish.optimizer.observing import Observe
-from planish.optimizer.program import Role, Signature, TensorSpec, is_cache_scale
+from planish.optimizer.program import CACHE_SCALE, Role, Signature, TensorSpec, is_cache_scale
 
 FOLDER = Path(__file__).parent / "data" / "passes"
 _SIZES = {"batch": 2, "sequence": 5, "N": 3, "M": 4, "past": 3, "total": 8, "heads": 2, "size": 4}
@@ -131,7 +131,9 @@ def _feeds(model: ir.Model, generator: np.random.Generator) -> dict[str, np.ndar
     scales = {value.name for value in model.graph.inputs if is_cache_scale(value.name or "")}
     given = [value for value in model.graph.inputs if value.name not in scales]
     return {
-        value.name or "": _draw(value, generator, ir.DataType.FLOAT if f"{value.name}.scale" in scales else value.dtype)
+        value.name or "": _draw(
+            value, generator, ir.DataType.FLOAT if f"{value.name}{CACHE_SCALE}" in scales else value.dtype
+        )
         for value in given
     }
 

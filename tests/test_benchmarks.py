@@ -52,3 +52,12 @@ def test_batches_are_padded_to_mixed_lengths_on_the_side_that_a_decoder_wants() 
     assert written["attention_mask"].sum(axis=1).tolist() == [9, 6, 3]
     assert written["attention_mask"][:, 0].tolist() == [1, 0, 0]
     assert written["past_key_values.0.key"].shape == (3, 2, 8, 4)
+
+
+def test_an_interval_is_as_wide_as_openings_differ() -> None:
+    ours = [[10.0] * 9, [10.0] * 9, [10.0] * 9]
+    theirs = [[9.0] * 9, [10.0] * 9, [12.0] * 9]  # each opening by itself is certain
+    found = exact.Cell({"planish exact": ours, "peer": theirs}, {}, 1.0).over_best()
+    assert (found.speedup, found.low, found.high) == pytest.approx((1.0, 0.9, 1.2))
+    alike = exact.Cell({"planish exact": ours, "peer": theirs[:1] * 3}, {}, 1.0).over_best()
+    assert (alike.speedup, alike.low, alike.high) == pytest.approx((0.9, 0.9, 0.9))

@@ -89,7 +89,7 @@ def flatten(graph: ir.Graph, node: ir.Node) -> ir.Node | Refusal | None:
 def _operand(value: ir.Value | None) -> Operand | None:
     """What an attention reads, if it was split into heads, transposed, and at most turned and put behind a cache."""
     concat = made_by(value, "Concat")
-    if concat is not None and not _appends(concat):
+    if concat is not None and not appends(concat):
         return None
     inner = value if concat is None else concat.inputs[1]
     rotary = made_by(inner, "RotaryEmbedding")
@@ -190,7 +190,7 @@ def _swaps_heads(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and perm is not None and list(perm.as_ints()) == [0, 2, 1, 3]
 
 
-def _appends(concat: ir.Node) -> bool:
+def appends(concat: ir.Node) -> bool:
     """Whether a node puts tokens, axis 2 of four, behind those of another value."""
     axis = concat.attributes.get("axis")
     return len(concat.inputs) == 2 and axis is not None and axis.as_int() in (2, -2) and rank_of(concat.inputs[0]) == 4

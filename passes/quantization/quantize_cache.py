@@ -22,8 +22,8 @@ import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import add_initializer, copy_location, made_by, opset_of, remove_dead
-from planish.optimizer.program import CACHE_SCALE, INT8_STEPS, PAST_NAME, PRESENT_NAME, SMALLEST_SCALE
-from planish.passes.legalize._flat_attention import spread
+from planish.optimizer.program import CACHE_SCALE, INT8_STEPS, PAST_NAME, PRESENT_NAME, SMALLEST_SCALE, is_cache_scale
+from planish.passes.legalize._flat_attention import appends, spread
 
 _RANK, _TOKENS, _ENTRIES = 4, 2, 3
 """Of (batch, heads, tokens, entries), and two of its axes."""
@@ -46,7 +46,8 @@ class QuantizeCache(Pass):
         for values, prefix, rewrite in ((graph.inputs, PAST_NAME, _take), (graph.outputs, PRESENT_NAME, _give)):
             for name in [value.name or "" for value in values]:
                 value = next(value for value in values if value.name == name)  # the one before may have changed it
-                if not name.startswith(prefix) or name.endswith(CACHE_SCALE):
+                in_8_bits = is_cache_scale(name) or any(other.name == f"{name}{CACHE_SCALE}" for other in values)
+                if in_8_bits or not name.startswith(prefix):
                     continue
                 reason = _obstacle(model, value, _shape(graph, value))
                 if reason is not None:
@@ -97,7 +98,7 @@ def _give(graph: ir.Graph, present: ir.Value) -> None:
     if attention is not None and spread(graph, attention):
         present = graph.outputs[index]
     concat = made_by(present, "Concat")
-    old, new = (None, None) if concat is None or not _appends(concat) else concat.inputs
+    old, new = (None, None) if concat is None or not appends(concat) else concat.inputs
     found = _of_cache(old)
     if concat is not None and found is not None and new is not None:
         scale = _append(graph, concat, found, new)
@@ -177,12 +178,6 @@ def _made_real(stored: ir.Value, scale: ir.Value) -> list[ir.Node]:
     for use in uses:
         use.node.replace_input_with(use.idx, real)
     return list(tape.nodes)
-
-
-def _appends(concat: ir.Node) -> bool:
-    """Whether a Concat puts one tensor behind another along their tokens."""
-    axis = concat.attributes.get_int("axis", 0)
-    return len(concat.inputs) == 2 and axis in (_TOKENS, _TOKENS - _RANK)
 
 
 def _of_cache(value: ir.Value | None) -> tuple[ir.Value, ir.Node] | None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from planish.optimizer import Pipeline, optimize, registry, verify
 from planish.optimizer.backend import round_cache
+from planish.optimizer.errors import CheckFailed
 from planish.optimizer.generate import Decoding
 from planish.optimizer.graph import border_of
 from planish.optimizer.instruments import VerifyEach
@@ -21,7 +22,7 @@ from planish.optimizer.lowering import lower
 from planish.optimizer.lowering.onnx_file import read_signature
 from planish.optimizer.measure import EngineRef, Timing
 from planish.optimizer.presets import pipeline_text
-from planish.optimizer.program import CACHE_SCALE, PAST, PAST_NAME, Role
+from planish.optimizer.program import CACHE_SCALE, PAST, PAST_NAME, Program, Provenance, Role
 from planish.optimizer.reference import make_case
 from tests.train import MODELS as TRAINED
 from tests.zoo import GENERATORS, Species, build
@@ -101,7 +102,7 @@ def test_a_cache_inside_attention_is_brought_out(model_type: str, tmp_path: Path
 )
 def test_texts_go_on_as_before(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
-    species = next(each for each in GENERATORS if each.model_type == model_type)
+    species = by_name(model_type)
     checkpoint = build(species, tmp_path / "checkpoint")
     decodings = {}
     for name, target in (("plain", PLAIN), ("rounded", ROUNDED)):
@@ -185,3 +186,19 @@ def test_a_file_whose_cache_is_in_8_bits_already_is_called_in_float(tmp_path: Pa
     assert {tensor.dtype for tensor in caches} == {ir.DataType.FLOAT}
     result = optimize(file, tmp_path / "again", preset="exact")
     assert result.manifest.targets[PLAIN].rolled_back == []
+
+
+def test_a_cache_that_cannot_be_kept_so_is_said_aloud(tmp_path: Path) -> None:
+    model = appended(2, 4)
+    model.opset_imports[""] = 17  # whose ReduceMax takes no axes
+    backend = registry.backend(ROUNDED)
+    with pytest.raises(
+        CheckFailed, match=r"past_key_values.0.key cannot be kept in 8 bits: the model is written in opset"
+    ):
+        backend.emit(Program({"model": model}, {}, "", Provenance("onnx", "g")), tmp_path)
+    assert not list(tmp_path.iterdir())
+    again = appended(2, 4)
+    Pipeline.parse("quantize-cache").run(again)
+    (report,) = Pipeline.parse("quantize-cache").run(again).reports
+    assert not report.sites
+    assert not report.refusals
