@@ -242,7 +242,7 @@ SUBJECTS = {
         "Qwen2-0.5B's shape to 4 bits by gptq, on texts of 128 tokens, --reference none",
         "Qwen2-0.5B shape, 4 bits by gptq",
         "texts",
-        (16, 64, 256),
+        (8, 32, 128),
         3.0,
         _many,
     ),
