@@ -25,6 +25,7 @@ from benchmarks.exact import MODELS, OPTIMUM_INTEL, Refused, made
 from benchmarks.record import record, settle_memory
 from benchmarks.subjects import PLACE, TARGETS, environment, qwen2
 from planish.optimizer import optimize, registry
+from planish.optimizer.manifest import instruction_set
 from planish.optimizer.measure import timing
 from planish.optimizer.presets import pipeline_text
 
@@ -41,6 +42,14 @@ _PACKAGES = {
     ),
     _LLAMA: ("llama-cpp-python==0.3.36", "gguf", "safetensors", "torch==2.13.0"),
 }
+_SWITCHES = {
+    "avx512f": "AVX512",
+    "avx512_vnni": "AVX512_VNNI",
+    "avx512_bf16": "AVX512_BF16",
+    "avx_vnni": "AVX_VNNI",
+}
+"""Instruction sets that llama.cpp is built for where the processor has them, beside its defaults. Its kernels for AMX
+are left out: they end with an illegal instruction at their first load of a tile where this was measured."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +119,20 @@ def genai(block: int = 32) -> Path:
     return made(place, make)
 
 
+def llama_python() -> Path:
+    """The environment of llama.cpp's Python package, built for this processor."""
+    has = instruction_set().split()
+    switches = ["-DGGML_NATIVE=OFF", *(f"-DGGML_{switch}=ON" for flag, switch in _SWITCHES.items() if flag in has)]
+    return environment(_LLAMA, _PACKAGES[_LLAMA], CMAKE_ARGS=" ".join(switches))
+
+
 def llama() -> Path:
     """A file of llama.cpp in Q4_0, made by its own Python package."""
 
     def make() -> None:
         place.mkdir()
         script = Path(__file__).with_name("gguf_of_qwen2.py")
-        subprocess.run([environment(_LLAMA, _PACKAGES[_LLAMA]), script, qwen2(), place / "model.gguf"], check=True)
+        subprocess.run([llama_python(), script, qwen2(), place / "model.gguf"], check=True)
 
     place = PLACE / "plain" / "qwen2-0.5b" / "llama"
     return made(place, make) / "model.gguf"
@@ -175,7 +191,7 @@ def field() -> list[Writer]:
         ),
         lambda: own(TARGETS[0], "all"),
         lambda: own(TARGETS[0], "last"),
-        lambda: Writer("llama.cpp Q4_0, last scores", environment(_LLAMA, _PACKAGES[_LLAMA]), "llama", llama()),
+        lambda: Writer("llama.cpp Q4_0, last scores", llama_python(), "llama", llama()),
         lambda: Writer("optimum-intel int4", here, "planish", optimum_intel(), TARGETS[1]),
         lambda: own(TARGETS[1], "all"),
         lambda: own(TARGETS[1], "last"),

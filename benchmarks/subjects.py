@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -35,13 +36,14 @@ TARGETS = ("onnxruntime{threads=2}", "openvino{threads=2}")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def environment(place: Path, packages: Sequence[str]) -> Path:
-    """The interpreter of a peer's own environment, made on the first run."""
+def environment(place: Path, packages: Sequence[str], **variables: str) -> Path:
+    """The interpreter of a peer's own environment, made on the first run; packages are built under ``variables``."""
     if not place.exists():
         print(f"making {place}", file=sys.stderr)
         try:
             subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-            subprocess.run([place / "bin" / "pip", "install", "-q", *packages], check=True)
+            install = [place / "bin" / "pip", "install", "-q", *packages]
+            subprocess.run(install, check=True, env=os.environ | variables)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)  # half of it would pass for all
             raise

@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Question, Refusal, admitted
 from planish.optimizer.graph import add_initializer, location_of, rank_of, sole_user
-from planish.passes.legalize._flat_attention import flatten
+from planish.passes._flat_attention import flatten
 from planish.passes.legalize._forms import ask_about_attention, ask_about_sums
 from planish.passes.legalize._masks import AddedMasks
 

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import add_initializer, copy_location, made_by, opset_of, remove_dead
 from planish.optimizer.program import CACHE_SCALE, INT8_STEPS, PAST_NAME, PRESENT_NAME, SMALLEST_SCALE, is_cache_scale
-from planish.passes.legalize._flat_attention import appends, spread
+from planish.passes._flat_attention import appends, spread
 
 _RANK, _TOKENS, _ENTRIES = 4, 2, 3
 """Of (batch, heads, tokens, entries), and two of its axes."""
