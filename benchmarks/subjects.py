@@ -42,7 +42,8 @@ def environment(place: Path, packages: Sequence[str], **variables: str) -> Path:
         print(f"making {place}", file=sys.stderr)
         try:
             subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-            install = [str(place / "bin" / "pip"), "install", "-q", *packages]
+            fresh = ["--no-cache-dir"] if variables else []  # what was built under others would be taken
+            install = [str(place / "bin" / "pip"), "install", "-q", *fresh, *packages]
             subprocess.run(install, check=True, env=os.environ | variables)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)  # half of it would pass for all
