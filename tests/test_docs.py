@@ -130,6 +130,14 @@ def test_figures_of_the_readme_are_those_that_benchmarks_wrote() -> None:
         assert wrote.startswith(f"{written[place]} [")
 
 
+def test_versions_of_peers_are_those_that_the_benchmarks_install() -> None:
+    pinned = "".join(path.read_text() for path in [ROOT / "Makefile", *(ROOT / "benchmarks").glob("*.py")])
+    told = re.findall(r"\((\S+) ([\d.]+)\) \|", (ROOT / "docs" / "benchmarks.md").read_text())
+    assert len(told) == 6
+    for name, version in told:
+        assert f"{name}=={version}" in pinned
+
+
 def test_every_decision_has_a_number_of_its_own() -> None:
     numbers = [int(page.name[:4]) for page in sorted((ROOT / "docs" / "decisions").glob("*.md"))]
     assert numbers == list(range(1, len(numbers) + 1))
