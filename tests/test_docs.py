@@ -19,7 +19,7 @@ from tests.zoo import IMAGES, build
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LONG = "command-line"
+LONG = {"command-line", "quantization"}
 """The page whose commands take minutes."""
 GENERATED = re.compile(r"<!-- planish (passes|backends) --markdown -->\n(.*?)<!-- end -->", re.DOTALL)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -53,7 +53,7 @@ def place(tiny: Path, tmp_path: Path) -> Path:
 
 def run_every_day(page: Path) -> object:
     """The pages with commands; what takes minutes is left to `make breadth`."""
-    return pytest.param(page, marks=pytest.mark.breadth if page.stem == LONG else pytest.mark.slow, id=page.stem)
+    return pytest.param(page, marks=pytest.mark.breadth if page.stem in LONG else pytest.mark.slow, id=page.stem)
 
 
 @pytest.mark.parametrize("page", [run_every_day(page) for page in PAGES if blocks(page, "sh")])

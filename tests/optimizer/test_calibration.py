@@ -139,7 +139,7 @@ def test_made_up_data_are_told(source: str, origin: str, tiny: Path, tmp_path: P
     assert any("observations" in stage for stage in told)
 
 
-@pytest.mark.slow
+@pytest.mark.breadth
 @pytest.mark.usefixtures("always_faster")
 def test_the_decoder_of_an_encoder_decoder_hears_answers(tmp_path: Path) -> None:
     program = lower(MODELS / "translator").program

@@ -51,12 +51,8 @@ TURNS = {
 """What takes turns, and how many layers are then traced."""
 
 
-EVERY_DAY = {"experts every second time"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in EVERY_DAY else pytest.mark.breadth) for name in TURNS]
-)
+@pytest.mark.breadth
+@pytest.mark.parametrize("name", list(TURNS))
 def test_copies_compute_what_the_whole_trace_computes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

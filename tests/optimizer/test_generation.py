@@ -79,6 +79,7 @@ def test_a_decoder_may_score_the_last_token_alone(tmp_path: Path) -> None:
     assert [tensor.shape[1::2] for tensor in file.inputs if tensor.role is Role.CACHE] == [(2, 8)] * 4
 
 
+@pytest.mark.breadth
 def test_weights_in_few_bits_race_where_texts_are_written(tmp_path: Path) -> None:
     result = optimize(TRAINED / "writer", tmp_path / "out", preset="fast", shapes=[{"sequence": 1, "past": 32}])
     (trial,) = Lock.read(result.folder / LOCK).targets["onnxruntime"].tried

@@ -65,7 +65,9 @@ def flat(found: Answers) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.breadth)])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "t5", "marian", "bert"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "mixtral", "marian", "bert", pytest.param("t5", marks=pytest.mark.breadth)]
+)
 def test_the_answers_are_those_of_the_loaded_original_bit_for_bit(name: str, dtype: str, tmp_path: Path) -> None:
     own = Species("bert", "text-classification") if name == "bert" else species(name)
     full, lazy = (flat(found) for found in answers(build(own, tmp_path / "c", dtype=dtype), own.task))
@@ -148,6 +150,7 @@ def test_experts_and_tables_of_sines_need_no_loaded_original(tmp_path: Path) -> 
     np.testing.assert_array_equal(initial(skeleton(marian), name).numpy(), loaded(marian).state_dict()[name].numpy())
 
 
+@pytest.mark.breadth
 def test_what_differs_is_found_in_the_saved_engine(tiny: Path, tmp_path: Path) -> None:
     result = optimize(tiny, tmp_path / "plain", reference="offload")
     record = result.manifest.targets["onnxruntime"]

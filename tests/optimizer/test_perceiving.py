@@ -197,6 +197,7 @@ def test_answers_begin_as_the_checkpoint_says_and_end_where_its_table_does(whisp
     assert tokens.shape[1] <= 48
 
 
+@pytest.mark.breadth
 def test_a_recording_becomes_text_where_there_is_a_tokenizer(tmp_path: Path, planish: Planish) -> None:
     folder = made(WHISPER, tmp_path, tokenizer=True)
     features = drawn(2, 10, 26)

@@ -96,10 +96,8 @@ def test_a_cache_inside_attention_is_brought_out(model_type: str, tmp_path: Path
         np.testing.assert_allclose(after[name], array, atol=0.02 * np.abs(array).max())
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    ["t5", *(pytest.param(name, marks=pytest.mark.breadth) for name in ("gpt2", "llama", "bart", "whisper"))],
-)
+@pytest.mark.breadth
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "t5", "bart", "whisper"])
 def test_texts_go_on_as_before(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
     species = by_name(model_type)
@@ -149,7 +147,8 @@ def test_a_trained_model_hardly_notices(tmp_path: Path) -> None:
     assert {value.dtype for value in caches if not (value.name or "").endswith(CACHE_SCALE)} == {ir.DataType.INT8}
 
 
-@pytest.mark.parametrize("speed", [2.0, pytest.param(0.5, marks=pytest.mark.breadth)])
+@pytest.mark.breadth
+@pytest.mark.parametrize("speed", [2.0, 0.5])
 def test_components_that_hand_each_other_something_else_go_together(
     speed: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
