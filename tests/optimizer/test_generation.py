@@ -235,6 +235,7 @@ def test_sampling_is_reproducible_and_bounded() -> None:
     assert set(Sampling(0.0).chooser()(scores)) == {0}
 
 
+@pytest.mark.breadth
 def test_an_output_of_a_decoder_is_verified_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
     optimize(build(by_name("t5"), tmp_path / "c"), tmp_path / "out", targets=TARGETS)
