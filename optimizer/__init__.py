@@ -6,7 +6,12 @@ They are imported when they are first used: importing this package costs nothing
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime's Linux wheels write a device id and look up a telemetry host when they are imported;
+# `disable_telemetry_events()` comes too late (onnxruntime 1.31, Privacy.md). Child processes inherit the variable.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from planish.optimizer.backend import Backend, Engine

@@ -9,6 +9,27 @@ from __future__ import annotations
 import errno
 import re
 
+_LONGEST = 2000
+"""Characters of one part of a message: names in a hostile file may have millions."""
+
+
+def printable(text: str) -> str:
+    """``text`` whose control characters are escaped, so that no name in a file can steer a terminal; lines stay lines.
+
+    Unpaired surrogates are escaped too: standard output cannot encode them.
+    """
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for character in text
+    )
+
+
+def _shown(text: str) -> str:
+    half = _LONGEST // 2
+    return printable(text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}")
+
 
 class PlanishError(Exception):
     """The root of every error that Planish raises on purpose.
@@ -29,9 +50,9 @@ class PlanishError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        """One line: `where: what; advice`."""
-        line = self.what if self.where is None else f"{self.where}: {self.what}"
-        line = line if self.advice is None else f"{line}; {self.advice}"
+        """One line: `where: what; advice`, each shortened and without control characters."""
+        line = _shown(self.what) if self.where is None else f"{_shown(self.where)}: {_shown(self.what)}"
+        line = line if self.advice is None else f"{line}; {_shown(self.advice)}"
         return " ".join(line.split())
 
 

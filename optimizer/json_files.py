@@ -1,0 +1,79 @@
+"""Reading JSON that somebody else wrote: every way in which it can be broken ends in one BadInput.
+
+The parser of the standard library raises RecursionError for deep nesting, lets unpaired surrogates through, which no
+encoder takes later, and reads files of any size. Whoever reads a file of a checkpoint, an adapter or an output calls
+this module instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from planish.optimizer.errors import BadInput
+
+MAX_BYTES = 256 << 20
+"""Longest text that is parsed: ten times the largest tokenizer.json that we know."""
+MAX_DEPTH = 64
+"""Deepest nesting that is accepted: walks over the parsed value may recurse."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file in UTF-8.
+
+    BadInput if it is not JSON, not UTF-8, larger than ``MAX_BYTES`` or nested deeper than ``MAX_DEPTH``. Errors of the
+    file system are left to the caller.
+    """
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise BadInput(
+            f"this has {size} bytes, and no JSON file that is read here is larger than {MAX_BYTES}", where=path
+        )
+    return parse_json(path.read_bytes(), path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; BadInput if it holds something else, and as for `read_json`."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise BadInput(f"this holds no JSON object but a {type(value).__name__}", where=path)
+    return value
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """The value of a JSON text; BadInput names ``where`` it stands."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise _too_deep(where) from None
+    except ValueError as error:  # also UnicodeDecodeError
+        raise BadInput(f"this is not JSON ({error})", where=where) from error
+    _check_value(value, where)
+    return value
+
+
+def _check_value(value: object, where: object) -> None:
+    """BadInput for deep nesting and for strings that are not Unicode text, without recursion."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        strings = [part for part in level if isinstance(part, str)]
+        strings += [key for part in level if isinstance(part, dict) for key in part]
+        broken = next(filter(_SURROGATE.search, strings), None)
+        if broken is not None:
+            raise BadInput(f"this is not Unicode text: {broken!r} has half of a surrogate pair", where=where)
+        level = [
+            inner
+            for part in level
+            if isinstance(part, dict | list)
+            for inner in (part.values() if isinstance(part, dict) else part)
+        ]
+        if not level:
+            return
+    raise _too_deep(where)
+
+
+def _too_deep(where: object) -> BadInput:
+    return BadInput(f"this is nested deeper than {MAX_DEPTH} levels", where=where)
