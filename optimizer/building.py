@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 
@@ -17,16 +15,16 @@ from planish.optimizer.backend import Arrays, Backend
 from planish.optimizer.base import Pass
 from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engines, demand_room, load_mapped
 from planish.optimizer.compare import Budget, Clause, Comparison
+from planish.optimizer.contenders import Contender, unmeasured_choice, went_on
 from planish.optimizer.errors import CheckFailed
 from planish.optimizer.evaluating import Evaluation, scored
 from planish.optimizer.graph import border_of
 from planish.optimizer.instruments import Instrument
-from planish.optimizer.lock import Choice, LockedPass, Product
+from planish.optimizer.lock import Choice, Product
 from planish.optimizer.lowering import Lowered
-from planish.optimizer.manifest import instruction_set
 from planish.optimizer.measure import EngineRef, Timing, race
 from planish.optimizer.observing import Observe
-from planish.optimizer.pipeline import Outcome, PassReport, Pipeline
+from planish.optimizer.pipeline import Outcome, Pipeline
 from planish.optimizer.profile import Profile, Tune
 from planish.optimizer.reference import References, default_shapes, known_sizes, quick, sized_case
 from planish.optimizer.request import Request
@@ -43,35 +41,6 @@ _STRICTER = (0.5, 0.25, 0.1)
 """Shares of the error allowed that are tried when an engine strays further than its graph did."""
 _SAME_TOKENS = (Clause("kl", "<=", 1e-6), Clause("greedy", ">=", 1.0))
 """What continuations of an exact engine must keep."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """An engine that may be shipped: what made it, where it stands, and how it compares with the reference."""
-
-    outcomes: Mapping[str, Outcome]
-    """By component."""
-    tried: str
-    """The passes that were tried behind the pipeline, or instead of some of it; nothing for the pipeline alone."""
-    place: Path
-    budgets: Mapping[str, Budget]
-    fidelity: Fidelity
-
-    @property
-    def violations(self) -> list[str]:
-        """What of the budgets does not hold."""
-        return self.fidelity.violations(self.budgets)
-
-    def obstacle(self, without: Contender) -> str | None:
-        """Why the passes that were tried cannot win against the engine without them, before anything is timed."""
-        own = _own(self.outcomes, without.outcomes)
-        undone = next((report.rolled_back for report in own if report.rolled_back is not None), None)
-        if undone is not None:
-            return f"undone: {undone}"
-        if not _went_on(self.outcomes, without.outcomes):
-            refused = next((refusal.reason for report in own for refusal in report.refusals), "no place for it")
-            return f"changed nothing: {refused}"
-        return f"outside the budget: {self.violations[0]}" if self.violations else None
 
 
 @dataclass
@@ -178,7 +147,7 @@ class Builder:
             for text, done in list(ways.items()) if trying and extra.passes else ():
                 behind = f"{text},{extra}" if text else str(extra)
                 ways[behind] = {name: self._run_further(name, outcome, extra) for name, outcome in done.items()}
-            changed = {text: outcomes for text, outcomes in ways.items() if not text or _went_on(outcomes, ways[""])}
+            changed = {text: outcomes for text, outcomes in ways.items() if not text or went_on(outcomes, ways[""])}
         places = {text: self.scratch / f"{target.name}-{n}" if n else place for n, text in enumerate(ways)}
         with self.stages.stage(f"{target.name}: emission"):
             for text, outcomes in changed.items():
@@ -366,9 +335,9 @@ class Builder:
         sound = [first] if not first.violations else []
         sound += [tried for tried in contenders[1:] if tried.obstacle(first) is None]
         if self.references is not None and not sound:
-            return first, _choice(target, first, "plain", f"outside the budget: {first.violations[0]}"), {}
+            return first, unmeasured_choice(target, first, "plain", f"outside the budget: {first.violations[0]}"), {}
         if self.references is None or self.offload:
-            choice = _choice(target, first, "optimized", f"{NOT_CHECKED}, and not measured")
+            choice = unmeasured_choice(target, first, "optimized", f"{NOT_CHECKED}, and not measured")
             if self.offload:
                 passes = ", passes not compared one by one" if any(choice.pipelines.values()) else ""
                 choice = choice.model_copy(update={"why": f"not measured{passes}: {OFFLOADED}"})
@@ -376,7 +345,7 @@ class Builder:
             return first, choice.model_copy(update={"shipped": shipped}), {}
         missing = target.missing()
         if missing is not None:
-            return first, _choice(target, first, "optimized", f"not measured: {missing}"), {}
+            return first, unmeasured_choice(target, first, "optimized", f"not measured: {missing}"), {}
         return self._choose_by_clock(target, contenders, sound)
 
     def _choose_by_clock(
@@ -393,7 +362,7 @@ class Builder:
         won = {name: sound[index] for name, index in best.items() if name in faster}
         engine = self._joined(target, won) if won else sound[0]
         if engine.violations:
-            return engine, _choice(target, engine, "plain", f"outside the budget: {engine.violations[0]}"), {}
+            return engine, unmeasured_choice(target, engine, "plain", f"outside the budget: {engine.violations[0]}"), {}
         by_tried = {contender.tried: own for contender, own in zip(sound, others, strict=True)}
         trials = [
             choosing.trial(
@@ -406,7 +375,9 @@ class Builder:
             for one in contenders
             if one.tried
         ]
-        choice = _choice(target, engine, "optimized" if won else "plain", choosing.reason(list(plain), list(won)))
+        choice = unmeasured_choice(
+            target, engine, "optimized" if won else "plain", choosing.reason(list(plain), list(won))
+        )
         choice = choice.model_copy(update={"measured": choosing.speeds(timed), "tried": trials})
         return engine, choice, choosing.side_by_side(plain, timed)
 
@@ -458,39 +429,6 @@ class Builder:
         if self.lowered.folder is not None:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             onnx_io.copy_file(self.lowered.folder / name, place / name)
-
-
-def _own(outcomes: Mapping[str, Outcome], before: Mapping[str, Outcome]) -> list[PassReport]:
-    """What was done that is not the beginning of ``before`` as well."""
-    found: list[PassReport] = []
-    for name, outcome in outcomes.items():
-        pairs = itertools.zip_longest(outcome.reports, before[name].reports)
-        alike = itertools.takewhile(lambda pair: None not in pair and pair[0].text == pair[1].text, pairs)
-        found += outcome.reports[sum(1 for _ in alike) :]
-    return found
-
-
-def _went_on(outcomes: Mapping[str, Outcome], before: Mapping[str, Outcome]) -> bool:
-    """Whether passes that are not those of ``before`` changed a component."""
-    return any(report.modified and not report.rolled_back for report in _own(outcomes, before))
-
-
-def _choice(target: Backend, engine: Contender, shipped: Literal["optimized", "plain"], why: str) -> Choice:
-    """A choice for which nothing was measured."""
-    return Choice(
-        target=str(target),
-        pipelines={name: str(outcome.applied) for name, outcome in engine.outcomes.items()},
-        rolled_back=[
-            LockedPass(component=name, text=report.text, reason=report.rolled_back)
-            for name, outcome in engine.outcomes.items()
-            for report in outcome.reports
-            if report.rolled_back is not None
-        ],
-        shipped=shipped,
-        why=why,
-        machine=instruction_set(),
-        measured=[],
-    )
 
 
 def _replace(source: Path, place: Path) -> None:

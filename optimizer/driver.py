@@ -9,18 +9,16 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import platform
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from planish.optimizer import manifest as records
 from planish.optimizer import registry
 from planish.optimizer.backend import Arrays, Engine
-from planish.optimizer.building import EVALUATION, NOT_CHECKED, OFFLOADED, Builder, Built
+from planish.optimizer.building import EVALUATION, NOT_CHECKED, Builder, Built
 from planish.optimizer.calibration import Given, Samples, one_behind_the_other
 from planish.optimizer.checking import CHECKER, check_engines, demand_room
 from planish.optimizer.compare import Budget, Comparison
@@ -33,22 +31,27 @@ from planish.optimizer.lowering.original import Answers
 from planish.optimizer.lowering.tokenizer import load_tokenizer
 from planish.optimizer.manifest import MEASUREMENTS, Manifest
 from planish.optimizer.output import holding_interrupts, staged_file, staged_folder
-from planish.optimizer.profile import Profile, host_of
 from planish.optimizer.program import Signature
+from planish.optimizer.recording import (
+    GIVEN,
+    NOTHING,
+    ReferenceMode,
+    measurements_of,
+    reference_record,
+    sites_of,
+    target_record,
+)
 from planish.optimizer.reference import Reference, References, make_inputs, make_prompts, noise_floor
 from planish.optimizer.rehearsal import Rehearsal
 from planish.optimizer.report import write_report
 from planish.optimizer.request import Request, request_of
-from planish.optimizer.sites import Expectation, PassSites, check_expectations, write_sites
+from planish.optimizer.sites import Expectation, check_expectations, write_sites
 from planish.optimizer.stages import Stages
 
-GIVEN, NOTHING = "given", "nothing"
-"""What is said of the user's own inputs, and of passes that saw none."""
 _PRECISE_CASES = 1
 """The noise floor is estimated on this many of the first reference cases: made ones begin with a small padded batch."""
 _COLLECT_SELDOM = (200_000, 50, 1_000)
 """Thresholds of the collector while tracing: a twentieth of its time goes into looking at what stays."""
-ReferenceMode = Literal["full", "offload", "none"]
 Progress = Callable[[str, int, int], None]
 """Told the name of each stage as it begins, how many are done and how many there are."""
 
@@ -132,7 +135,7 @@ def optimize(
         _check_lock(known, lock, lowered, request, data)
         builder = _builder(request, lowered, data, reference, (folder, Path(scratch), Path(f"{out}.failed")), stages)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
-        check_expectations(wanted, _sites(built), [t.name for t in request.targets])
+        check_expectations(wanted, sites_of(built), [t.name for t in request.targets])
         with stages.stage("report"):
             result = _write(folder, builder, built, data, reference)
     if lock is not None and known is None:
@@ -351,7 +354,7 @@ def _write(folder: Path, builder: Builder, built: Sequence[Built], data: Samples
     digest = _digest(lowered, data) if calibrated else ""
     locked = Lock(source=source, requested=request.described(), calibration=digest, targets=choices)
     (folder / LOCK).write_text(locked.text(), encoding="utf-8")
-    measurements = _measurements(built, builder.stages, builder.profiles)
+    measurements = measurements_of(built, builder.stages, builder.profiles)
     (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
     manifest = Manifest(
         planish=records.library_version("planish"),
@@ -361,89 +364,17 @@ def _write(folder: Path, builder: Builder, built: Sequence[Built], data: Samples
         task=lowered.program.task,
         signatures={n: records.SignatureRecord.of(s) for n, s in lowered.program.signatures.items()},
         requested=request.described(),
-        reference=_reference_record(lowered, references, origin, data, mode),
-        targets={engine.target.name: _target_record(engine, folder) for engine in built},
+        reference=reference_record(lowered, references, origin, data, mode),
+        targets={engine.target.name: target_record(engine, folder) for engine in built},
         files={},
     )
-    write_sites(folder, _sites(built))
+    write_sites(folder, sites_of(built))
     write_report(folder, manifest, locked)
     manifest = manifest.model_copy(update={"files": records.hash_files(folder)})
     manifest.write(folder)
     made_up = origin not in (NOTHING, GIVEN)
     told = [f"calibrated on inputs {origin}, which are not like yours: give --calibration"] if made_up else []
     return Result(folder, manifest, measurements, [*builder.notes, *told])
-
-
-def _reference_record(
-    lowered: Lowered, references: References | None, calibrated_on: str, data: Samples | None, mode: ReferenceMode
-) -> records.ReferenceRecord:
-    known = {} if references is None else references.components
-    inputs = "made from the signature" if data is None else GIVEN
-    passes = {"full": "compared one by one", "offload": f"not compared one by one: {OFFLOADED}", "none": NOT_CHECKED}
-    return records.ReferenceRecord(
-        mode=mode,
-        passes=passes[mode],
-        origin=NOT_CHECKED if references is None else lowered.original.description,
-        inputs="none" if references is None else inputs,
-        calibrated_on=calibrated_on,
-        noise={name: dict(reference.noise) for name, reference in known.items()},
-        exact_budget={name: str(reference.exact_budget()) for name, reference in known.items()},
-    )
-
-
-def _sites(built: Sequence[Built]) -> list[PassSites]:
-    return [
-        PassSites.of(engine.target.name, component, report)
-        for engine in built
-        for component, outcome in engine.outcomes.items()
-        for report in outcome.reports
-    ]
-
-
-def _target_record(built: Built, folder: Path) -> records.TargetRecord:
-    choice = built.choice
-    place = folder / built.target.name
-    return records.TargetRecord(
-        target=choice.target,
-        shipped=choice.shipped,
-        why=choice.why,
-        pipelines=choice.pipelines if choice.shipped == "optimized" else {},
-        passes=[
-            records.PassRecord.of(name, report)
-            for name, outcome in built.outcomes.items()
-            for report in outcome.reports
-            if report.rolled_back is None
-        ],
-        rolled_back=[records.RolledBack(**undone.model_dump()) for undone in choice.rolled_back],
-        budgets={name: str(budget) for name, budget in built.budgets.items()},
-        checked_with=built.fidelity.checked_with,
-        comparison=records.figures(built.fidelity.comparison()),
-        size_bytes=sum(path.stat().st_size for path in sorted(place.rglob("*")) if path.is_file()),
-    )
-
-
-def _measurements(built: Sequence[Built], stages: Stages, profiles: Mapping[str, Profile]) -> dict[str, Any]:
-    """Everything that may differ between two equal builds."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"system": platform.platform(), "instruction_set": records.instruction_set()},
-        "stages_seconds": stages.seconds,
-        "profile": {host_of(profile.target): profile.described() for profile in profiles.values()},
-        "targets": {
-            engine.target.name: {
-                "latency_ms": {
-                    shape: {kind: timing.__dict__ for kind, timing in timings.items()}
-                    for shape, timings in engine.timings.items()
-                },
-                "check_peak_memory_bytes": engine.fidelity.peak_memory,
-                "passes": {
-                    name: {report.text: report.measured for report in outcome.reports}
-                    for name, outcome in engine.outcomes.items()
-                },
-            }
-            for engine in built
-        },
-    }
 
 
 @dataclass(frozen=True)
