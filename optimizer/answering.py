@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,13 +14,14 @@ import numpy as np
 from planish.optimizer import registry
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.benching import target_of
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.fitting import Room
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.perceiving import Perceiver, classes, label, perceiver, softmax, takes_arrays, transcriber
 from planish.optimizer.program import Signature
 from planish.optimizer.questions import Question, read_questions
+from planish.optimizer.sentence_modules import SentenceModules, read_modules
 from planish.optimizer.writing import Writer, open_writer
 
 BATCH = 16
@@ -41,6 +42,12 @@ class Answerer:
     longest: int | None
     """Most tokens of one text; longer ones are cut, and the answer says so."""
     room: Room = field(default_factory=Room)
+    raw: bool = False
+    """Whether scores are logits, as the head gives them, without softmax or sigmoid."""
+    modules: SentenceModules = field(default_factory=SentenceModules)
+    """What the checkpoint's sentence-transformers files say; of embeddings only."""
+    prompt: str = ""
+    """What is put before each text that is embedded."""
 
     def questions(self, path: Path) -> Iterator[Question]:
         """The questions of a file."""
@@ -48,6 +55,8 @@ class Answerer:
 
     def answer(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """One answer for each question, in order; as many as the engine takes at once run as one padded batch."""
+        if self.task == "feature-extraction":
+            questions = [replace(q, text=self.modules.prepared(q.text, self.prompt)) for q in questions]
         return [answer for group in self.room.groups(questions) for answer in self._answer(group)]
 
     def _answer(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
@@ -96,6 +105,26 @@ class Answerer:
 
 
 AnyAnswerer: TypeAlias = Answerer | Perceiver | Writer
+HAVE_LOGITS = frozenset({"text-classification", "token-classification", "multiple-choice", "image-classification"})
+"""Tasks whose answers have a score for each label or choice."""
+
+
+def with_prompt(answerer: AnyAnswerer, name: str) -> AnyAnswerer:
+    """The same with a prompt of the checkpoint's before each text; UsageError if there is none of this name."""
+    if not isinstance(answerer, Answerer) or answerer.task != "feature-extraction":
+        raise UsageError("only texts that are embedded have prompts by name", where="--prompt", advice="leave it out")
+    return replace(answerer, prompt=answerer.modules.prompt(name))
+
+
+def with_raw_scores(answerer: AnyAnswerer) -> AnyAnswerer:
+    """The same, with logits for scores; UsageError if its answers have no scores of labels or choices."""
+    if isinstance(answerer, Writer) or answerer.task not in HAVE_LOGITS:
+        raise UsageError(
+            f"answers of task {answerer.task!r} have no logits",
+            where="--logits",
+            advice=f"leave it out: it is for {', '.join(sorted(HAVE_LOGITS))}",
+        )
+    return replace(answerer, raw=True)
 
 
 def open_answerer(path: Path, target: str | None = None) -> AnyAnswerer:
@@ -123,7 +152,12 @@ def open_answerer(path: Path, target: str | None = None) -> AnyAnswerer:
         raise BadInput(
             f"answers of task {task!r} are arrays", where=folder, advice="run it from Python: engine.run({…})"
         )
-    return Answerer(engine, tokenizer, task, config, folder, _longest(manifest, tokenizer), Room.of(signature))
+    modules = read_modules(folder) if task == "feature-extraction" else SentenceModules()
+    longest = _longest(manifest, tokenizer, modules.longest)
+    room = Room.of(signature)
+    return Answerer(
+        engine, tokenizer, task, config, folder, longest, room, modules=modules, prompt=modules.prompt(None)
+    )
 
 
 def _open_writer(folder: Path, target: str, manifest: Manifest, first: Signature, tokenizer: Any | None) -> Writer:
@@ -166,9 +200,9 @@ def _task(config: Mapping[str, Any], folder: Path) -> str:
     return infer(str(next(iter(config.get("architectures") or ["?"]))), folder)
 
 
-def _longest(manifest: Manifest | None, tokenizer: Any) -> int | None:
+def _longest(manifest: Manifest | None, tokenizer: Any, asked: int | None) -> int | None:
     axes = {} if manifest is None else next(iter(manifest.signatures.values())).axes
-    limits = [axes["sequence"].maximum if "sequence" in axes else None, tokenizer.model_max_length]
+    limits = [axes["sequence"].maximum if "sequence" in axes else None, asked or tokenizer.model_max_length]
     return min((int(limit) for limit in limits if limit is not None and limit < _ENDLESS), default=None)
 
 
@@ -207,7 +241,7 @@ def _identity(answerer: AnyAnswerer, source: Path) -> str:
     if not source.is_file():
         raise BadInput("there is no such file", where=source)
     digest = hashlib.sha256(source.read_bytes())
-    asked = (getattr(answerer, "most", None), getattr(answerer, "sampling", None))
+    asked = [getattr(answerer, name, None) for name in ("most", "sampling", "raw", "prompt")]
     digest.update(f"{answerer.folder.resolve()} {answerer.task} {answerer.longest} {asked}".encode())
     return digest.hexdigest()[:16]
 
@@ -238,30 +272,23 @@ def _groups(questions: Iterator[Any], skip: int, size: int) -> Iterator[list[Any
 def _embeddings(
     answerer: Answerer, _: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays
 ) -> list[dict[str, Any]]:
-    """Pooled as the checkpoint's sentence-transformers files say (mean of the tokens if they say nothing)."""
-    pooling = _json(answerer.folder / "1_Pooling" / "config.json")
-    hidden, mask = outputs["last_hidden_state"], np.asarray(encoded["attention_mask"])[..., None]
-    if pooling.get("pooling_mode_cls_token"):
-        pooled = hidden[:, 0]
-    elif pooling.get("pooling_mode_max_tokens"):
-        pooled = np.where(mask != 0, hidden, -np.inf).max(axis=1)
-    else:
-        pooled = (hidden * mask).sum(axis=1) / mask.sum(axis=1)
-    modules = answerer.folder / "modules.json"
-    if modules.is_file() and "Normalize" in modules.read_text(encoding="utf-8"):
-        pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
-    return [{"embedding": [float(value) for value in row]} for row in pooled]
+    """Pooled and projected as the checkpoint's sentence-transformers files say; the mean of the tokens without any."""
+    counted = np.asarray(encoded["attention_mask"])
+    prompt_length = answerer.modules.prompt_length(answerer.prompt, answerer.tokenizer)
+    vectors = answerer.modules.embed(outputs["last_hidden_state"], counted, prompt_length)
+    return [{"embedding": [float(value) for value in row]} for row in vectors]
 
 
 def _classes(answerer: Answerer, _: Sequence[Question], __: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
-    return classes(answerer.config, outputs)
+    return classes(answerer.config, outputs, answerer.raw)
 
 
 def _tags(
     answerer: Answerer, questions: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays
 ) -> list[dict[str, Any]]:
     found = []
-    for index, (question, row) in enumerate(zip(questions, softmax(outputs["logits"]), strict=True)):
+    scored = outputs["logits"] if answerer.raw else softmax(outputs["logits"])
+    for index, (question, row) in enumerate(zip(questions, scored, strict=True)):
         spans = encoded["offset_mapping"][index]
         tokens = [
             {
@@ -318,15 +345,16 @@ def _words(
 
 
 def _choices(
-    _: Answerer, questions: Sequence[Question], __: Mapping[str, Any], outputs: Arrays
+    answerer: Answerer, questions: Sequence[Question], __: Mapping[str, Any], outputs: Arrays
 ) -> list[dict[str, Any]]:
+    scored = outputs["logits"] if answerer.raw else softmax(outputs["logits"])
     return [
         {
             "choice": int(row.argmax()),
             "text": question.choices[int(row.argmax())],
             "scores": [float(value) for value in row],
         }
-        for question, row in zip(questions, softmax(outputs["logits"]), strict=True)
+        for question, row in zip(questions, scored, strict=True)
     ]
 
 

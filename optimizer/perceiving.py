@@ -59,6 +59,8 @@ class Perceiver:
     folder: Path
     longest: int | None = None
     """Nothing is cut: images have one size."""
+    raw: bool = False
+    """Whether scores are logits, as the head gives them."""
 
     def answer(self, questions: Sequence[Any]) -> list[dict[str, Any]]:
         """One answer for each image (a `Row`), in order; as many as the engine takes at once run as one batch."""
@@ -67,7 +69,8 @@ class Perceiver:
 
     def _answer(self, questions: Sequence[Row], room: Room) -> list[dict[str, Any]]:
         outputs = self.engine.run(stacked(room.filled(questions)))
-        return _ANSWERS[self.task](self.config, {name: array[: len(questions)] for name, array in outputs.items()})
+        kept = {name: array[: len(questions)] for name, array in outputs.items()}
+        return _ANSWERS[self.task](self.config, kept, self.raw)
 
     def questions(self, path: Path) -> Iterator[Row]:
         """The images of a file."""
@@ -89,29 +92,49 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
 
 
+def sigmoid(scores: np.ndarray) -> np.ndarray:
+    """The logistic function, without overflow at either end."""
+    smaller = np.exp(-np.abs(scores))
+    return np.asarray(np.where(scores >= 0, 1, smaller) / (1 + smaller))
+
+
 def label(config: Mapping[str, Any], index: int) -> str:
     """What a configuration calls one of its classes."""
     return str(config.get("id2label", {}).get(str(index), f"LABEL_{index}"))
 
 
-def classes(config: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
-    """The likeliest class and the probabilities of all, the likeliest first."""
+def class_scores(config: Mapping[str, Any], logits: np.ndarray) -> np.ndarray:
+    """Scores of a classifier's logits (…, labels), by the rules of transformers' own pipelines.
+
+    A regression keeps its logits, a single logit and labels that do not exclude each other get a sigmoid, the labels of
+    all others a softmax.
+    """
+    kind = config.get("problem_type")
+    if kind == "regression":
+        return logits
+    if kind == "multi_label_classification" or logits.shape[-1] == 1:
+        return sigmoid(logits)
+    return softmax(logits)
+
+
+def classes(config: Mapping[str, Any], outputs: Arrays, raw: bool = False) -> list[dict[str, Any]]:
+    """The likeliest class and the scores of all, the likeliest first; with ``raw`` scores are the logits."""
     found = []
-    for row in softmax(outputs["logits"]):
+    for row in outputs["logits"] if raw else class_scores(config, outputs["logits"]):
         order = np.argsort(-row, kind="stable")
         scores = {label(config, int(index)): float(row[index]) for index in order}
         found.append({"label": label(config, int(order[0])), "score": float(row[order[0]]), "scores": scores})
     return found
 
 
-def _embeddings(_: Mapping[str, Any], outputs: Arrays) -> list[dict[str, Any]]:
+def _embeddings(_: Mapping[str, Any], outputs: Arrays, __: bool) -> list[dict[str, Any]]:
     """The mean over all places of an image: patches (batch, places, size), or a map (batch, size, height, width)."""
     hidden = outputs["last_hidden_state"]
     places = {3: (1,), 4: (2, 3)}.get(hidden.ndim, ())
     return [{"embedding": [float(value) for value in row]} for row in hidden.mean(axis=places)]
 
 
-_ANSWERS: Mapping[str, Callable[[Mapping[str, Any], Arrays], list[dict[str, Any]]]] = {
+_ANSWERS: Mapping[str, Callable[[Mapping[str, Any], Arrays, bool], list[dict[str, Any]]]] = {
     "feature-extraction": _embeddings,
     "image-classification": classes,
 }

@@ -28,6 +28,10 @@ _SHOWN = 6
 )
 @click.option("--target", metavar="NAME[{k=v …}]", help="Which engine of an output, with its options.")
 @click.option(
+    "--prompt", metavar="NAME", help="A prompt of the checkpoint's, such as query, before each embedded text."
+)
+@click.option("--logits", is_flag=True, help="Scores as the model's head gives them: no softmax, no sigmoid.")
+@click.option(
     "--max-new-tokens", "most", type=click.IntRange(min=1), help="Most tokens that an engine writes (64 for texts)."
 )
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="Sample instead of taking the best.")
@@ -44,6 +48,8 @@ def command(
     output: Path | None,
     batch: int,
     target: str | None,
+    prompt: str | None,
+    logits: bool,
     most: int | None,
     temperature: float,
     top_k: int,
@@ -52,7 +58,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Ask ENGINE (an output or an engine folder): labels, embeddings, answers, texts, by its task."""
-    from planish.optimizer.answering import answer_file, open_answerer
+    from planish.optimizer.answering import answer_file, open_answerer, with_prompt, with_raw_scores
     from planish.optimizer.generate import Sampling
     from planish.optimizer.perceiving import Perceiver, Transcriber
     from planish.optimizer.questions import Question
@@ -61,6 +67,10 @@ def command(
     if (text is None) == (source is None) or (source is None) != (output is None):
         raise UsageError("give either --text, or --input and --output")
     answerer = open_answerer(engine, target)
+    if prompt is not None:
+        answerer = with_prompt(answerer, prompt)
+    if logits:
+        answerer = with_raw_scores(answerer)
     if text is not None and isinstance(answerer, Perceiver | Transcriber):
         names = " and ".join(tensor.name for tensor in answerer.signature.inputs)
         raise UsageError(

@@ -113,8 +113,11 @@ def _lower_file(path: Path, task: str | None) -> Lowered:
     from planish.optimizer.lowering import onnx_file
     from planish.optimizer.lowering.checkpoint import companions_in
     from planish.optimizer.lowering.tasks import resolve
+    from planish.optimizer.sentence_modules import read_modules
 
     program, original = onnx_file.lower(path, None if task is None else resolve(task))
+    if program.task == "feature-extraction":
+        read_modules(path.parent)
     return Lowered(program, original, path.parent, tuple(companions_in(path.parent)))
 
 

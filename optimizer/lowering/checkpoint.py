@@ -20,6 +20,7 @@ from planish.optimizer.lowering import adapter as adapter_files
 from planish.optimizer.lowering import tasks
 from planish.optimizer.lowering.assembled import Assembly
 from planish.optimizer.lowering.weights import Stored, Weight, read_index, weight_files
+from planish.optimizer.sentence_modules import module_files, read_modules
 
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"})
 _ATTENTION_KEYS = frozenset({"attn_implementation", "_attn_implementation", "_attn_implementation_internal"})
@@ -27,9 +28,8 @@ _EXPERTS = "batched_mm"
 """How experts are computed while a model is traced: the one way without loops over what the data decides."""
 _TEXT_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model", "modules.json",
-    "sentence_bert_config.json", "1_Pooling/config.json", "generation_config.json", "chat_template.jinja",
-    "source.spm", "target.spm", "preprocessor_config.json",
+    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model",
+    "generation_config.json", "chat_template.jinja", "source.spm", "target.spm", "preprocessor_config.json",
 )  # fmt: skip
 """What runs beside the model and travels with an engine."""
 
@@ -61,7 +61,8 @@ class Checkpoint:
 
 def companions_in(folder: Path) -> list[Path]:
     """Configuration and tokenizer files in a folder, relative to it."""
-    return [Path(name) for name in ("config.json", *_TEXT_FILES) if (folder / name).is_file()]
+    files = [*map(Path, ("config.json", *_TEXT_FILES)), *module_files(folder)]
+    return [file for file in files if (folder / file).is_file()]
 
 
 def open_checkpoint(
@@ -86,6 +87,8 @@ def open_checkpoint(
         )
     else:
         task = tasks.infer(str(architecture), folder)
+    if task == "feature-extraction":
+        read_modules(folder)  # a module that `run` would refuse is refused before anything is built
     if adapter is not None:
         adapter_files.read_adapter(adapter)
     if last_logits and tasks.TASKS[task].family is not tasks.Family.DECODER:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from planish.optimizer import optimize
-from planish.optimizer.answering import Answerer, answer_file, open_answerer
-from planish.optimizer.errors import BadInput
+from planish.optimizer.answering import Answerer, answer_file, open_answerer, with_raw_scores
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.measure import Timing
+from planish.optimizer.perceiving import classes
 from planish.optimizer.questions import Question
 from tests.conftest import Planish, with_tokenizer
 from tests.zoo import Species, build
@@ -62,6 +63,58 @@ def test_labels(made: Made) -> None:
     assert answer["label"] == f"LABEL_{int(scores.argmax())}"
     for index, score in enumerate(scores.tolist()):
         assert answer["scores"][f"LABEL_{index}"] == pytest.approx(score, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_labels": 1},
+        {"num_labels": 1, "problem_type": "regression"},
+        {"num_labels": 3, "problem_type": "regression"},
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+        {"num_labels": 3, "problem_type": "single_label_classification"},
+    ],
+    ids=str,
+)
+def test_scores_are_those_of_the_pipelines_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
+    """One logit is a sigmoid (of softmax it would be 1 for every text), several labels at once a sigmoid each."""
+    from transformers import pipeline
+
+    checkpoint = with_tokenizer(build(Species("bert", "text-classification", config), tmp_path / "checkpoint"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+        optimize(checkpoint, tmp_path / "out")
+    answerer = open_answerer(tmp_path / "out")
+    asked = pipeline("text-classification", str(checkpoint), top_k=None)
+    pairs = [("w1 w2", "w3 w4"), ("w1 w2", "w50 w60 w70")]
+    for text, pair in pairs:
+        (answer,) = answerer.answer([Question(text, pair)])
+        expected = {part["label"]: part["score"] for part in asked({"text": text, "text_pair": pair})}
+        assert answer["scores"] == pytest.approx(expected, abs=1e-5)
+        assert answer["score"] == max(answer["scores"].values())
+        assert answer["label"] == max(expected, key=lambda name: expected[name])
+        (raw,) = with_raw_scores(answerer).answer([Question(text, pair)])
+        logits = original(checkpoint, "text-classification", [text], [pair])[1].logits[0].tolist()
+        assert raw["scores"] == pytest.approx({f"LABEL_{index}": logit for index, logit in enumerate(logits)}, abs=1e-5)
+
+
+def test_scores_of_images_go_by_the_same_rules() -> None:
+    logits = np.array([[0.0, 100.0, -1000.0]], np.float32)
+    (several,) = classes({"problem_type": "multi_label_classification"}, {"logits": logits})
+    assert several["scores"] == {"LABEL_1": 1.0, "LABEL_0": 0.5, "LABEL_2": 0.0}
+    (single,) = classes({}, {"logits": np.array([[2.0]])})
+    assert single["scores"] == pytest.approx({"LABEL_0": 1 / (1 + np.exp(-2))})
+    (raw,) = classes({}, {"logits": logits}, raw=True)
+    assert raw["scores"] == {"LABEL_1": 100.0, "LABEL_0": 0.0, "LABEL_2": -1000.0}
+
+
+def test_logits_of_tags_and_choices_and_of_nothing_else(made: Made) -> None:
+    answerer, checkpoint = made("token-classification")
+    (answer,) = with_raw_scores(answerer).answer([Question("w1 w2")])
+    logits = original(checkpoint, "token-classification", "w1 w2")[1].logits[0, 1:-1]
+    assert [token["score"] for token in answer["tokens"]] == pytest.approx(logits.max(-1).values.tolist(), abs=1e-5)
+    with pytest.raises(UsageError, match="answers of task 'fill-mask' have no logits"):
+        with_raw_scores(made("fill-mask")[0])
 
 
 def test_a_padded_batch_answers_as_single_texts_do(made: Made) -> None:
