@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from planish.optimizer.backend import nothing
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fitting import Room
+from planish.optimizer.json_files import parse_json
 from planish.optimizer.program import SIGNALS, SUM, Axis, Role, Signature, TensorSpec
 from planish.optimizer.reference import positions_of
 
@@ -131,20 +131,20 @@ def one_behind_the_other(given: Sequence[Case], longest: Case, signature: Signat
 def read_texts(path: Path) -> Iterator[str]:
     """The texts of a file: one a line, or the field `text` (or the only field) of each JSON line; never none."""
     found = 0
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                found += 1
-                yield _text_of(line, path, number) if path.suffix == ".jsonl" else line.rstrip("\n")
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    found += 1
+                    yield _text_of(line, path, number) if path.suffix == ".jsonl" else line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"this is not text in UTF-8 ({error})", where=path, advice="save it in UTF-8") from error
     if not found:
         raise BadInput("this file holds no text", where=path)
 
 
 def _text_of(line: str, path: Path, number: int) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        raise BadInput("this line is not JSON", where=f"{path}, line {number}") from None
+    record = parse_json(line, f"{path}, line {number}")
     if isinstance(record, dict):
         record = record.get("text", next(iter(record.values())) if len(record) == 1 else None)
     if not isinstance(record, str):

@@ -36,6 +36,8 @@ class Step:
     failure: CheckFailed | None = None
     vetted: bool = False
     """Whether it is known already, from more cases than `CompareEach` has, that the model stays within its budget."""
+    innocent: bool = False
+    """Whether what failed is the original, which was waited for meanwhile, and not the pass."""
 
     def __post_init__(self) -> None:
         """Until the pass has run, its result is: nothing."""
@@ -102,7 +104,11 @@ class CompareEach(Instrument):
         """CheckFailed if the pass moved an output further than the budget of that pass allows."""
         if not step.result.modified:
             return
-        budget = self.budget_of(step.pass_)  # first: it may wait for the original, whose memory is then gone
+        try:  # first: it may wait for the original, whose memory is then gone
+            budget = self.budget_of(step.pass_)
+        except Exception:
+            step.innocent = True
+            raise
         if self._outputs is None:
             self._outputs = self._run(step.before)
         after = self._run_changed(step)
@@ -185,8 +191,8 @@ class Reproducer(Instrument):
 
     def failed(self, step: Step, error: Exception) -> None:
         """Write `before.onnx`, the remaining pipeline and the command; put the command into the error."""
-        if isinstance(error, OSError | MemoryError | OutOfResources):
-            return  # the machine failed, not the pass, and there may be no room for a reproducer either
+        if step.innocent or isinstance(error, OSError | MemoryError | OutOfResources):
+            return  # the original or the machine failed, not the pass, and there may be no room for a reproducer
         if self.bugs_only and isinstance(error, CheckFailed) and not step.pass_.exact:
             return
         folder = self.folder / step.pass_.name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -16,9 +15,12 @@ from typing import Any
 import onnx_ir as ir
 
 from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.json_files import read_object
 from planish.optimizer.lowering import adapter as adapter_files
 from planish.optimizer.lowering import tasks
 from planish.optimizer.lowering.assembled import Assembly
+from planish.optimizer.lowering.failures import told_as_bad_input
+from planish.optimizer.lowering.links import file_in
 from planish.optimizer.lowering.weights import Stored, Weight, read_index, weight_files
 from planish.optimizer.sentence_modules import module_files, read_modules
 
@@ -60,9 +62,9 @@ class Checkpoint:
 
 
 def companions_in(folder: Path) -> list[Path]:
-    """Configuration and tokenizer files in a folder, relative to it."""
+    """Configuration and tokenizer files in a folder, relative to it; BadInput if one is a link to outside."""
     files = [*map(Path, ("config.json", *_TEXT_FILES)), *module_files(folder)]
-    return [file for file in files if (folder / file).is_file()]
+    return [file for file in files if file_in(folder, file) is not None]
 
 
 def open_checkpoint(
@@ -74,9 +76,11 @@ def open_checkpoint(
     """
     raw = _read_config(folder)
     _refuse_code(raw, folder / "config.json")
+    _refuse_embedded_adapter(folder)
+    companions_in(folder)  # links out of the folder are refused before anything is computed
     weights = read_index(folder)
     config = _transformers_config(folder, raw)
-    architecture = next(iter(raw.get("architectures") or []), None)
+    architecture = _architecture(raw, folder)
     if task is not None:
         task = tasks.resolve(task)
     elif architecture is None:
@@ -86,7 +90,7 @@ def open_checkpoint(
             advice=f"say which of {', '.join(tasks.TASKS)} it shall serve with --task",
         )
     else:
-        task = tasks.infer(str(architecture), folder)
+        task = tasks.infer(architecture, folder)
     if task == "feature-extraction":
         read_modules(folder)  # a module that `run` would refuse is refused before anything is built
     if adapter is not None:
@@ -101,16 +105,28 @@ def open_checkpoint(
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise BadInput("there is no such folder", where=folder, advice="give a checkpoint folder or an .onnx file")
-    path = folder / "config.json"
-    if not path.is_file():
+    path = file_in(folder, "config.json")
+    if path is None:
         raise BadInput("there is no config.json", where=folder, advice="give the folder of a whole checkpoint")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"this is not JSON ({error})", where=path) from error
-    if not isinstance(raw, dict):
-        raise BadInput("this is not a configuration: it holds no object", where=path)
-    return raw
+    return read_object(path)
+
+
+def _architecture(raw: Mapping[str, Any], folder: Path) -> str | None:
+    """The class that config.json names first."""
+    listed = raw.get("architectures") or []
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise BadInput(f"its architectures are no list of names but {listed!r}", where=folder / "config.json")
+    return next(iter(listed), None)
+
+
+def _refuse_embedded_adapter(folder: Path) -> None:
+    """BadInput if an adapter lies in the folder itself: transformers would add it to the original by itself."""
+    if (folder / adapter_files.FILES[0]).is_file():
+        raise BadInput(
+            f"{adapter_files.FILES[0]} lies in the checkpoint's own folder",
+            where=folder,
+            advice="move the adapter's files to a folder of their own and give that as --adapter",
+        )
 
 
 def _refuse_code(raw: object, path: Path, trail: str = "") -> None:
@@ -134,16 +150,15 @@ def _transformers_config(folder: Path, raw: Mapping[str, Any]) -> Any:
     kind = raw.get("model_type")
     if not isinstance(kind, str):
         raise BadInput("it names no model_type", where=folder / "config.json")
-    try:
-        with quiet():
+    path = folder / "config.json"
+    with told_as_bad_input("transformers refuses it", path), quiet():
+        try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        if "does not recognize" in str(error) or isinstance(error, KeyError):
-            raise BadInput(f"transformers has no architecture {kind!r}", where=folder / "config.json") from None
-        raise BadInput(f"transformers refuses it: {str(error)[:300]}", where=folder / "config.json") from error
-    except Exception as error:  # validation of configurations raises types of its own
-        raise BadInput(f"transformers refuses it: {str(error)[:300]}", where=folder / "config.json") from error
-    _refuse_unknown_rope(config, folder / "config.json")
+        except ValueError as error:
+            if "does not recognize" in str(error):
+                raise BadInput(f"transformers has no architecture {kind!r}", where=path) from None
+            raise
+        _refuse_unknown_rope(config, path)
     return config
 
 
@@ -180,12 +195,8 @@ def skeleton(checkpoint: Checkpoint, experts: str | None = _EXPERTS) -> Any:
 def _from_config(cls: type[Any], checkpoint: Checkpoint) -> Any:
     import torch
 
-    try:
+    with told_as_bad_input(f"{cls.__name__} cannot be built from it", checkpoint.folder / "config.json"):
         return cls._from_config(checkpoint.config, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ZeroDivisionError) as error:
-        raise BadInput(
-            f"{cls.__name__} cannot be built from it: {str(error)[:300]}", where=checkpoint.folder / "config.json"
-        ) from error
 
 
 def loaded(checkpoint: Checkpoint) -> Any:
@@ -193,7 +204,7 @@ def loaded(checkpoint: Checkpoint) -> Any:
     import torch
 
     cls = tasks.head_class(checkpoint.task, checkpoint.config, checkpoint.architecture, checkpoint.folder)
-    with quiet():
+    with told_as_bad_input(f"transformers cannot load it as {cls.__name__}", checkpoint.folder), quiet():
         model = cls.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,
@@ -201,8 +212,11 @@ def loaded(checkpoint: Checkpoint) -> Any:
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-        )
-        return model.eval() if checkpoint.adapter is None else adapter_files.merged_original(model, checkpoint.adapter)
+        ).eval()
+    if checkpoint.adapter is None:
+        return model
+    with quiet():
+        return adapter_files.merged_original(model, checkpoint.adapter)
 
 
 @dataclass(frozen=True)

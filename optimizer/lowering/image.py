@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 import onnx_ir as ir
 
 from planish.optimizer.errors import BadInput
+from planish.optimizer.json_files import read_object
 from planish.optimizer.lowering.calls import required_parameters
 from planish.optimizer.lowering.checkpoint import Checkpoint
+from planish.optimizer.lowering.links import file_in
 from planish.optimizer.program import Role, TensorSpec
 
 _NAME = "pixel_values"
@@ -47,7 +48,7 @@ def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
 def _size(checkpoint: Checkpoint) -> tuple[int, int]:
     """Height and width: what config.json says, or what the images are processed to where it says nothing."""
     said = getattr(checkpoint.config, "image_size", None)
-    found = _pair(said) if said is not None else _processed(checkpoint.folder / _PROCESSOR)
+    found = _pair(said) if said is not None else _processed(checkpoint.folder)
     if found is None:
         raise BadInput(
             f"neither config.json nor {_PROCESSOR} tells the size of its images",
@@ -57,16 +58,12 @@ def _size(checkpoint: Checkpoint) -> tuple[int, int]:
     return found
 
 
-def _processed(path: Path) -> tuple[int, int] | None:
+def _processed(folder: Path) -> tuple[int, int] | None:
     """What images are cropped to, or else resized to, by the processor's settings; None if there are none."""
-    if not path.is_file():
+    path = file_in(folder, _PROCESSOR)
+    if path is None:
         return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"this is not JSON ({error})", where=path) from error
-    if not isinstance(settings, dict):
-        raise BadInput("these are not a processor's settings: it holds no object", where=path)
+    settings = read_object(path)
     cropped = _pair(settings.get("crop_size")) if settings.get("do_center_crop", True) else None
     return cropped or _pair(settings.get("size"))
 

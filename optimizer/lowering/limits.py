@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from planish.optimizer.errors import BadInput
+from planish.optimizer.json_files import read_object
 from planish.optimizer.lowering.checkpoint import Checkpoint
+from planish.optimizer.lowering.links import file_in
 from planish.optimizer.program import PAST, Axis
 
 _LONGEST = 1 << 20
@@ -45,11 +45,8 @@ def _position_limit(model: Any, config: Any) -> int | None:
 
 
 def _tokenizer_limit(folder: Path) -> int | None:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
+    path = file_in(folder, "tokenizer_config.json")
+    if path is None:
         return None
-    try:
-        limit = json.loads(path.read_text(encoding="utf-8")).get("model_max_length")
-    except (ValueError, AttributeError):
-        raise BadInput("this is not JSON", where=path) from None
+    limit = read_object(path).get("model_max_length")
     return int(limit) if isinstance(limit, int | float) and 0 < limit < _LONGEST else None

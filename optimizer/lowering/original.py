@@ -23,6 +23,7 @@ from planish.optimizer.errors import BadInput, InternalError, OutOfResources, Pl
 from planish.optimizer.lowering.calls import CALLS
 from planish.optimizer.lowering.checkpoint import Checkpoint, loaded, open_checkpoint, quiet
 from planish.optimizer.lowering.continuing import continue_greedily
+from planish.optimizer.lowering.failures import told_as_bad_input
 from planish.optimizer.lowering.module import to_torch
 from planish.optimizer.lowering.offload import offloaded
 from planish.optimizer.reference import (
@@ -102,7 +103,7 @@ class TorchOriginal(Original):
         with _double_precision(module):
             try:
                 return Answers(outputs, _by_component(few, _side_by_side(module, again)), continued)
-            except RuntimeError:  # operands of two types: some code names float32
+            except (BadInput, OutOfResources):  # operands of two types: some code names float32
                 return Answers(outputs, None, continued)
 
     def _thinned(self, module: Any, component: str, case: Case, dtype: Any = None) -> dict[str, np.ndarray]:
@@ -116,21 +117,18 @@ class TorchOriginal(Original):
         if dtype is not None:
             feeds = {k: v.to(dtype) if v.is_floating_point() else v for k, v in feeds.items()}
         with torch.no_grad(), quiet():
-            try:
+            shapes = {name: list(array.shape) for name, array in case.items()}
+            what = f"the original model cannot run reference inputs of shapes {shapes}"
+            with told_as_bad_input(what, None, "give inputs that it takes with --calibration"):
                 results = CALLS[call](module, feeds)
-            except (IndexError, ValueError, KeyError) as error:
-                shapes = {name: list(array.shape) for name, array in case.items()}
-                raise BadInput(
-                    f"the original model cannot run reference inputs of shapes {shapes}: {error}",
-                    advice="give inputs that it takes with --calibration",
-                ) from error
         return {name: results[name].numpy() for name in outputs}
 
 
 def _continued(module: Any, prompt: Case, swap: int) -> Continuation:
     import torch
 
-    with torch.no_grad(), quiet():
+    what = "the original model cannot go on with a text"
+    with torch.no_grad(), quiet(), told_as_bad_input(what, None):
         return continue_greedily(module, prompt, swap)
 
 

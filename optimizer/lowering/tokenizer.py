@@ -7,11 +7,12 @@ from typing import Any
 
 from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering.checkpoint import quiet
+from planish.optimizer.lowering.links import file_in
 
 
 def load_tokenizer(folder: Path) -> Any | None:
     """The tokenizer in a folder, or None if there is none; never code of the folder's, never a download."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not any(file_in(folder, name) for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     from transformers import AutoTokenizer
 

@@ -6,9 +6,9 @@ is believed (format: https://github.com/huggingface/safetensors#format).
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.errors import BadInput
+from planish.optimizer.json_files import parse_json, read_object
+from planish.optimizer.lowering.links import file_in
 from planish.optimizer.tensors import lazy
 
 _DTYPES: dict[str, ir.DataType] = {
@@ -38,6 +40,9 @@ _DTYPES: dict[str, ir.DataType] = {
 }
 _HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _HEADER_LIMIT = 100 << 20
+_NUMBER_LIMIT = 1 << 63
+_NAME_LIMIT = 255
+"""Bytes of a file's name that file systems take."""
 _STRIP = 1 << 22
 """Elements that are converted and transposed at a time."""
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "tf_model.h5", "flax_model.msgpack")
@@ -171,11 +176,11 @@ def read_index(folder: Path) -> dict[str, Stored]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in the order of its index."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    index = file_in(folder, "model.safetensors.index.json")
+    if index is not None:
         return _shards(folder, index)
-    single = folder / "model.safetensors"
-    if single.is_file():
+    single = file_in(folder, "model.safetensors")
+    if single is not None:
         return [single]
     found = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if found:
@@ -188,15 +193,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(table.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"the shard index cannot be read ({error})", where=index) from error
+    content = read_object(index)
+    table = content.get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise BadInput("the shard index has no weight_map from names of tensors to names of files", where=index)
+    if not isinstance(content.get("metadata", {}), dict):  # transformers asks it for more than we do
+        raise BadInput("the metadata of the shard index are no object", where=index)
+    names = sorted(set(table.values()))
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > _NAME_LIMIT:
             raise BadInput(f"shard {name!r} lies outside the checkpoint's folder", where=index)
-        if not (folder / name).is_file():
+        if file_in(folder, name) is None:
             raise BadInput(f"shard {name!r} is missing", where=folder, advice="download the checkpoint again, whole")
     files = [folder / name for name in names]
     present: dict[str, str] = {}
@@ -224,24 +231,46 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise _broken(path, "its header is longer than the file")
         raw = file.read(length)
     try:
-        header: dict[str, Any] = json.loads(raw)
+        header = parse_json(raw.decode("utf-8"), path)
+        if not isinstance(header, dict):
+            raise TypeError("it is no object")
         header.pop("__metadata__", None)
         tensors = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(path, f"its header is not readable ({type(error).__name__}: {error})") from error
+    except (BadInput, ValueError, KeyError, TypeError) as error:
+        why = error.what if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+        raise _broken(path, f"its header is not readable ({why})") from error
     _check_extents(path, tensors, 8 + length, size)
+    _check_with_the_library(path)
     return tensors
 
 
+def _check_with_the_library(path: Path) -> None:
+    """BadInput if safetensors' own reader, which reads the file for the original, does not take it either."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            return
+    except SafetensorError as error:
+        raise _broken(path, str(error)) from error
+
+
 def _entry(path: Path, base: int, entry: dict[str, Any]) -> Stored:
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(dim) for dim in entry["shape"])
+    begin, end = _whole_numbers(entry["data_offsets"])
+    shape = tuple(_whole_numbers(entry["shape"]))
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"unknown element type {entry['dtype']!r}")
     dtype = _DTYPES[entry["dtype"]]
-    if any(dim < 0 for dim in shape) or begin < 0 or end - begin != _nbytes(dtype, shape):
+    if begin < 0 or end - begin != _nbytes(dtype, shape):
         raise ValueError(f"a tensor of shape {shape} and type {entry['dtype']} cannot have {end - begin} bytes")
     return Stored(path, base + begin, dtype, shape, dtype=dtype)
+
+
+def _whole_numbers(items: object) -> list[int]:
+    """The items of a list of sizes or offsets: 4.0, true and Infinity are numbers for Python alone."""
+    if not isinstance(items, list) or not all(type(item) is int and 0 <= item < _NUMBER_LIMIT for item in items):
+        raise TypeError(f"{items!r} is no list of sizes")
+    return items
 
 
 def _check_extents(path: Path, tensors: dict[str, Stored], base: int, size: int) -> None:

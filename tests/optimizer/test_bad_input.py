@@ -130,7 +130,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing folder": (shutil.rmtree, "there is no such file or folder"),
     "no config.json": (remove("config.json"), "there is no config.json"),
     "config is not JSON": (write("config.json", b"{"), "this is not JSON"),
-    "config is a list": (write("config.json", b"[]"), "it holds no object"),
+    "config is a list": (write("config.json", b"[]"), "this holds no JSON object"),
     "config without model_type": (lambda f: configure(f, model_type=None), "it names no model_type"),
     "no architecture": (lambda f: configure(f, architectures=None), "config.json names no architecture"),
     "architecture without a task": (
@@ -403,6 +403,8 @@ def test_calibration_files(tiny: Path, tmp_path: Path) -> None:
 
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     (tmp_path / "keys.jsonl").write_text('{"a": "x", "b": "y"}\n')
     np.savez(tmp_path / "keys.npz", y=np.zeros(2))
     np.savez(tmp_path / "type.npz", x=np.array([["a", "b"]]))
@@ -411,7 +413,9 @@ def test_calibration_files(tiny: Path, tmp_path: Path) -> None:
     assert "there is no such file" in failure("gone.txt")
     assert "texts need a tokenizer" in failure("empty.txt")
     assert "this file holds no text" in failure("empty.txt", object())
-    assert "line 2: this line is not JSON" in failure("bad.jsonl", object())
+    assert "line 2: this is not JSON" in failure("bad.jsonl", object())
+    assert "this is not text in UTF-8" in failure("latin.txt", object())
+    assert "line 1: this is nested deeper than 64 levels" in failure("deep.jsonl", object())
     assert "line 1: this line has no field 'text'" in failure("keys.jsonl", object())
     assert "it has no array 'x'; it has ['y']" in failure("keys.npz")
     assert "is <U1, not float32" in failure("type.npz")
