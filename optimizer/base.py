@@ -135,6 +135,11 @@ class Pass(ir.passes.InPlacePass):
         """Whether what the pass does may depend on its target, or on what was seen."""
         return type(self).questions is not Pass.questions or type(self).wishes is not Pass.wishes
 
+    @property
+    def observes(self) -> bool:
+        """Whether the pass may want to have seen activations."""
+        return type(self).wishes is not Pass.wishes
+
     def digest(self, model: ir.Model) -> None:
         """Use what was just seen; called whenever some of the wishes are granted, before what is bulky is forgotten."""
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planish.optimizer import registry
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.measure import EngineRef, Timing, race
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.program import Axis, Signature, TensorSpec
-from planish.optimizer.reference import default_shapes, sized_case
+from planish.optimizer.reference import default_shapes, refuse_other_sizes, sized_case
 
 _BY_SUFFIX = {".onnx": "onnxruntime", ".xml": "openvino"}
 
@@ -49,11 +49,18 @@ def bench(
     Components of an encoder-decoder race apart, each with the same component of other engines.
 
     ``targets`` give options to the runtimes (`onnxruntime{threads=2}`) and say which engines of an output take part,
-    each once for every target of its runtime; without them all do. Raises BadInput if nothing is there to time.
+    each once for every target of its runtime; without them all do. Raises BadInput if nothing is there to time, and
+    UsageError for sizes or targets that nothing here can have.
     """
     entrants = [entrant for path in (*against, *models) for entrant in _entrants(Path(path), targets)]
     if not entrants:
         raise BadInput("there is no engine to time here", where=", ".join(map(str, models)))
+    opened = {registry.backend(entrant.engine.target).name for entrant in entrants}
+    idle = [text for text in targets if registry.backend(text).name not in opened]
+    if idle:
+        advice = f"there are engines of {', '.join(sorted(opened))}"
+        raise UsageError("nothing here is opened with it", where=f"--target {idle[0]}", advice=advice)
+    refuse_other_sizes([entrant.signature for entrant in entrants], shapes)
     components = dict.fromkeys(entrant.component for entrant in entrants)
     return [row for name in components for row in _race([e for e in entrants if e.component == name], shapes)]
 

@@ -19,8 +19,8 @@ from planish.optimizer import onnx_io, registry
 from planish.optimizer.backend import Arrays
 from planish.optimizer.base import Pass, PassResult, at_most
 from planish.optimizer.checking import CHECKER
-from planish.optimizer.compare import Budget, compare
-from planish.optimizer.errors import BadInput, CheckFailed, PlanishError
+from planish.optimizer.compare import Budget, compare, metrics_of
+from planish.optimizer.errors import BadInput, CheckFailed, PlanishError, UsageError
 from planish.optimizer.lowering import lower
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.observing import Observe
@@ -109,6 +109,7 @@ def _of_file(source: Path, asked: Budget, fixed: Mapping[str, int]) -> tuple[ir.
     """The model in a file, held against what it computes itself."""
     lowered = lower(source).with_fixed(fixed)
     model, signature = lowered.program.sole()
+    asked.refuse_unmeasured(metrics_of(signature))
     reference = file_reference(lowered)
     return model, Trial(signature, reference, reference.exact_budget(), asked)
 
@@ -130,19 +131,34 @@ def _of_output(folder: Path, asked: Budget) -> tuple[ir.Model, Trial]:
     inputs, outputs = zip(*pairs[:QUICK], strict=True)
     budget = Budget.parse(manifest.targets[name].budgets[component].split())
     signature = manifest.signatures[component].signature()
+    asked.refuse_unmeasured(metrics_of(signature))
+    budget = budget if budget.clauses else reference.exact_budget()  # what was asked for is about whole engines
     model, _ = lower(files[name][0]).program.sole()
-    return model, Trial(signature, replace(reference, inputs=inputs, outputs=outputs), budget, asked)
+    return model, Trial(
+        signature, replace(reference, inputs=inputs, outputs=outputs), budget, asked if asked.clauses else budget
+    )
 
 
 def bisect(source: Path, pipeline: str, repro: Path, *, keep: Sequence[str] = ()) -> Culprit | None:
     """The first pass and site of ``pipeline`` that leaves the budget on the ONNX file ``source``; None if none does.
 
     Of an output, the pipeline goes on from its first engine that is an ONNX file, held against the original's reference
-    and the engine's budget. Passes that are not exact are held against ``keep``. A small model that the pass alone
-    breaks is written to ``repro``, if any does.
+    and the engine's budget. Passes that are not exact are held against ``keep``, which a file needs for them. A small
+    model that the pass alone breaks is written to ``repro``, if any does.
     """
-    steps = Pipeline.parse(pipeline)
-    model, trial = Trial.of(source, Budget.parse(keep), steps.fixed)
+    steps, asked = Pipeline.parse(pipeline), Budget.parse(keep)
+    bent = next((step for step in steps.passes if not step.exact), None)
+    if keep and bent is None:
+        raise UsageError(
+            "all passes are exact, and held against rounding alone", where=f"--keep {asked}", advice="leave it out"
+        )
+    if not keep and bent is not None and not source.is_dir():
+        raise UsageError(
+            f"{bent.name} is not exact, and nothing says how far it may go",
+            where=source,
+            advice="give --keep METRIC>=X",
+        )
+    model, trial = Trial.of(source, asked, steps.fixed)
     for count in range(1, len(steps.passes) + 1):
         before = model.clone()
         attempt = trial.attempt(model, steps.passes[:count])

@@ -14,11 +14,11 @@ from planish.optimizer import choosing, instruments, onnx_io, registry
 from planish.optimizer.backend import Arrays, Backend
 from planish.optimizer.base import Pass
 from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engines, demand_room, load_mapped
-from planish.optimizer.compare import Budget, Clause, Comparison
+from planish.optimizer.compare import CONTINUED, JUDGED, Budget, Clause, Comparison, metrics_of
 from planish.optimizer.contenders import Contender, unmeasured_choice, went_on
 from planish.optimizer.errors import CheckFailed
 from planish.optimizer.evaluating import Evaluation, scored
-from planish.optimizer.graph import border_of
+from planish.optimizer.graph import border_of, operators_of
 from planish.optimizer.instruments import Instrument
 from planish.optimizer.lock import Choice, Product
 from planish.optimizer.lowering import Lowered
@@ -29,6 +29,7 @@ from planish.optimizer.profile import Profile, Tune
 from planish.optimizer.reference import References, default_shapes, known_sizes, quick, sized_case
 from planish.optimizer.request import Request
 from planish.optimizer.sensitivity import Select, tightened
+from planish.optimizer.sites import Expectation, Rewritten, check_expectations, summed
 from planish.optimizer.stages import Stages
 
 NOT_CHECKED = "NOT CHECKED"
@@ -56,6 +57,7 @@ class Built:
     fidelity: Fidelity
     timings: Mapping[str, Mapping[str, Timing]]
     """Per shape: `plain` and `optimized`; empty if nothing was measured."""
+    rewritten: Rewritten
 
 
 @dataclass
@@ -76,6 +78,8 @@ class Builder:
     stages: Stages
     offload: bool = False
     """Weights stay in their files: single passes are not compared, engines are opened `mapped`, nothing is timed."""
+    expected: Sequence[Expectation] = ()
+    """How often passes must fire and operators be there, whatever is shipped."""
     notes: list[str] = field(default_factory=list)
     """What the user should read after the build."""
     profiles: dict[str, Profile] = field(default_factory=dict)
@@ -108,6 +112,7 @@ class Builder:
             self.notes.append(f"{target.name} strayed too far: rounding is held to {share:g} of the error allowed")
             contenders = self._contenders(target, choice, place, share)
         first = contenders[0]
+        check_expectations(self.expected, [Rewritten.of(target.name, one.outcomes) for one in contenders])
         if first.violations and self.request.preset is None:
             raise CheckFailed(
                 "; ".join(first.violations), where=f"target {target}", advice="choose other passes or a wider budget"
@@ -116,6 +121,9 @@ class Builder:
         best = first
         if choice is None:
             best, choice, timings = self._choose(target, contenders)
+            reports = [report for outcome in best.outcomes.values() for report in outcome.reports]
+            if reports and not any(report.modified for report in reports):
+                choice = self._unchanged(target, choice)
         elif first.violations and choice.shipped == "optimized":
             raise CheckFailed(
                 "; ".join(first.violations), where=f"target {target}", advice="the lock does not hold here: remove it"
@@ -127,7 +135,20 @@ class Builder:
         if not choice.products:
             made = best if choice.shipped == "optimized" else None
             choice = choice.model_copy(update={"products": self._products(target, made)})
-        return Built(target, best.outcomes, choice, best.budgets, best.fidelity, timings)
+        rewritten = Rewritten.of(target.name, best.outcomes)
+        check_expectations(self.expected, [rewritten])
+        if choice.shipped == "plain":
+            plain = summed(map(operators_of, self.lowered.program.components.values()))
+            rewritten = replace(rewritten, shipped=plain)
+        return Built(target, best.outcomes, choice, best.budgets, best.fidelity, timings, rewritten)
+
+    def _unchanged(self, target: Backend, choice: Choice) -> Choice:
+        """The choice of an engine that no pass changed: an equal engine is not faster, whatever the clock said."""
+        self.notes.append(f"no pass changed anything for {target.name}: planish explain OUT tells why of each")
+        why = "no pass changed anything"
+        if not choice.measured:
+            return choice.model_copy(update={"why": f"{choice.why}; {why}"})
+        return choice.model_copy(update={"shipped": "plain", "why": why})
 
     def _contenders(self, target: Backend, choice: Choice | None, place: Path, share: float = 1) -> list[Contender]:
         """The engine of the pipeline, in its place; behind it those of other pipelines, and with the extra passes
@@ -147,6 +168,8 @@ class Builder:
             for text, done in list(ways.items()) if trying and extra.passes else ():
                 behind = f"{text},{extra}" if text else str(extra)
                 ways[behind] = {name: self._run_further(name, outcome, extra) for name, outcome in done.items()}
+            firm = [expectation for expectation in self.expected if expectation.is_exact]
+            check_expectations(firm, [Rewritten.of(target.name, outcomes) for outcomes in ways.values()])
             changed = {text: outcomes for text, outcomes in ways.items() if not text or went_on(outcomes, ways[""])}
         places = {text: self.scratch / f"{target.name}-{n}" if n else place for n, text in enumerate(ways)}
         with self.stages.stage(f"{target.name}: emission"):
@@ -212,11 +235,12 @@ class Builder:
 
     def _selecting(self, target: Backend, component: str, pipeline: Pipeline, share: float) -> list[Instrument]:
         """What decides which products are rounded, if the outputs have a budget and can be compared."""
-        if self.references is None or self.offload or not self.request.steering.clauses:
+        signature = self.lowered.program.signatures[component]
+        steering = self.request.steering(signature)
+        if self.references is None or self.offload or not steering.clauses:
             return []
         references, load = self.references, registry.backend(CHECKER).load
-        budget = tightened(self.request.steering, share)
-        signature = self.lowered.program.signatures[component]
+        budget = tightened(steering, share)
         select = Select(signature, lambda: references().components[component], budget, load)
         self.selections[target.name, component, str(pipeline)] = select
         return [select]
@@ -273,7 +297,7 @@ class Builder:
         """What one pass may change: rounding if it is exact, else what was asked for."""
         if step.exact and self.references is not None:
             return self.references().components[component].exact_budget()
-        return self.request.steering
+        return self.request.steering(self.lowered.program.signatures[component])
 
     def _budgets(self, target: Backend, passes: Mapping[str, Sequence[Pass]]) -> dict[str, Budget]:
         """What each component of an engine may differ from the reference, given the passes that made it.
@@ -285,17 +309,20 @@ class Builder:
         references = self.references()
         bent = target.rounds and bool(self.request.asked.clauses)
         exact = {name: not bent and all(step.exact for step in steps) for name, steps in passes.items()}
-        budgets = {
-            name: Budget((*references.components[name].exact_budget().clauses, *self.request.asked.clauses))
-            if exact[name]
-            else self.request.asked
-            for name in passes
-        }
+        asked = self.request.asked
+        written = asked.only(CONTINUED) if references.continuations else Budget()
+        judged = asked.only(JUDGED) if self.request.evaluation is not None else Budget()
+        budgets = {}
+        for name in passes:
+            signature = self.lowered.program.signatures[name]
+            whole = bool(written.clauses or judged.clauses)  # these hold of every component
+            held = asked.only(metrics_of(signature)) if whole else self.request.steering(signature)
+            noise = references.components[name].exact_budget().clauses if exact[name] else ()
+            budgets[name] = Budget((*noise, *held.clauses))
         if references.continuations:
-            asked = self.request.asked.clauses
-            budgets[GENERATION] = Budget((*(_SAME_TOKENS if all(exact.values()) else ()), *asked))
+            budgets[GENERATION] = Budget((*(_SAME_TOKENS if all(exact.values()) else ()), *written.clauses))
         if self.request.evaluation is not None:
-            budgets[EVALUATION] = self.request.asked
+            budgets[EVALUATION] = judged
         return budgets
 
     def _emit(self, target: Backend, models: Mapping[str, ir.Model], place: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from planish.optimizer.backend import nothing
 from planish.optimizer.compare import Case
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.fitting import Room
 from planish.optimizer.json_files import parse_json
 from planish.optimizer.program import SIGNALS, SUM, Axis, Role, Signature, TensorSpec
@@ -25,6 +25,8 @@ _CASES = 8
 """At most this many cases serve as reference: one long, one single, the others padded batches."""
 _HELD_OUT = _BATCH * _CASES
 """Texts that serve as reference; those behind them are calibrated on, if there are as many again."""
+NOT_OBSERVED = "no pass that was asked for sees activations, so nothing is calibrated"
+"""Why data that are calibrated on, or their number, are refused."""
 SAMPLES = 256
 """Texts that are calibrated on, unless another number is asked for."""
 
@@ -46,10 +48,12 @@ class Samples:
     @classmethod
     def of(cls, given: Given, count: int | None = None) -> Samples:
         """What was given, checked; of an iterable no more is taken than is needed."""
-        count = SAMPLES if count is None else count
+        asked, count = count, SAMPLES if count is None else count
         if isinstance(given, str | Path):
             if not Path(given).is_file():
                 raise BadInput("there is no such file", where=given)
+            if asked is not None and Path(given).suffix == ".npz":
+                raise UsageError("all rows of an .npz file are taken", where="--samples", advice="leave it out")
             return cls(Path(given), count)
         taken: tuple[str | Case, ...] = tuple(itertools.islice(given, _HELD_OUT + count))
         if not taken:

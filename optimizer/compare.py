@@ -20,20 +20,22 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from planish.optimizer.errors import CheckFailed, UsageError
-from planish.optimizer.program import SUM, Role, Signature, TensorSpec
+from planish.optimizer.program import SUM, Program, Role, Signature, TensorSpec
 from planish.optimizer.spec import did_you_mean
 
 METRICS = ("max_abs", "max_rel", "cosine", "cosine_min", "top1", "perplexity", "kl", "greedy", "score")
 _ERRORS = ("max_abs", "max_rel", "perplexity", "kl")
 """Metrics of which less is better."""
-WHOLE = ("kl", "greedy", "score", "score_ratio")
-"""Metrics of a whole engine, which no single graph has."""
+CONTINUED = ("kl", "greedy", "top1")
+"""Metrics of continuations."""
+JUDGED = ("score", "score_ratio")
+"""Metrics of the user's own measure."""
 _MULTIPLES = ("perplexity", "score_ratio")
 """Metrics that are multiples of the original's."""
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
@@ -119,11 +121,62 @@ class Budget:
             if (metric := clause.metric) in metrics and not clause.holds(metrics[metric])
         ]
 
+    def only(self, metrics: Container[str]) -> Budget:
+        """The clauses about these metrics."""
+        return Budget(tuple(clause for clause in self.clauses if clause.metric in metrics))
+
+    def refuse_unmeasured(self, measured: Container[str]) -> None:
+        """UsageError if a clause is about a metric that is not ``measured``; it names those that are.
+
+        A comparison holds no value of such a metric, so `violations` would take the clause for kept.
+        """
+        for clause in self.clauses:
+            if clause.metric not in measured:
+                reason = _UNMEASURED.get(clause.metric, "nothing is compared")
+                raise UsageError(
+                    f"this cannot be measured here: {reason}",
+                    where=f"--keep {clause}",
+                    advice=f"there are: {', '.join(metric for metric in METRICS if metric in measured) or 'none'}",
+                )
+
     def check(self, comparison: Comparison, *, where: str) -> None:
         """CheckFailed with every violation, located at ``where``."""
         found = self.violations(comparison)
         if found:
             raise CheckFailed("; ".join(found), where=where)
+
+
+_UNMEASURED = {
+    "cosine": "no output is a vector",
+    "cosine_min": "no output is a vector",
+    "top1": "no output is a vector of scores",
+    "perplexity": "no output scores the next token at every place",
+    "kl": "no tokens are written",
+    "greedy": "no tokens are written",
+    "score": "nothing prints it, give --evaluate to optimize",
+    "score_ratio": "nothing prints it, give --evaluate to optimize",
+}
+"""Why a model has no value of a metric."""
+
+
+def metrics_of(signature: Signature) -> frozenset[str]:
+    """The metrics that `compare` can give of a component."""
+    ids = next((tensor.shape for tensor in signature.inputs if tensor.name == "input_ids"), None)
+    metrics = {"max_abs", "max_rel"} if signature.outputs else set()
+    for tensor in signature.outputs:
+        scores = tensor.role is Role.LOGITS and tensor.shape[-1:] not in ((), (1,))
+        metrics |= {"cosine", "cosine_min"} if tensor.shape else set()
+        metrics |= {"top1"} if scores else set()
+        follows = signature.cached and tensor.shape[:-1] == ids and ids[1:] != (1,)
+        metrics |= {"perplexity"} if scores and follows else set()
+    return frozenset(metrics)
+
+
+def measured_metrics(program: Program, *, evaluated: bool = False) -> frozenset[str]:
+    """The metrics of a whole program: of its components, of continuations if it writes, and the user's own."""
+    components = frozenset[str]().union(*map(metrics_of, program.signatures.values()))
+    continued = CONTINUED if program.generates else ()
+    return components.union(continued, JUDGED if evaluated else ())
 
 
 def _clause(text: str) -> Clause:

@@ -19,7 +19,7 @@ from planish.optimizer import manifest as records
 from planish.optimizer import registry
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.building import EVALUATION, NOT_CHECKED, Builder, Built
-from planish.optimizer.calibration import Given, Samples, one_behind_the_other
+from planish.optimizer.calibration import NOT_OBSERVED, Given, Samples, one_behind_the_other
 from planish.optimizer.checking import CHECKER, check_engines, demand_room
 from planish.optimizer.compare import Budget, Comparison
 from planish.optimizer.errors import UsageError
@@ -38,14 +38,13 @@ from planish.optimizer.recording import (
     ReferenceMode,
     measurements_of,
     reference_record,
-    sites_of,
     target_record,
 )
 from planish.optimizer.reference import Reference, References, make_inputs, make_prompts, noise_floor
 from planish.optimizer.rehearsal import Rehearsal
 from planish.optimizer.report import write_report
 from planish.optimizer.request import Request, request_of
-from planish.optimizer.sites import Expectation, check_expectations, write_sites
+from planish.optimizer.sites import Expectation, refuse_absent, write_sites
 from planish.optimizer.stages import Stages
 
 _PRECISE_CASES = 1
@@ -125,17 +124,34 @@ def optimize(
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
     data = _data(calibration, samples)
-    request = request_of(targets, preset, pipeline, keep, shapes, fix, profile, evaluate, logits, calibrated=bool(data))
+    request = request_of(
+        targets,
+        preset,
+        pipeline,
+        keep,
+        shapes,
+        fix,
+        profile,
+        evaluate,
+        logits,
+        calibrated=bool(data),
+        reference=reference,
+    )
+    if samples is not None and not request.observes:
+        raise UsageError(NOT_OBSERVED, where="--samples", advice="leave it out")
     wanted = [Expectation.parse(text) for text in expect]
     known = Lock.read(Path(lock)) if lock is not None and Path(lock).is_file() else None
+    runs = request.preset is None or reference == "full" or (reference == "offload" and known is not None)
+    refuse_absent(wanted, {t.name: request.passes_for(t) if runs else () for t in request.targets})
     stages = Stages(progress, _count(request, known, reference))
     with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
         with stages.stage("lowering"):
             lowered = _lowered(request, source, task, adapter, reference, sample_inputs, dynamic_axes)
         _check_lock(known, lock, lowered, request, data)
+        request.check_fits(lowered.program)
         builder = _builder(request, lowered, data, reference, (folder, Path(scratch), Path(f"{out}.failed")), stages)
+        builder.expected, builder.notes = wanted, request.replaced(lowered.program)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
-        check_expectations(wanted, sites_of(built), [t.name for t in request.targets])
         with stages.stage("report"):
             result = _write(folder, builder, built, data, reference)
     if lock is not None and known is None:
@@ -230,8 +246,6 @@ def _asked(
     With `offload` it answers now: two who read all weights at once would need twice the memory.
     """
     if reference == "none":
-        if request.evaluation is not None:
-            raise UsageError("engines that nothing is compared with are not judged", where="--evaluate")
         return {}, None
     if reference == "offload" and request.preset is not None:  # before anything is read
         plain = max(weight_bytes(model) for model in lowered.program.components.values())
@@ -368,7 +382,7 @@ def _write(folder: Path, builder: Builder, built: Sequence[Built], data: Samples
         targets={engine.target.name: target_record(engine, folder) for engine in built},
         files={},
     )
-    write_sites(folder, sites_of(built))
+    write_sites(folder, [record for engine in built for record in engine.rewritten.sites])
     write_report(folder, manifest, locked)
     manifest = manifest.model_copy(update={"files": records.hash_files(folder)})
     manifest.write(folder)

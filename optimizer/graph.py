@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -209,6 +210,13 @@ def sizes_of(tensor: ir.TensorProtocol) -> list[int]:
 def opset_of(model: ir.Model) -> int:
     """The version of the standard ONNX domain that the model imports (0 if it imports none)."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def operators_of(model: ir.Model) -> dict[str, int]:
+    """How often each operator is in a graph and its subgraphs; those outside of ONNX as `domain::Operator`."""
+    nodes = model.graph.all_nodes()
+    names = (node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}" for node in nodes)
+    return dict(sorted(Counter(names).items()))
 
 
 def border_of(model: ir.Model) -> list[tuple[str | None, ir.DataType | None]]:

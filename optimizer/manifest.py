@@ -152,11 +152,18 @@ class TargetRecord(Record):
     comparison: dict[str, dict[str, float]]
     """Fidelity of the shipped engine to the reference."""
     size_bytes: int
+    canonical_operators: dict[str, int] = {}
+    """Number of nodes by operator that passes left, over all components, before the target's own spelling."""
+    operators: dict[str, int] = {}
+    """The same of the graph that the target compiles."""
 
     def asked(self) -> str:
         """The budgets as one text for people."""
-        distinct = dict.fromkeys(self.budgets.values())
-        return next(iter(distinct)) if len(distinct) == 1 else "; ".join(f"{n}: {b}" for n, b in self.budgets.items())
+        asked = {name: budget for name, budget in self.budgets.items() if budget}
+        distinct = dict.fromkeys(asked.values())
+        if len(distinct) == 1 and len(asked) == len(self.budgets):
+            return next(iter(distinct))
+        return "; ".join(f"{name}: {budget}" for name, budget in asked.items())
 
 
 class Manifest(Record):

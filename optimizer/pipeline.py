@@ -18,9 +18,10 @@ from planish.optimizer import presets, registry, spec
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.compare import Comparison
 from planish.optimizer.errors import CheckFailed, UsageError
-from planish.optimizer.graph import weight_bytes
+from planish.optimizer.graph import operators_of, weight_bytes
 from planish.optimizer.instruments import Instrument, Step
 
+_LEGALIZING = "legalize-"
 OnFailure = Literal["raise", "rollback"]
 """What a failed check of one pass means: the end of the run, or the model as it was before that pass."""
 
@@ -37,6 +38,8 @@ class PassReport:
     facts: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
     nodes: tuple[int, int] = (0, 0)
     """Number of nodes before and after."""
+    operators: tuple[Mapping[str, int], Mapping[str, int]] = dataclasses.field(default_factory=lambda: ({}, {}))
+    """Number of nodes by operator, before and after."""
     weight_bytes: tuple[int, int] = (0, 0)
     """Bytes of initializers before and after."""
     comparison: Comparison | None = None
@@ -58,6 +61,12 @@ class Outcome:
     def applied(self) -> Pipeline:
         """The passes whose work is in the model, in order."""
         return Pipeline.parse(",".join(report.text for report in self.reports if report.rolled_back is None))
+
+    @property
+    def canonical(self) -> Mapping[str, int]:
+        """Number of nodes by operator before the first pass that writes them as a target wants them (`legalize-…`)."""
+        legalizing = next((report for report in self.reports if report.name.startswith(_LEGALIZING)), None)
+        return operators_of(self.model) if legalizing is None else legalizing.operators[0]
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,7 @@ def _run_step(step: Step, watchers: Sequence[Instrument]) -> PassReport:
 def _report(step: Step) -> PassReport:
     result = step.result
     after = step.before if step.failure is not None else step.model
+    before, operators = operators_of(step.before), operators_of(after)
     return PassReport(
         name=step.pass_.name,
         text=str(step.pass_),
@@ -149,13 +159,10 @@ def _report(step: Step) -> PassReport:
         sites=result.sites,
         refusals=result.refusals,
         facts=result.facts,
-        nodes=(_count(step.before), _count(after)),
+        nodes=(sum(before.values()), sum(operators.values())),
+        operators=(before, operators),
         weight_bytes=(weight_bytes(step.before), weight_bytes(after)),
         comparison=step.comparison,
         rolled_back=None if step.failure is None else step.failure.what,
         measured=step.measured,
     )
-
-
-def _count(model: ir.Model) -> int:
-    return sum(1 for _ in model.graph.all_nodes())

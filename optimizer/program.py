@@ -90,6 +90,13 @@ class Axis:
         """The accepted size nearest to ``size``."""
         return max(self.minimum, size if self.maximum is None else min(size, self.maximum))
 
+    @property
+    def span(self) -> str:
+        """The accepted sizes as text."""
+        if self.maximum is None:
+            return f"at least {self.minimum}"
+        return f"{self.minimum} to {self.maximum}" if self.maximum > self.minimum else f"only {self.minimum}"
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -14,7 +14,6 @@ from planish.optimizer.calibration import Samples
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.profile import Profile, host_of
 from planish.optimizer.reference import References
-from planish.optimizer.sites import PassSites
 from planish.optimizer.stages import Stages
 
 GIVEN, NOTHING = "given", "nothing"
@@ -40,16 +39,6 @@ def reference_record(
     )
 
 
-def sites_of(built: Sequence[Built]) -> list[PassSites]:
-    """Where each pass fired and refused, by target and component."""
-    return [
-        PassSites.of(engine.target.name, component, report)
-        for engine in built
-        for component, outcome in engine.outcomes.items()
-        for report in outcome.reports
-    ]
-
-
 def target_record(built: Built, folder: Path) -> records.TargetRecord:
     """One engine: its choice, passes, budgets and fidelity; ``folder`` is the output."""
     choice = built.choice
@@ -69,6 +58,8 @@ def target_record(built: Built, folder: Path) -> records.TargetRecord:
         budgets={name: str(budget) for name, budget in built.budgets.items()},
         checked_with=built.fidelity.checked_with,
         comparison=records.figures(built.fidelity.comparison()),
+        canonical_operators=dict(built.rewritten.operators),
+        operators=dict(built.rewritten.shipped),
         size_bytes=sum(path.stat().st_size for path in sorted(place.rglob("*")) if path.is_file()),
     )
 

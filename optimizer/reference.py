@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from planish.optimizer.compare import Budget, Case, Clause, compare
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.program import PAST, SIGNALS, SUM, Axis, Role, Signature, TensorSpec
 
 NOISE_FACTOR = 64.0
@@ -209,6 +209,29 @@ def sized_case(signature: Signature, sizes: Mapping[str, int]) -> tuple[Case, st
     known = known_sizes(signature, sizes)
     text = ",".join(f"{name}={size}" for name, size in known.items()) or "fixed"
     return make_case(signature, known, np.random.default_rng(0)), text
+
+
+def refuse_other_sizes(signatures: Iterable[Signature], shapes: Iterable[Mapping[str, int]]) -> None:
+    """UsageError if an engine cannot be asked for sizes: no component has such an axis, or one takes other sizes.
+
+    An axis that leads or runs along tokens may be called `batch` or `sequence`, as `known_sizes` does.
+    """
+    known = list(signatures)
+    for sizes in shapes:
+        where = "--shape " + ",".join(f"{name}={size}" for name, size in sizes.items())
+        for name, size in sizes.items():
+            axes = [a for s in known for a in s.axes.values() if name in (a.name, _usual_name(s, a.name))]
+            if not axes:
+                names = dict.fromkeys(axis for signature in known for axis in signature.axes)
+                advice = f"there are: {', '.join(names) or 'none'}"
+                raise UsageError(f"no input has an axis {name!r}", where=where, advice=advice)
+            for axis in axes:
+                if axis.clamp(size) != size and (axis.name == name or axis.name not in sizes):
+                    raise UsageError(f"the model takes {axis.span} along {axis.name!r}", where=where)
+        for signature in known:
+            past = known_sizes(signature, sizes).get(PAST, 0)
+            if past < sizes.get(PAST, 0) and PAST in signature.axes:
+                raise UsageError(f"behind so many tokens the model takes a past of {past} at most", where=where)
 
 
 def known_sizes(signature: Signature, sizes: Mapping[str, int]) -> dict[str, int]:

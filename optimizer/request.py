@@ -12,10 +12,12 @@ from typing import Literal
 from planish.optimizer import presets, registry, spec
 from planish.optimizer.backend import Backend
 from planish.optimizer.base import Pass
-from planish.optimizer.compare import WHOLE, Budget
+from planish.optimizer.compare import Budget, measured_metrics, metrics_of
 from planish.optimizer.errors import UsageError
 from planish.optimizer.evaluating import Evaluation
 from planish.optimizer.pipeline import Pipeline
+from planish.optimizer.program import Program, Signature
+from planish.optimizer.reference import refuse_other_sizes
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,40 @@ class Request:
         plain = itertools.takewhile(lambda step: not step.asks, (steps[0] for steps in alike))
         return tuple(plain) if len(every) > 1 else ()
 
-    @property
-    def steering(self) -> Budget:
-        """What decides, pass by pass, which products are rounded: the clauses that hold of a component's outputs.
+    def steering(self, signature: Signature) -> Budget:
+        """The budget that each pass on a component must keep: the clauses that can be measured of its outputs.
 
-        Where there are none (a budget of tokens, or of the user's own measure), the preset's usual one.
+        If there are none (a budget of tokens, of the user's own measure, or of scores that only another component
+        has), it is the default of the preset.
         """
-        clauses = tuple(one for one in self.asked.clauses if one.metric not in WHOLE)
-        return Budget(clauses) if clauses or not self.asked.clauses else presets.budget(self.preset)
+        clauses = self.asked.only(metrics_of(signature))
+        return clauses if clauses.clauses or not self.asked.clauses else presets.budget(self.preset)
+
+    def replaced(self, program: Program) -> list[str]:
+        """Notes on the components whose passes are held against the default of the preset, since `--keep` says nothing
+        of their outputs."""
+        return [
+            f"--keep {self.asked} cannot be measured of {'its graph' if name == 'model' else f'the {name}'} alone: "
+            f"passes that are not exact are held against {self.steering(signature)} there"
+            for name, signature in program.signatures.items()
+            if self.asked.clauses and self.preset is not None and not self.asked.only(metrics_of(signature)).clauses
+            if presets.budget(self.preset).clauses
+        ]
+
+    def passes_for(self, target: Backend) -> list[Pass]:
+        """Every pass that may run for a target: of its pipeline, and of what is tried behind or instead of it."""
+        others = [*self.alternatives.get(target.name, ()), *self.stepping.get(target.name, ()), self.extra]
+        return [step for pipeline in (self.pipelines[target.name], *others) for step in pipeline.passes]
+
+    @property
+    def observes(self) -> bool:
+        """Whether any pass that may run wants to have seen activations."""
+        return any(step.observes for target in self.targets for step in self.passes_for(target))
+
+    def check_fits(self, program: Program) -> None:
+        """UsageError if a budget or a size was asked for that this program cannot be held against."""
+        self.asked.refuse_unmeasured(measured_metrics(program, evaluated=self.evaluation is not None))
+        refuse_other_sizes(program.signatures.values(), self.shapes)
 
 
 def request_of(
@@ -90,8 +118,10 @@ def request_of(
     logits: Literal["all", "last"],
     *,
     calibrated: bool,
+    reference: str = "full",
 ) -> Request:
     """The request, or UsageError: the preset is `exact` where nothing is said."""
+    _refuse_idle(reference, keep, shapes, evaluate, runs=pipeline is not None, calibrated=calibrated)
     if preset is not None and pipeline is not None:
         raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
     if profile is not None and pipeline is not None:
@@ -122,6 +152,28 @@ def request_of(
         last_logits=logits == "last",
         profile=None if profile is None else Path(profile),
     )
+
+
+def _refuse_idle(
+    reference: str,
+    keep: Sequence[str],
+    shapes: Sequence[Mapping[str, int]],
+    evaluate: str | None,
+    *,
+    runs: bool,
+    calibrated: bool,
+) -> None:
+    """UsageError for options that would do nothing beside this way of treating the original; without it a preset
+    ``runs`` no pass."""
+    where, advice = f"--reference {reference}", "leave one of the two out"
+    if reference == "none" and keep:
+        raise UsageError("nothing is compared, so no budget can be kept", where=f"--keep {keep[0]}", advice=advice)
+    if reference == "none" and evaluate is not None:
+        raise UsageError("engines that nothing is compared with are not judged", where="--evaluate")
+    if reference == "none" and calibrated and not runs:
+        raise UsageError("a preset runs no pass then, so nothing is calibrated", where=where, advice=advice)
+    if reference != "full" and shapes:
+        raise UsageError("nothing is timed then, at no --shape", where=where, advice=advice)
 
 
 def _pipelines_for(

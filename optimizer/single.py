@@ -7,17 +7,18 @@ from pathlib import Path
 
 from planish.optimizer import instruments, onnx_io, presets, registry
 from planish.optimizer.base import Pass
-from planish.optimizer.calibration import Given, Samples
+from planish.optimizer.calibration import NOT_OBSERVED, Given, Samples
 from planish.optimizer.checking import CHECKER
-from planish.optimizer.compare import Budget
+from planish.optimizer.compare import Budget, measured_metrics
 from planish.optimizer.errors import UsageError
 from planish.optimizer.instruments import Instrument
 from planish.optimizer.lowering import Lowered, lower
+from planish.optimizer.manifest import Manifest
 from planish.optimizer.observing import Observe
 from planish.optimizer.output import staged_file
 from planish.optimizer.pipeline import PassReport, Pipeline
 from planish.optimizer.reference import Reference, make_inputs, noise_floor, quick
-from planish.optimizer.sites import Expectation, PassSites, check_expectations, read_sites
+from planish.optimizer.sites import Expectation, Rewritten, check_expectations, read_sites, refuse_absent
 
 
 def optimize_file(
@@ -26,7 +27,7 @@ def optimize_file(
     *,
     pipeline: str | None = None,
     preset: str | None = None,
-    target: str = "onnxruntime",
+    target: str | None = None,
     keep: Sequence[str] = (),
     print_before: bool = False,
     print_after: bool = False,
@@ -39,13 +40,20 @@ def optimize_file(
 
     A failed check raises CheckFailed after a reproducer was written beside ``out``; ``out`` is then not written. So
     does an expectation (`fuse-attention=12`) that does not hold. Passes see activations on ``calibration`` (arrays by
-    input name), or on small made inputs.
+    input name), or on small made inputs. ``target`` is whose preset it is, ONNX Runtime's if that is not said. Passes
+    that are exact must keep the noise floor and ``keep``, others ``keep`` alone.
     """
+    if keep and not check:
+        raise UsageError("nothing is compared, so no budget can be kept", where="--no-check", advice="leave one out")
     wanted = [Expectation.parse(text) for text in expect]
-    name = registry.backend(target).name
+    name = _target_name(target, pipeline)
     steps = _steps(pipeline, preset, name, calibrated=calibration is not None)
+    refuse_absent(wanted, {name: steps.passes})
+    if calibration is not None and not any(step.observes for step in steps.passes):
+        raise UsageError(NOT_OBSERVED, where="--calibration", advice="leave it out")
     asked = Budget.parse(keep) if keep else presets.budget(preset)
     lowered = lower(source).with_fixed(steps.fixed)
+    asked.refuse_unmeasured(measured_metrics(lowered.program))
     watchers: list[Instrument] = [
         instruments.Reproducer(Path(f"{out}.failed"), onnx_io.save, [f"--keep '{k}'" for k in keep])
     ]
@@ -56,7 +64,7 @@ def optimize_file(
     watchers += _checks(lowered, asked) if check else []
     watchers = [observing(lowered, calibration), *watchers, instruments.Timing()]
     outcome = steps.run(lowered.program.sole()[0], watchers)
-    check_expectations(wanted, [PassSites.of(name, "model", report) for report in outcome.reports], [name])
+    check_expectations(wanted, [Rewritten.of(name, {"model": outcome})])
     with staged_file(out) as path:
         onnx_io.save(outcome.model, path)
     return outcome.reports
@@ -67,19 +75,45 @@ def explain(
     *,
     pipeline: str | None = None,
     preset: str | None = None,
-    target: str = "onnxruntime",
-) -> list[PassSites]:
-    """The sites of every pass: of an output as it was built, or of a pipeline that is tried on an ONNX file, whose
-    result is thrown away. UsageError if a pipeline is given for an output.
+    target: str | None = None,
+) -> dict[str, Rewritten]:
+    """The sites of every pass and the operators that are left, by target: of an output as it was built, or of a
+    pipeline that is tried on an ONNX file, whose result is thrown away.
+
+    UsageError if a pipeline is given for an output. ``target`` says which engine of an output, or whose preset is tried
+    on a file, ONNX Runtime's if that is not said.
     """
     if source.is_dir():
         if pipeline is not None or preset is not None:
             raise UsageError("an output keeps what its own pipeline did", advice="give an .onnx file to try another")
-        return read_sites(source)
-    name = registry.backend(target).name
+        return _explain_output(source, target)
+    name = _target_name(target, pipeline)
     lowered = lower(source)
-    reports = _steps(pipeline, preset, name).run(lowered.program.sole()[0], [observing(lowered)]).reports
-    return [PassSites.of(name, "model", report) for report in reports]
+    outcome = _steps(pipeline, preset, name).run(lowered.program.sole()[0], [observing(lowered)])
+    return {name: Rewritten.of(name, {"model": outcome})}
+
+
+def _explain_output(folder: Path, target: str | None) -> dict[str, Rewritten]:
+    sites, manifest = read_sites(folder), Manifest.read(folder)
+    if target is not None and target not in manifest.targets:
+        advice = f"there are: {', '.join(manifest.targets)}"
+        raise UsageError(f"this output has no engine {target!r}", where="--target", advice=advice)
+    return {
+        name: Rewritten(
+            [record for record in sites if record.target == name],
+            record.canonical_operators,
+            record.operators,
+        )
+        for name, record in manifest.targets.items()
+        if target in (None, name)
+    }
+
+
+def _target_name(target: str | None, pipeline: str | None) -> str:
+    """The name of the target that a preset is resolved for; UsageError if there is none to resolve."""
+    if target is not None and pipeline is not None:
+        raise UsageError("a target chooses among presets, not for a pipeline", where="--target", advice="leave it out")
+    return registry.backend(target or CHECKER).name
 
 
 def observing(lowered: Lowered, calibration: Given | None = None) -> Observe:
@@ -116,7 +150,7 @@ def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:
     exact = reference.exact_budget()
 
     def budget_of(step: Pass) -> Budget:
-        return exact if step.exact else asked
+        return Budget((*exact.clauses, *asked.clauses)) if step.exact else asked
 
     signature = lowered.program.sole()[1]
     compare = instruments.CompareEach(signature, reference.inputs, budget_of, registry.backend(CHECKER).load)

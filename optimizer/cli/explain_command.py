@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,13 @@ from planish.optimizer.cli.options import existing, expect_option, json_flag, pr
 if TYPE_CHECKING:
     from planish.optimizer.base import Refusal
     from planish.optimizer.lock import Product
-    from planish.optimizer.sites import PassSites
+    from planish.optimizer.sites import PassSites, Rewritten
+
+CANONICAL = (
+    "Attention", "Softmax", "RotaryEmbedding", "LayerNormalization", "RMSNormalization", "Gelu", "Erf", "Tanh", "Gemm",
+    "MatMul", "MatMulInteger", "QLinearMatMul", "Conv", "QuantizeLinear", "DynamicQuantizeLinear", "DequantizeLinear",
+)  # fmt: skip
+"""What fusions and quantization make, and what they replace; operators of runtimes' own domains are shown as well."""
 
 
 @click.command("explain")
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--pass", "only", metavar="NAME", help="Only this pass, and every site where it fired.")
 @click.option("--pipeline", metavar="TEXT", help="For an .onnx file: the passes to try on it.")
 @click.option("--preset", help="For an .onnx file: a named pipeline to try on it; exact if neither is given.")
-@click.option("--target", default="onnxruntime", show_default=True, help="For an .onnx file: whose preset.")
+@click.option("--target", help="Only this engine of an output; for an .onnx file, whose preset (onnxruntime).")
 @expect_option
 @json_flag
 def command(
@@ -31,7 +37,7 @@ def command(
     only: str | None,
     pipeline: str | None,
     preset: str | None,
-    target: str,
+    target: str | None,
     expect: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -41,13 +47,31 @@ def command(
 
     wanted = [Expectation.parse(text) for text in expect]
     found = explain(source, pipeline=pipeline, preset=preset, target=target)
-    shown = found if only is None else of_pass(found, only)
+    sites = [record for rewritten in found.values() for record in rewritten.sites]
+    shown = sites if only is None else of_pass(sites, only)
     if as_json:
-        print_json([asdict(sites) for sites in shown])
+        operators = {name: {"canonical": r.operators, "shipped": r.shipped} for name, r in found.items()}
+        print_json({"passes": [asdict(record) for record in shown], "operators": operators})
     else:
         _print(source, shown, fired=only is not None)
         _print_products(source, only)
-    check_expectations(wanted, found, dict.fromkeys(sites.target for sites in found) or [target])
+        if only is None:
+            _print_operators(found)
+    for rewritten in found.values():
+        check_expectations(wanted, [rewritten])
+
+
+def _print_operators(found: Mapping[str, Rewritten]) -> None:
+    """How often each target has the operators that fusions make, and those that they replace: as passes left them, and
+    in the graph that the target compiles."""
+    from planish.optimizer.cli.display import print_table
+
+    counts = [count for rewritten in found.values() for count in (rewritten.operators, rewritten.shipped)]
+    names = [*CANONICAL, *sorted({name for count in counts for name in count if "::" in name})]
+    rows = [(name, *(str(count.get(name, 0)) for count in counts)) for name in names]
+    shown = [row for row in rows if row[0] == "Attention" or set(row[1:]) != {"0"}]
+    columns = [f"{name}, {what}" for name in found for what in ("canonical", "as compiled")]
+    print_table("operators", ("operator", *columns), shown)
 
 
 def _print(source: Path, found: Sequence[PassSites], *, fired: bool) -> None:

@@ -16,7 +16,7 @@ from planish.optimizer.errors import UsageError
 @click.option("-o", "--output", "out", type=existing, required=True, help="The .onnx file to write.")
 @click.option("--pipeline", metavar="TEXT", help="The passes to run, as text: a,b{k=v},c.")
 @click.option("--preset", help="The pipeline of a preset, for --target.")
-@click.option("--target", default="onnxruntime", show_default=True, help="The target that --preset is resolved for.")
+@click.option("--target", help="The target that --preset is resolved for; onnxruntime if not given.")
 @click.option("--keep", multiple=True, metavar="METRIC>=X", help="Fidelity that passes which are not exact must keep.")
 @click.option("--calibration", type=existing, help="Your own inputs, .npz of arrays: what passes see activations on.")
 @click.option("--print-before", is_flag=True, help="Print the graph before each pass.")
@@ -52,6 +52,8 @@ def command(source: Path, out: Path, as_json: bool, **options: Any) -> None:
     ]
     columns = ("pass", "sites", "refused", "nodes", "weights", "moved outputs by", "facts")
     print_table(f"{source} -> {out}", columns, rows)
+    if not any(record.modified for record in records):
+        click.echo("planish: note: no pass changed anything", err=True)
 
 
 def _difference(difference: dict[str, dict[str, float]] | None) -> str:

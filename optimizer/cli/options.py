@@ -22,18 +22,28 @@ fix_option = click.option(
     help="Sizes that axes always have; engines may be faster for it.",
 )
 expect_option = click.option(
-    "--expect", multiple=True, metavar="PASS=N", help="Fail unless this pass fires at N sites, e.g. fuse-attention=12."
+    "--expect",
+    multiple=True,
+    metavar="NAME=N",
+    help="Fail unless this pass fires at N sites (fuse-attention=12), or this operator is left N times (Attention=12).",
 )
 
 
 def parse_shapes(texts: Sequence[str]) -> list[dict[str, int]]:
     """Read `batch=1,sequence=128` texts."""
-    return [dict(_axis(part, text) for part in text.split(",") if part.strip()) for text in texts]
+    return [_sizes(text) for text in texts]
+
+
+def _sizes(text: str) -> dict[str, int]:
+    pairs = [_axis(part, text) for part in text.split(",") if part.strip()]
+    if len(dict(pairs)) < len(pairs) or not pairs:
+        raise UsageError(f"cannot read the sizes {text!r}", advice="name each axis once: batch=1,sequence=128")
+    return dict(pairs)
 
 
 def _axis(part: str, text: str) -> tuple[str, int]:
     name, _, size = part.partition("=")
-    if not size.strip().isdigit() or int(size) < 1:
+    if not size.strip().isdecimal() or (int(size) < 1 and name.strip() != "past"):
         raise UsageError(f"cannot read the sizes {text!r}", advice="write axis=n,…: batch=1,sequence=128")
     return name.strip(), int(size)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from planish.optimizer.errors import BadInput, UsageError
-from planish.optimizer.program import Axis, Program
+from planish.optimizer.program import Program
 from planish.optimizer.reference import leading_axis
 
 if TYPE_CHECKING:
@@ -37,17 +37,13 @@ class Lowered:
                 there = f"there are: {', '.join(known) or 'none'}"
                 raise UsageError(f"no input has an axis {name!r}", where=where, advice=there)
             if known[name].clamp(size) != size:
-                raise UsageError(f"the model takes {_span(known[name])} along this axis", where=where)
+                raise UsageError(f"the model takes {known[name].span} along this axis", where=where)
             if self.program.generates and name != first:
                 raise UsageError(
                     "this axis changes with every token that is written", where=where, advice=f"fix {first!r} only"
                 )
         narrowed = {name: signature.with_fixed(sizes) for name, signature in signatures.items()}
         return replace(self, program=replace(self.program, signatures=narrowed))
-
-
-def _span(axis: Axis) -> str:
-    return f"at least {axis.minimum}" if axis.maximum is None else f"{axis.minimum} to {axis.maximum}"
 
 
 def lower(
