@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +64,30 @@ def command(
     shapes: tuple[str, ...],
     fix: str | None,
     depfile: Path | None,
+    lock: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Turn SOURCE (a checkpoint folder or an .onnx file) into checked, measured engines."""
     from planish.optimizer.cli.display import print_result, progress_bar
+    from planish.optimizer.depfile import escaped, write_depfile
     from planish.optimizer.driver import optimize
     from planish.optimizer.lock import LOCK, Lock
+    from planish.optimizer.output import MANIFEST
 
+    locked = lock is not None and lock.is_file()
+    for name in (source, out, lock, options["calibration"], options["profile"]) if depfile is not None else ():
+        escaped(name or Path())  # what cannot be written is refused before anything is built
+    options |= {"shapes": parse_shapes(shapes), "fix": parse_fixed(fix), "lock": lock}
     with progress_bar(quiet=as_json) as progress:
-        result = optimize(source, out, shapes=parse_shapes(shapes), fix=parse_fixed(fix), progress=progress, **options)
+        result = optimize(source, out, progress=progress, **options)
     for note in result.notes:
         click.echo(f"planish: note: {note}", err=True)
     if depfile is not None:
-        folders = [folder for folder in (options["adapter"], source) if folder is not None]
-        others = [path for path in (options["calibration"], options["lock"]) if path]
-        _write_depfile(depfile, folders, out, [*result.manifest.source.files], others)
+        made = [lock] if lock is not None and not locked else []
+        made += [path for path in (options["profile"],) if path and path.is_file()]  # what it lacked was added
+        inputs = _inputs(source, [*result.manifest.source.files], options)
+        write_depfile(depfile, out / MANIFEST, [*inputs, *([lock] if lock else [])], made)
     if as_json:
         print_json(
             {
@@ -93,12 +102,14 @@ def command(
     click.echo(f"report: {out / 'report.html'}")
 
 
-def _write_depfile(depfile: Path, sources: list[Path], out: Path, names: list[str], others: list[Path]) -> None:
-    """Each name lies in the first of the sources (folders, or a file's folder) that has it."""
-    from planish.optimizer.output import staged_file
+def _inputs(source: Path, names: list[str], options: Mapping[str, Any]) -> list[Path]:
+    """The files that a build has read, of which ``names`` lie in the source's folder or in the adapter's."""
+    from planish.optimizer.evaluating import Evaluation
+    from planish.optimizer.lowering.adapter import FILES
 
-    folders = [source if source.is_dir() else source.parent for source in sources]
-    inputs = [next(folder / name for folder in folders if (folder / name).exists()) for name in names] + others
-    escaped = " ".join(str(path).replace(" ", "\\ ") for path in inputs)
-    with staged_file(depfile) as path:
-        path.write_text(f"{str(out / 'planish.json').replace(' ', chr(92) + ' ')}: {escaped}\n", encoding="utf-8")
+    folder, adapter = source if source.is_dir() else source.parent, options["adapter"]
+    read = [adapter / name if adapter is not None and name in FILES else folder / name for name in names]
+    read += [options[name] for name in ("calibration", "profile") if options[name] is not None]
+    judge = Evaluation.parse(options["evaluate"]).words if options["evaluate"] else ()
+    read += [Path(word) for word in judge]
+    return [path for path in read if path.is_file()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,10 +99,13 @@ def _lower_folder(
         )
     from planish.optimizer.lowering import assemble
     from planish.optimizer.lowering.checkpoint import open_checkpoint
+    from planish.optimizer.lowering.weights import INDEX
 
     checkpoint = open_checkpoint(path, task, adapter, last_logits=last_logits)
     program, original = assemble.lower(checkpoint, kind)
-    return Lowered(program, original, path, tuple(checkpoint.companions()))
+    companions = tuple(checkpoint.companions())
+    index = [name for name in (Path(INDEX),) if (path / name).is_file()]
+    return Lowered(_having_read(program, path, [*index, *companions]), original, path, companions)
 
 
 def _lower_file(path: Path, task: str | None) -> Lowered:
@@ -114,7 +117,16 @@ def _lower_file(path: Path, task: str | None) -> Lowered:
     program, original = onnx_file.lower(path, None if task is None else resolve(task))
     if program.task == "feature-extraction":
         read_modules(path.parent)
-    return Lowered(program, original, path.parent, tuple(companions_in(path.parent)))
+    companions = tuple(companions_in(path.parent))
+    return Lowered(_having_read(program, path.parent, companions), original, path.parent, companions)
+
+
+def _having_read(program: Program, folder: Path, names: Iterable[Path]) -> Program:
+    """The program with further files of its source among its provenance: what travels along decides what is built."""
+    from planish.optimizer.lowering.checkpoint import sha256
+
+    files = {name.as_posix(): sha256(folder / name) for name in names}
+    return replace(program, provenance=replace(program.provenance, files={**program.provenance.files, **files}))
 
 
 def _lower_module(module: Any, inputs: Mapping[str, Any] | None, axes: Mapping[str, Mapping[int, str]]) -> Lowered:

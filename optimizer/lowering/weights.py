@@ -24,6 +24,8 @@ from planish.optimizer.json_files import parse_json, read_object
 from planish.optimizer.lowering.links import file_in
 from planish.optimizer.tensors import lazy
 
+INDEX = "model.safetensors.index.json"
+"""Which shard holds which tensor of a checkpoint."""
 _DTYPES: dict[str, ir.DataType] = {
     "F64": ir.DataType.DOUBLE,
     "F32": ir.DataType.FLOAT,
@@ -176,7 +178,7 @@ def read_index(folder: Path) -> dict[str, Stored]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in the order of its index."""
-    index = file_in(folder, "model.safetensors.index.json")
+    index = file_in(folder, INDEX)
     if index is not None:
         return _shards(folder, index)
     single = file_in(folder, "model.safetensors")
