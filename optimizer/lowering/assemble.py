@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from planish.optimizer.lowering import decoder, encoder, encoder_decoder
+from planish.optimizer.lowering import decoder, encoder, encoder_decoder, rope
 from planish.optimizer.lowering.checkpoint import Checkpoint, bind, loaded, skeleton
 from planish.optimizer.lowering.component import Describe, lower_component
 from planish.optimizer.lowering.limits import limit_axes
@@ -32,8 +32,10 @@ def lower(checkpoint: Checkpoint, kind: Literal["here", "background", "offload"]
     """
     original = _original(checkpoint, kind)
     model = skeleton(checkpoint)
+    rope.trace_frequencies(model)
     binding = bind(model, checkpoint)
-    program = Program({}, {}, checkpoint.task, Provenance("checkpoint", type(model).__name__, checkpoint.hashes()))
+    provenance = Provenance("checkpoint", type(model).__name__, checkpoint.hashes(), rope.notes(model))
+    program = Program({}, {}, checkpoint.task, provenance)
     for describe in _DESCRIPTIONS[TASKS[checkpoint.task].family]:
         component, graph, signature = lower_component(model, describe, binding, checkpoint)
         axes = limit_axes(signature.axes, model, checkpoint)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from planish.optimizer.json_files import read_object
+from planish.optimizer.lowering import rope
 from planish.optimizer.lowering.checkpoint import Checkpoint
 from planish.optimizer.lowering.links import file_in
 from planish.optimizer.program import PAST, Axis
@@ -40,6 +41,7 @@ def _position_limit(model: Any, config: Any) -> int | None:
         for name, module in model.named_modules()
         if "position" in name and hasattr(module, "padding_idx") and module.weight.shape[0] == rows
     ]
+    rows = rope.longest(config) or rows
     offset = next((padding + 1 for padding in paddings if padding is not None), 0)
     return rows - offset
 

@@ -20,6 +20,7 @@ import numpy as np
 from planish.optimizer import errors
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput, InternalError, OutOfResources, PlanishError, is_no_room
+from planish.optimizer.lowering import rope
 from planish.optimizer.lowering.calls import CALLS
 from planish.optimizer.lowering.checkpoint import Checkpoint, loaded, open_checkpoint, quiet
 from planish.optimizer.lowering.continuing import continue_greedily
@@ -92,6 +93,7 @@ class TorchOriginal(Original):
         import torch
 
         module = self._load()
+        rope.forget_lengths(module)
         places = [(name, index) for name, own in cases.items() for index in range(len(own))]
         calls = [partial(self._thinned, module, name, cases[name][index]) for name, index in places]
         writers = [partial(_continued, module, prompt, swap) for prompt, swap in prompts]
