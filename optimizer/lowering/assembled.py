@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from planish.optimizer.lowering.conversion import Part, apply, convert
-from planish.optimizer.lowering.weights import Box, Stored, Weight, boxes, numpy_type
+from planish.optimizer.lowering.weights import Box, Weight, boxes, numpy_type
 
 
 @dataclass(frozen=True)
 class Piece:
     """A part of a stored tensor, and where it lies in the parameter."""
 
-    source: Stored
+    source: Weight
     window: tuple[tuple[int, int], ...]
     """Begin and end of the part on each axis of the stored tensor."""
     axes: tuple[int | None, ...]
@@ -216,7 +216,7 @@ class Assembly:
     collected: dict[str, list[Part]] = field(default_factory=dict)
     """What is stored for the first parameter that a converter makes, in the natural order of names."""
 
-    def add(self, target: str, key: str, pattern: str, tensor: Stored) -> None:
+    def add(self, target: str, key: str, pattern: str, tensor: Weight) -> None:
         """Hand over a stored tensor, in the natural order of names, for the converter that has this pattern."""
         self.collected.setdefault(target, []).append((pattern, key, tensor))
 
@@ -235,6 +235,6 @@ class Assembly:
         return found
 
 
-def _whole(tensor: Stored) -> Assembled:
+def _whole(tensor: Weight) -> Assembled:
     window, axes = tuple((0, size) for size in tensor.shape), tuple(range(len(tensor.shape)))
     return Assembled(tensor.shape, (Piece(tensor, window, axes, (0,) * len(axes)),), dtype=tensor.dtype)

@@ -21,6 +21,7 @@ from planish.optimizer.lowering import tasks
 from planish.optimizer.lowering.assembled import Assembly
 from planish.optimizer.lowering.failures import told_as_bad_input
 from planish.optimizer.lowering.links import file_in
+from planish.optimizer.lowering.quantized import Quantized, float_weights, scheme, without_codes
 from planish.optimizer.lowering.weights import Stored, Weight, read_index, weight_files
 from planish.optimizer.sentence_modules import module_files, read_modules
 
@@ -44,7 +45,7 @@ class Checkpoint:
     config: Any
     architecture: str | None
     task: str
-    weights: Mapping[str, Stored]
+    weights: Mapping[str, Weight]
     adapter: Path | None = None
     """The folder of a PEFT adapter that is merged into the weights."""
     last_logits: bool = False
@@ -78,7 +79,8 @@ def open_checkpoint(
     _refuse_code(raw, folder / "config.json")
     _refuse_embedded_adapter(folder)
     companions_in(folder)  # links out of the folder are refused before anything is computed
-    weights = read_index(folder)
+    scheme(raw, folder)  # before anything is read or imported: half of them are refused
+    weights = float_weights(raw, folder, read_index(folder))
     config = _transformers_config(folder, raw)
     architecture = _architecture(raw, folder)
     if task is not None:
@@ -108,7 +110,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = file_in(folder, "config.json")
     if path is None:
         raise BadInput("there is no config.json", where=folder, advice="give the folder of a whole checkpoint")
-    return read_object(path)
+    raw = read_object(path)
+    if raw.get("transformers_weights") is not None:  # transformers would read others than we
+        raise BadInput("it names the file of its weights itself (transformers_weights)", where=path)
+    return raw
 
 
 def _architecture(raw: Mapping[str, Any], folder: Path) -> str | None:
@@ -159,7 +164,7 @@ def _transformers_config(folder: Path, raw: Mapping[str, Any]) -> Any:
                 raise BadInput(f"transformers has no architecture {kind!r}", where=path) from None
             raise
         _refuse_unknown_rope(config, path)
-    return config
+    return without_codes(config)
 
 
 def _refuse_unknown_rope(config: Any, path: Path) -> None:
@@ -206,17 +211,34 @@ def loaded(checkpoint: Checkpoint) -> Any:
     cls = tasks.head_class(checkpoint.task, checkpoint.config, checkpoint.architecture, checkpoint.folder)
     with told_as_bad_input(f"transformers cannot load it as {cls.__name__}", checkpoint.folder), quiet():
         model = cls.from_pretrained(
-            checkpoint.folder,
-            config=checkpoint.config,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
+            None, config=checkpoint.config, state_dict=_tensors(checkpoint.weights), dtype=torch.float32
         ).eval()
+        if model.can_generate() and hasattr(model, "adjust_generation_fn"):  # what is not done without a folder
+            nothing = dict.fromkeys(("cache_dir", "force_download", "proxies", "token", "revision"))
+            model.adjust_generation_fn(
+                None, False, None, str(checkpoint.folder), **nothing, local_files_only=True, subfolder="",
+                trust_remote_code=False,
+            )  # fmt: skip
     if checkpoint.adapter is None:
         return model
     with quiet():
         return adapter_files.merged_original(model, checkpoint.adapter)
+
+
+def _tensors(weights: Mapping[str, Weight]) -> dict[str, Any]:
+    """What transformers shall load by name: slices of files, which it reads one by one, and weights that are quantized.
+
+    Left alone it finds files by rules of its own, which change, and might read others than we.
+    """
+    import torch
+    from safetensors import safe_open
+
+    paths = {weight.path for weight in weights.values() if isinstance(weight, Stored)}
+    files: dict[Path, Any] = {path: safe_open(path, framework="pt") for path in sorted(paths)}
+    return {
+        name: files[weight.path].get_slice(name) if isinstance(weight, Stored) else torch.from_numpy(weight.read())
+        for name, weight in weights.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -267,6 +289,10 @@ def bind(model: Any, checkpoint: Checkpoint) -> Binding:
         elif target in state:
             bound[target] = tensor.widened()
     bound |= {name: weight for name, weight in assembly.finish().items() if name in state}
+    for name, weight in bound.items():
+        path = name.rpartition(".")[0]
+        if isinstance(weight, Quantized) and type(model.get_submodule(path)).__name__ == "Conv1D":
+            raise BadInput(f"{path!r} stores its weight turned, which is not read quantized", where=checkpoint.folder)
     _follow_ties(model, bound)
     _check_shapes(state, bound, checkpoint)
     if checkpoint.adapter is not None:
@@ -305,6 +331,12 @@ def _absent(model: Any, bound: Mapping[str, Weight]) -> frozenset[str]:
 
 def _check_shapes(state: Mapping[str, Any], bound: Mapping[str, Weight], checkpoint: Checkpoint) -> None:
     for name, tensor in bound.items():
+        if name in state and state[name].is_floating_point() and tensor.dtype is not ir.DataType.FLOAT:
+            raise BadInput(
+                f"{name!r} holds {tensor.dtype.name}, config.json describes a model of floats",
+                where=checkpoint.folder,
+                advice="give the float checkpoint that it was made of",
+            )
         if name in state and tuple(state[name].shape) != tensor.stored_shape:
             raise BadInput(
                 f"{name!r} has shape {list(tensor.stored_shape)}, config.json describes {list(state[name].shape)}",

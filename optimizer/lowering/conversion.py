@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from planish.optimizer.lowering.weights import Stored, Weight
+from planish.optimizer.lowering.weights import Weight
 
-Part = tuple[str, str, Stored]
+Part = tuple[str, str, Weight]
 """A stored tensor that a rule takes: the pattern of the rule that it matched, its name in the file, its place."""
 
 

@@ -39,6 +39,7 @@ _DTYPES: dict[str, ir.DataType] = {
     "BOOL": ir.DataType.BOOL,
     "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
     "F8_E5M2": ir.DataType.FLOAT8E5M2,
+    "F8_E8M0": ir.DataType.FLOAT8E8M0,
 }
 _HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _HEADER_LIMIT = 100 << 20
@@ -83,6 +84,14 @@ class Weight(ABC):
     def strips(self) -> Iterator[np.ndarray]:
         """Its values piece by piece, in the order in which they lie in memory."""
         yield self.read()
+
+    def mapped(self) -> np.ndarray:
+        """Its values before the permutation, as they are stored where that is possible."""
+        return replace(self, permutation=None).read()
+
+    def widened(self) -> Weight:
+        """The same tensor as float32 if it is of another floating type."""
+        return self
 
     def tensor(self, name: str) -> ir.LazyTensor:
         """An ONNX tensor that reads itself when asked."""
@@ -178,12 +187,12 @@ def read_index(folder: Path) -> dict[str, Stored]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in the order of its index."""
+    single = file_in(folder, "model.safetensors")
+    if single is not None:  # transformers reads it also where there are shards beside it
+        return [single]
     index = file_in(folder, INDEX)
     if index is not None:
         return _shards(folder, index)
-    single = file_in(folder, "model.safetensors")
-    if single is not None:
-        return [single]
     found = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if found:
         raise BadInput(

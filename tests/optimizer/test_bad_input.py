@@ -107,6 +107,7 @@ def shard_missing(folder: Path) -> None:
 
 
 def shard_outside(folder: Path) -> None:
+    weights(folder).unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
 
 

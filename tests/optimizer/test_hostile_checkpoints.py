@@ -57,10 +57,15 @@ def indexed(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def deep_index(folder: Path) -> None:
+    sharded(folder)
+    write("model.safetensors.index.json", DEEP)(folder)
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep config": (write("config.json", DEEP), "config.json: this is nested deeper than 64 levels"),
     "deep tokenizer settings": (write("tokenizer_config.json", DEEP), "this is nested deeper"),
-    "deep index": (write("model.safetensors.index.json", DEEP), "this is nested deeper"),
+    "deep index": (deep_index, "index.json: this is nested deeper"),
     "deep header": (raw_header(DEEP), "its header is not readable (this is nested deeper"),
     "header in UTF-16": (raw_header('{"x": 1}'.encode("utf-16")), "its header is not readable"),
     "header of a list": (raw_header(b"[]"), "it is no object"),
@@ -82,6 +87,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard with a long name": (lambda f: indexed(f, weight_map={"x": "y" * 5000}), "lies outside"),
     "shard with a zero": (lambda f: indexed(f, weight_map={"x": "y\0"}), "lies outside"),
     "padding behind the vocabulary": (lambda f: configure(f, pad_token_id=5000), "cannot be built from it: Assertion"),
+    "another file of weights": (lambda f: configure(f, transformers_weights="x.safetensors"), "names the file of its"),
     "an adapter inside": (write("adapter_config.json", b"{}"), "lies in the checkpoint's own folder"),
 }  # fmt: skip
 
