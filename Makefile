@@ -16,6 +16,13 @@ demo: $(READY)  ## all-MiniLM-L6-v2 to engines for both CPU targets, exact and f
 	  $(PLANISH) optimize "$(CHECKPOINT)" -o $(DEMO)/$$preset \
 	    --target onnxruntime --target openvino --preset $$preset || exit; \
 	done
+	@echo
+	@echo "What next (open $(DEMO)/fast/report.html for what was done and measured):"
+	@echo "  export PATH=\"$(abspath $(VENV))/bin:\$$PATH\"   # so that 'planish' is found"
+	@echo "  planish run $(DEMO)/fast --text 'Two men play chess.'"
+	@echo "  planish bench $(DEMO)/fast $(DEMO)/exact"
+	@echo "  planish explain $(DEMO)/exact"
+	@echo "  planish optimize YOUR-CHECKPOINT -o build/mine --preset fast   # hf download ORG/NAME --local-dir NAME"
 
 test: $(READY)  ## style, types and tests
 	$(VENV)/bin/ruff check .

@@ -179,6 +179,11 @@ def measured_metrics(program: Program, *, evaluated: bool = False) -> frozenset[
     return components.union(continued, JUDGED if evaluated else ())
 
 
+def relation_of(metric: str) -> str:
+    """How a budget on a metric is written: errors stay below a bound, similarities above."""
+    return "<=" if metric in _ERRORS else ">="
+
+
 def _clause(text: str) -> Clause:
     match = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*([-+0-9.eE]+)((?<=[0-9.])x)?\s*", text)
     if match is None:
@@ -186,9 +191,8 @@ def _clause(text: str) -> Clause:
     metric, relation, bound, times = match.groups()
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}", where=text)
-    if metric != "score" and (relation == "<=") != (metric in _ERRORS):
-        wanted = "<=" if metric in _ERRORS else ">="
-        raise UsageError(f"a budget on {metric} is written {metric}{wanted}X", where=text)
+    if metric != "score" and relation != relation_of(metric):
+        raise UsageError(f"a budget on {metric} is written {metric}{relation_of(metric)}X", where=text)
     metric = "score_ratio" if metric == "score" and times else metric
     if bool(times) != (metric in _MULTIPLES):
         what = (

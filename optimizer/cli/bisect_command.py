@@ -7,13 +7,20 @@ from pathlib import Path
 
 import click
 
-from planish.optimizer.cli.options import existing, json_flag, print_json
+from planish.optimizer.cli.completion import complete_pipeline
+from planish.optimizer.cli.options import existing, json_flag, keep_option, print_json
 
 
 @click.command("bisect")
 @click.argument("source", type=existing)
-@click.option("--pipeline", metavar="TEXT", required=True, help="The passes to try, as text: a,b{k=v},c.")
-@click.option("--keep", multiple=True, metavar="METRIC>=X", help="Fidelity that passes which are not exact must keep.")
+@click.option(
+    "--pipeline",
+    metavar="TEXT",
+    shell_complete=complete_pipeline,
+    required=True,
+    help="The passes to try, as text: a,b{k=v},c.",
+)
+@keep_option
 @click.option("-o", "--output", "repro", type=existing, help="The file to write, SOURCE.repro.onnx if not given.")
 @json_flag
 def command(source: Path, pipeline: str, keep: tuple[str, ...], repro: Path | None, as_json: bool) -> None:

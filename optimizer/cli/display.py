@@ -47,22 +47,72 @@ def _bar() -> Iterator[Progress]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> None:
-    """A table: drawn for people, or as Markdown."""
+    """A table: drawn on a terminal, as wide as that is; as Markdown; else plain, a line for each row."""
+    import shutil
+
     if markdown:
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
         print("\n".join(f"| {' | '.join(cell.replace(chr(10), '<br>') for cell in row)} |" for row in rows))
-        return
+    elif sys.stdout.isatty():
+        print(drawn(title, columns, rows, shutil.get_terminal_size().columns))
+    else:
+        print(plain(title, columns, rows))
+
+
+def plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The title, the columns, then a line for each row, however long: two blanks or more between cells, `-` for an
+    empty one."""
+    cells = [[" ".join("; ".join(cell.splitlines()).split()) or "-" for cell in row] for row in (columns, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([title, *lines])
+
+
+def drawn(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
+    """The table as it is drawn on a terminal of ``width`` characters; a list of rows where columns would be too narrow
+    for their words."""
+    from io import StringIO
+
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
+    longest = [_longest_word([name, *cells]) for name, cells in zip(columns, zip(*rows, strict=True), strict=False)]
+    if sum(longest) + 3 * len(longest) > width:
+        return _listed(title, columns, rows, width)
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for column, least in zip(columns, longest or [1] * len(columns), strict=True):
+        table.add_column(column, overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else 160
-    Console(width=width, highlight=False, markup=False, emoji=False).print(table)
+    console = Console(file=StringIO(), width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
+
+
+_BREAKABLE = 20
+"""Words longer than this (texts of pipelines, paths) may be broken."""
+
+
+def _longest_word(cells: Sequence[str]) -> int:
+    return max((min(len(word), _BREAKABLE) for cell in cells for word in cell.split()), default=1)
+
+
+def _listed(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
+    """Each row as a heading, its first cell, and a line for each other cell that is not empty."""
+    import textwrap
+
+    indent = max(len(name) for name in columns[1:]) + 4
+    lines = textwrap.wrap(title, width)
+    for head, *cells in rows:
+        lines += ["", *textwrap.wrap(head, width)] if head else []
+        for name, text in zip(columns[1:], cells, strict=True):
+            first = f"  {name}".ljust(indent)
+            for number, part in enumerate(text.splitlines()):
+                begin = " " * indent if number else first
+                lines += textwrap.wrap(part, width, initial_indent=begin, subsequent_indent=" " * indent)
+    return "\n".join(lines)
 
 
 def print_result(manifest: Manifest, choices: Mapping[str, Choice], latencies: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from planish.optimizer.cli.completion import complete_passes, complete_pipeline, complete_presets, complete_targets
 from planish.optimizer.cli.options import existing, expect_option, json_flag, print_json
 
 if TYPE_CHECKING:
@@ -26,10 +27,26 @@ CANONICAL = (
 
 @click.command("explain")
 @click.argument("source", type=existing)
-@click.option("--pass", "only", metavar="NAME", help="Only this pass, and every site where it fired.")
-@click.option("--pipeline", metavar="TEXT", help="For an .onnx file: the passes to try on it.")
-@click.option("--preset", help="For an .onnx file: a named pipeline to try on it; exact if neither is given.")
-@click.option("--target", help="Only this engine of an output; for an .onnx file, whose preset (onnxruntime).")
+@click.option(
+    "--pass",
+    "only",
+    metavar="NAME",
+    shell_complete=complete_passes,
+    help="Only this pass, and every site where it fired.",
+)
+@click.option(
+    "--pipeline", metavar="TEXT", shell_complete=complete_pipeline, help="For an .onnx file: the passes to try on it."
+)
+@click.option(
+    "--preset",
+    shell_complete=complete_presets,
+    help="For an .onnx file: a named pipeline to try on it; exact if neither is given.",
+)
+@click.option(
+    "--target",
+    shell_complete=complete_targets,
+    help="Only this engine of an output; for an .onnx file, whose preset (onnxruntime).",
+)
 @expect_option
 @json_flag
 def command(

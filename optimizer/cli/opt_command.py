@@ -7,17 +7,24 @@ from typing import Any
 
 import click
 
-from planish.optimizer.cli.options import existing, expect_option, json_flag, print_json
+from planish.optimizer.cli.completion import complete_pipeline, complete_presets, complete_targets
+from planish.optimizer.cli.options import existing, expect_option, json_flag, keep_option, print_json
 from planish.optimizer.errors import UsageError
 
 
 @click.command("opt")
 @click.argument("source", type=existing)
 @click.option("-o", "--output", "out", type=existing, required=True, help="The .onnx file to write.")
-@click.option("--pipeline", metavar="TEXT", help="The passes to run, as text: a,b{k=v},c.")
-@click.option("--preset", help="The pipeline of a preset, for --target.")
-@click.option("--target", help="The target that --preset is resolved for; onnxruntime if not given.")
-@click.option("--keep", multiple=True, metavar="METRIC>=X", help="Fidelity that passes which are not exact must keep.")
+@click.option(
+    "--pipeline", metavar="TEXT", shell_complete=complete_pipeline, help="The passes to run, as text: a,b{k=v},c."
+)
+@click.option("--preset", shell_complete=complete_presets, help="The pipeline of a preset, for --target.")
+@click.option(
+    "--target",
+    shell_complete=complete_targets,
+    help="The target that --preset is resolved for; onnxruntime if not given.",
+)
+@keep_option
 @click.option("--calibration", type=existing, help="Your own inputs, .npz of arrays: what passes see activations on.")
 @click.option("--print-before", is_flag=True, help="Print the graph before each pass.")
 @click.option("--print-after", is_flag=True, help="Print the graph after each pass.")

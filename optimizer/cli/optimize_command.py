@@ -8,11 +8,13 @@ from typing import Any
 
 import click
 
+from planish.optimizer.cli.completion import complete_pipeline, complete_presets, complete_targets, complete_tasks
 from planish.optimizer.cli.options import (
     existing,
     expect_option,
     fix_option,
     json_flag,
+    keep_option,
     parse_fixed,
     parse_shapes,
     print_json,
@@ -25,16 +27,22 @@ from planish.optimizer.cli.options import (
 @click.option(
     "-o", "--output", "out", type=existing, required=True, help="The folder to make; appears complete or not at all."
 )
-@click.option("--task", help="The task to serve; read from config.json if not given.")
+@click.option("--task", shell_complete=complete_tasks, help="The task to serve; read from config.json if not given.")
 @click.option(
-    "--target", "targets", multiple=True, metavar="NAME[{k=v …}]", default=["onnxruntime"], show_default=True,
+    "--target", "targets", multiple=True, shell_complete=complete_targets, metavar="NAME[{k=v …}]",
+    default=["onnxruntime"], show_default=True,
     help="A runtime to build for, with its options; may be given several times.",
 )  # fmt: skip
-@click.option("--preset", help="A named pipeline: exact (default), fast or small.")
-@click.option("--pipeline", metavar="TEXT", help="The passes to run, as text: a,b{k=v},c. Failed checks end the run.")
+@click.option("--preset", shell_complete=complete_presets, help="A named pipeline: exact (default), fast or small.")
+@click.option(
+    "--pipeline",
+    metavar="TEXT",
+    shell_complete=complete_pipeline,
+    help="The passes to run, as text: a,b{k=v},c. Failed checks end the run.",
+)
 @click.option("--calibration", type=existing, help="Your own inputs: .txt or .jsonl of texts, or .npz of arrays.")
 @click.option("--samples", type=click.IntRange(1), help="Texts that are calibrated on, at most; 256 if not given.")
-@click.option("--keep", multiple=True, metavar="METRIC>=X", help="Fidelity that passes must keep, e.g. cosine>=0.999.")
+@keep_option
 @click.option(
     "--evaluate", metavar="COMMAND",
     help="Your own measure: given an engine's folder, it prints a number last, for --keep 'score>=0.9' or '>=0.99x'.",

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from planish.optimizer.cli.completion import complete_budget, complete_expectation
 from planish.optimizer.errors import UsageError
 
 existing = click.Path(path_type=Path)
@@ -21,8 +22,16 @@ fix_option = click.option(
     metavar="AXIS=N,…",
     help="Sizes that axes always have; engines may be faster for it.",
 )
+keep_option = click.option(
+    "--keep",
+    multiple=True,
+    metavar="METRIC>=X",
+    shell_complete=complete_budget,
+    help="Fidelity that passes must keep, e.g. cosine>=0.999.",
+)
 expect_option = click.option(
     "--expect",
+    shell_complete=complete_expectation,
     multiple=True,
     metavar="NAME=N",
     help="Fail unless this pass fires at N sites (fuse-attention=12), or this operator is left N times (Attention=12).",

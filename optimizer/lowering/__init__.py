@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,6 +71,8 @@ def lower(
             where="--reference offload",
             advice="use full",
         )
+    if adapter is not None and not adapter.exists():
+        raise _absent(adapter, "the folder of an adapter")
     if adapter is not None and not (isinstance(source, str | Path) and Path(source).is_dir()):
         raise UsageError("an adapter is merged into a checkpoint folder", where="--adapter", advice="give its base")
     if last_logits and not (isinstance(source, str | Path) and Path(source).is_dir()):
@@ -92,11 +95,7 @@ def _lower_folder(
     last_logits: bool,
 ) -> Lowered:
     if not path.exists():
-        raise BadInput(
-            "there is no such file or folder",
-            where=path,
-            advice="give a checkpoint folder or an .onnx file (hub ids are not downloaded: fetch the folder first)",
-        )
+        raise _absent(path, "a checkpoint folder or an .onnx file")
     from planish.optimizer.lowering import assemble
     from planish.optimizer.lowering.checkpoint import open_checkpoint
     from planish.optimizer.lowering.weights import INDEX
@@ -106,6 +105,20 @@ def _lower_folder(
     companions = tuple(checkpoint.companions())
     index = [name for name in (Path(INDEX),) if (path / name).is_file()]
     return Lowered(_having_read(program, path, [*index, *companions]), original, path, companions)
+
+
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+
+
+def _absent(path: Path, wanted: str) -> BadInput:
+    """The error for a path where nothing is; if it may be the id of a model on the hub, it says how to fetch that."""
+    advice = f"give {wanted}"
+    is_path = path.suffix == ".onnx" or (path.parent != Path() and path.parent.exists())
+    if _HUB_ID.fullmatch(str(path)) and not is_path:
+        fetch = f"hf download {path} --local-dir {path.name}"
+        advice += f"; nothing is downloaded here: if this is an id on the Hugging Face hub, fetch it with `{fetch}`"
+        advice += " and give that folder"
+    return BadInput("there is no such file or folder", where=path, advice=advice)
 
 
 def _lower_file(path: Path, task: str | None) -> Lowered:
