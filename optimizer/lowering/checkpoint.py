@@ -19,6 +19,7 @@ from planish.optimizer.json_files import read_object
 from planish.optimizer.lowering import adapter as adapter_files
 from planish.optimizer.lowering import tasks
 from planish.optimizer.lowering.assembled import Assembly
+from planish.optimizer.lowering.bounds import bounded, check_counts
 from planish.optimizer.lowering.failures import told_as_bad_input
 from planish.optimizer.lowering.links import file_in
 from planish.optimizer.lowering.quantized import Quantized, float_weights, scheme, without_codes
@@ -81,6 +82,7 @@ def open_checkpoint(
     companions_in(folder)  # links out of the folder are refused before anything is computed
     scheme(raw, folder)  # before anything is read or imported: half of them are refused
     weights = float_weights(raw, folder, read_index(folder))
+    check_counts(raw, weights, folder / "config.json")
     config = _transformers_config(folder, raw)
     architecture = _architecture(raw, folder)
     if task is not None:
@@ -200,7 +202,8 @@ def skeleton(checkpoint: Checkpoint, experts: str | None = _EXPERTS) -> Any:
 def _from_config(cls: type[Any], checkpoint: Checkpoint) -> Any:
     import torch
 
-    with told_as_bad_input(f"{cls.__name__} cannot be built from it", checkpoint.folder / "config.json"):
+    path = checkpoint.folder / "config.json"
+    with told_as_bad_input(f"{cls.__name__} cannot be built from it", path), bounded(checkpoint.weights, path):
         return cls._from_config(checkpoint.config, dtype=torch.float32)
 
 
@@ -208,6 +211,7 @@ def loaded(checkpoint: Checkpoint) -> Any:
     """The model with its weights, in float32, as transformers itself loads it: the original that engines must match."""
     import torch
 
+    bind(skeleton(checkpoint, experts=None), checkpoint)  # refuses what would allocate more than the weights hold
     cls = tasks.head_class(checkpoint.task, checkpoint.config, checkpoint.architecture, checkpoint.folder)
     with told_as_bad_input(f"transformers cannot load it as {cls.__name__}", checkpoint.folder), quiet():
         model = cls.from_pretrained(

@@ -100,6 +100,26 @@ def test_checkpoints(name: str, checkpoint: Path, tmp_path: Path) -> None:
     assert [path for path in tmp_path.iterdir() if path != checkpoint] == []
 
 
+GREEDY: dict[str, tuple[dict[str, Any], str]] = {
+    "layers": ({"num_hidden_layers": 1_000_000}, "it asks for 1000000 num_hidden_layers"),
+    "some layers": ({"num_hidden_layers": 400}, "it asks for more than 11"),
+    "labels": ({"num_labels": 10**9}, "it asks for 1000000000 num_labels"),
+    "nested layers": ({"text_config": {"n_layers": 10**9}}, "it asks for 1000000000 n_layers"),
+    "positions": ({"max_position_embeddings": 1 << 40}, "it asks for a table of"),
+    "words": ({"vocab_size": 1 << 40}, "it asks for a table of"),
+    "width": ({"intermediate_size": 1 << 40}, "it asks for a table of"),
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_settings_that_would_take_the_machine(name: str, checkpoint: Path) -> None:
+    changes, message = GREEDY[name]
+    configure(checkpoint, **changes)
+    with pytest.raises(BadInput) as caught:
+        loaded(open_checkpoint(checkpoint, "text-classification"))
+    assert message in str(caught.value)
+
+
 ORIGINALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "generation settings of a number": (write("generation_config.json", b"5"), "transformers cannot load it"),
     "suppressed tokens of a number": (
