@@ -19,7 +19,7 @@ from planish.optimizer.pipeline import Pipeline
 from planish.optimizer.program import PAST_NAME, PRESENT_NAME, Program, Role, TensorSpec, as_continued, guess_role
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ERROR, _WARNING = 3, 2
+_WARNING, _FATAL = 2, 4
 _PACKED = frozenset({"MatMulNBits"})
 """Operators whose constants must stay constant."""
 
@@ -92,7 +92,7 @@ class OnnxRuntime(Backend):
         ort = self._import()
         options = self._options(ort)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = _ERROR
+        options.log_severity_level = _FATAL
         weights = lend_weights(model, constant_for=_PACKED)
         lent, constants = (
             {name: _lent(ort, tensor) for name, tensor in tensors.items()}
@@ -141,7 +141,7 @@ class OnnxRuntime(Backend):
     def _options(self, ort: Any) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = _WARNING
+        options.log_severity_level = _FATAL if self.provider == "cpu" else _WARNING  # failures are raised as well
         if self.weights == "mapped":
             options.add_session_config_entry("session.disable_prepacking", "1")
         return options

@@ -263,13 +263,16 @@ def _visible(tensor: TensorSpec, mask: TensorSpec | None, counts: np.ndarray | N
     along = list(mask.shape)
     if along[-1] not in tensor.shape and "sequence" in tensor.shape and "sequence" in str(along[-1]).split(SUM):
         along[-1] = "sequence"
-    if not all(axis in tensor.shape for axis in along):
-        return None
-    order = [along.index(axis) for axis in tensor.shape if axis in along]
-    shape = [
-        -1 if axis == along[-1] else counts.shape[along.index(axis)] if axis in along else 1 for axis in tensor.shape
-    ]
-    return np.asarray(np.transpose(counts, order).reshape(shape) != 0)
+    places: list[int] = []  # a size that is there twice (attention, a batch as large as its texts) is met in order
+    for axis in along:
+        free = [place for place, size in enumerate(tensor.shape) if size == axis and place not in places]
+        if not free:
+            return None
+        places.append(free[0])
+    shape = [1] * len(tensor.shape)
+    for place, count in zip(places, counts.shape, strict=True):
+        shape[place] = count
+    return np.asarray(np.transpose(counts, np.argsort(places)).reshape(shape) != 0)
 
 
 class _Tally:

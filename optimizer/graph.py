@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from planish.optimizer.inference import follows_few
+
 _PLAIN_INITIALIZERS = 4
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key under which the PyTorch exporter keeps the module path of a node: our source location."""
@@ -81,7 +83,8 @@ def is_weight_matrix(value: ir.Value | None) -> bool:
 def location_of(node: ir.Node) -> str:
     """Name, operator and, where the exporter recorded it, the PyTorch module of a node."""
     module = module_of(node)
-    return f"{node.op_type} {node.name or node.outputs[0].name!r}" + (f" in {module}" if module else "")
+    output = node.outputs[0].name if node.outputs else None
+    return f"{node.op_type} {node.name or repr(output)}" + (f" in {module}" if module else "")
 
 
 def module_of(node: ir.Node) -> str:
@@ -324,7 +327,9 @@ def _infer_at(model: ir.Model, axes: Mapping[str, int]) -> ir.Model:
     for node in copy.graph.all_nodes():
         for value in node.outputs:
             value.shape = None
-    inferred: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(copy), data_prop=True))
+    inferred: ir.Model = ir.from_proto(
+        onnx.shape_inference.infer_shapes(ir.to_proto(copy), data_prop=follows_few(copy))
+    )
     return inferred
 
 

@@ -1,8 +1,4 @@
-"""Reading ONNX files that may be broken or hostile, and writing files that load everywhere.
-
-Advisories this is written against: CVE-2022-25882, CVE-2024-27318 and their successors (external data that leaves
-the model's folder, by `..`, by an absolute path, or through links).
-"""
+"""Reading ONNX files that may be broken or hostile, and writing files that load everywhere."""
 
 from __future__ import annotations
 
@@ -17,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from planish.optimizer.errors import BadInput
 from planish.optimizer.graph import NAME_SCOPES, embedded, graphs_of, weight_bytes
+from planish.optimizer.onnx_checks import check_model
 from planish.optimizer.tensors import origin_of
 
 EXTERNAL_FROM = 1 << 20
@@ -27,7 +24,6 @@ SHARED_DATA = "model.onnx.data"
 """Where several graphs that are written together keep their weights."""
 _SMALL = 1024
 """Tensors of at most this many bytes stay in the graph: runtimes want shape constants there."""
-_KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview", "com.microsoft"})
 _KEPT_METADATA = frozenset({NAME_SCOPES, "pkg.torch.onnx.class_hierarchy"})
 
 
@@ -121,8 +117,7 @@ def strip_for_release(model: ir.Model) -> ir.Model:
 def load(path: Path) -> ir.Model:
     """Read an ONNX file; its external data stays where it is and is read when it is needed.
 
-    BadInput if the file is missing, is not ONNX or is cut off, if external data is missing, short, linked or outside
-    the file's folder, or if an operator or domain is unknown.
+    BadInput if the file is missing, is not ONNX or is cut off, and for all that `onnx_checks` looks at.
     """
     if not path.is_file():
         raise BadInput("there is no such file" if not path.exists() else "this is not a file", where=path)
@@ -134,8 +129,7 @@ def load(path: Path) -> ir.Model:
         ) from None
     if not proto.HasField("graph") or not proto.graph.node:
         raise BadInput("this file holds no graph", where=path, advice="export it again, or copy it again whole")
-    _check_external_data(proto, path)
-    _check_operators(proto, path)
+    check_model(proto, path)
     try:
         model: ir.Model = ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ir.serde.SerdeError) as error:
@@ -151,89 +145,6 @@ def _values(graph: ir.Graph | ir.Function) -> Iterator[ir.Value]:
         yield from graph.initializers.values()
     for node in graph:
         yield from node.outputs
-
-
-def _tensors(proto: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from proto.initializer
-    for node in proto.node:
-        for attribute in node.attribute:
-            yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
-            for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _tensors(graph)
-
-
-def _nodes(proto: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in proto.node:
-        yield node
-        for attribute in node.attribute:
-            for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                yield from _nodes(graph)
-
-
-def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    for tensor in _tensors(proto.graph):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            _check_location(path, tensor, entries)
-
-
-def _check_location(path: Path, tensor: onnx.TensorProto, entries: dict[str, str]) -> None:
-    location = entries.get("location", "")
-    data = path.parent / location
-    where = f"{path}, tensor {tensor.name!r}"
-    if not location or Path(location).is_absolute() or ".." in Path(location).parts:
-        raise BadInput(f"external data {location!r} lies outside the model's folder", where=where)
-    if any(part.is_symlink() for part in (data, *data.parents) if path.parent in part.parents):
-        raise BadInput(f"external data {location!r} is a symbolic link", where=where, advice="copy the real file here")
-    if not data.is_file():
-        raise BadInput(f"external data {location!r} is missing", where=where, advice="copy it beside the model")
-    if data.stat().st_nlink > 1:
-        raise BadInput(f"external data {location!r} is a hard link", where=where, advice="copy the real file here")
-    _check_extent(data, tensor, entries, where)
-
-
-def _check_extent(data: Path, tensor: onnx.TensorProto, entries: dict[str, str], where: str) -> None:
-    dtype = ir.DataType(tensor.data_type)
-    needed = (dtype.bitwidth * _product(tensor.dims) + 7) // 8
-    try:
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", needed))
-    except ValueError:
-        raise BadInput("the offset or length of its external data is not a number", where=where) from None
-    if offset < 0 or length != needed:
-        raise BadInput(f"its external data has {length} bytes at {offset}, its shape needs {needed}", where=where)
-    size = data.stat().st_size
-    if offset + length > size:
-        raise BadInput(
-            f"external data {data.name!r} is too short: {size} bytes, {offset + length} are needed",
-            where=where,
-            advice="copy it again whole",
-        )
-
-
-def _product(dims: list[int]) -> int:
-    product = 1
-    for dim in dims:
-        product *= dim
-    return product
-
-
-def _check_operators(proto: onnx.ModelProto, path: Path) -> None:
-    functions = {(function.domain, function.name) for function in proto.functions}
-    imported = {opset.domain: opset.version for opset in proto.opset_import}
-    for node in _nodes(proto.graph):
-        if (node.domain, node.op_type) in functions:
-            continue
-        name = node.name or next(iter(node.output), "?")
-        if node.domain not in _KNOWN_DOMAINS:
-            raise BadInput(
-                f"operator {node.domain}::{node.op_type} of node {name!r} is of a domain that no target runs",
-                where=path,
-                advice=f"there are: {', '.join(sorted(d for d in _KNOWN_DOMAINS if d))} and the standard one",
-            )
-        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type, ""):
-            raise BadInput(f"ONNX has no operator {node.op_type!r} (node {name!r})", where=path)
-        if node.domain in ("", "ai.onnx") and not imported.keys() & {"", "ai.onnx"}:
-            raise BadInput("the model does not say which opset it is written in", where=path)
 
 
 def copy_file(source: Path, target: Path) -> None:

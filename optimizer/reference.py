@@ -8,6 +8,7 @@ by computing them in double precision as well; tolerances of exact rewrites foll
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from planish.optimizer.compare import Budget, Case, Clause, compare
-from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.errors import BadInput, OutOfResources, UsageError
 from planish.optimizer.program import PAST, SIGNALS, SUM, Axis, Role, Signature, TensorSpec
+from planish.optimizer.resources import demand_memory
 
 NOISE_FACTOR = 64.0
 """An exact rewrite may move an output by this many noise floors: another order of summation in every layer, in a
@@ -47,6 +49,8 @@ _SILENCE = -1.0
 """The lowest value of a made spectrum."""
 DEFAULT_SHAPE: Mapping[str, int] = {"batch": 1, "choices": 4, "sequence": 128, "encoder_sequence": 128}
 """Sizes at which engines are timed when none are asked for; axes of other names count 1."""
+_MOST_ELEMENTS = 1 << 27
+"""Entries of an input that is made; a cache of a model with 70 billion parameters has a million in each tensor."""
 _ELEMENTS = 1 << 24
 """Outputs with more elements than this are kept in part."""
 
@@ -353,6 +357,7 @@ def make_case(
     signature: Signature, sizes: Mapping[str, int], generator: np.random.Generator, counted: int | None = None
 ) -> dict[str, np.ndarray]:
     """One case of the given sizes: values by role, padding where the mask says so, and behind ``counted`` tokens."""
+    _demand_room(signature, sizes)
     made = {tensor.name: _values(tensor, signature.shape_of(tensor, sizes), generator) for tensor in signature.inputs}
     mask = signature.mask()
     if mask is not None:
@@ -366,13 +371,28 @@ def make_case(
     return made
 
 
+def _demand_room(signature: Signature, sizes: Mapping[str, int]) -> None:
+    """OutOfResources if the arrays of a case would be larger than anybody asks a model with, or than memory is."""
+    shapes = {tensor: signature.shape_of(tensor, sizes) for tensor in signature.inputs}
+    for tensor, shape in shapes.items():
+        if math.prod(shape) > _MOST_ELEMENTS:
+            raise OutOfResources(
+                f"inputs of the shape {list(shape)} are not made",
+                where=f"input {tensor.name!r}",
+                advice=f"they have at most {_MOST_ELEMENTS} entries; fix its axes to smaller sizes",
+            )
+    needed = sum(math.prod(shape) * tensor.numpy_dtype().itemsize for tensor, shape in shapes.items())
+    largest = max(map(math.prod, shapes.values()), default=0) * np.dtype(np.float64).itemsize
+    demand_memory(needed + largest, "a reference input", "fix its axes to smaller sizes")
+
+
 def _respect(tensor: TensorSpec, values: np.ndarray, visible: np.ndarray) -> None:
     """Write padding, and positions that do not count it, where a tensor runs along (the end of) the mask."""
     if values.ndim != visible.ndim or values.shape[-1] > visible.shape[-1]:
         return
     if tensor.role in (Role.TOKENS, Role.SEGMENTS) and values.shape == visible.shape:
         values[~visible] = tensor.pad
-    if tensor.role is Role.POSITIONS:
+    if tensor.role is Role.POSITIONS and values.shape[:-1] == visible.shape[:-1]:  # else they are of the whole batch
         values[...] = positions_of(visible)[..., -values.shape[-1] :]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from planish.optimizer.errors import OutOfResources
 
+_PR_SET_PDEATHSIG = 1
 _ROOT = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _FILES = {
@@ -74,6 +78,26 @@ def _room(folder: Path, version: int) -> int | None:
     except (OSError, ValueError):
         return None
     return None if most == "max" else int(most) - used + sum(statistics.get(name, 0) for name in caches)
+
+
+def limit_memory(most: int) -> None:
+    """Let this process take at most ``most`` bytes more from the system than now, where the system has such a limit.
+
+    Only private memory counts, not mapped files: address space of a runtime's libraries is no demand.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    most += int(pages[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def die_with_parent() -> None:
+    """Let Linux end this process with the one that started it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def cores() -> int:

@@ -8,18 +8,23 @@ the name of an axis, or unknown.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
-from planish.optimizer.graph import constant_of
+from planish.optimizer.graph import constant_of, without_weights
+from planish.optimizer.inference import follows_few, quiet_libraries
 from planish.optimizer.program import SUM
 
 Entry = int | str | None
 """One entry of an integer tensor: a number, the name of an axis, or unknown."""
 _LONGEST = 64
 """Integer tensors of more entries are not followed."""
+_LEAST = -(1 << 63)
+_LONGEST_NAME = 1 << 10
 Found = tuple[list[Entry], bool] | None
 """Entries of a tensor and whether it is a scalar; None if it is not followed."""
 
@@ -27,6 +32,35 @@ Found = tuple[list[Entry], bool] | None
 def dims_of(shape: ir.Shape | None) -> list[Entry]:
     """Dimensions as entries; nothing if the rank is not known."""
     return [] if shape is None else [dim if isinstance(dim, int) else dim.value for dim in shape]
+
+
+def correct_shapes(model: ir.Model) -> None:
+    """Replace types and shapes that a file declares and that inference contradicts: passes believe what is written.
+
+    What inference knows nothing of stays as it is declared.
+    """
+    copy = without_weights(model)
+    for graph in copy.graphs():
+        for value in (*graph.outputs, *(made for node in graph for made in node.outputs)):
+            value.shape = value.type = None
+    proto = ir.to_proto(copy)
+    with quiet_libraries(), suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        inferred = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=follows_few(copy)))
+        for declared, true in zip(model.graphs(), inferred.graphs(), strict=True):
+            for node, twin in zip(declared, true, strict=True):
+                for value, other in zip(node.outputs, twin.outputs, strict=True):
+                    _correct(value, other)
+
+
+def _correct(value: ir.Value, inferred: ir.Value) -> None:
+    if inferred.type is not None and inferred.dtype is not ir.DataType.UNDEFINED and value.type != inferred.type:
+        value.type = inferred.type
+    if value.shape is None or inferred.shape is None:
+        return
+    pairs = zip(value.shape, inferred.shape, strict=False)
+    differs = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+    if differs or len(value.shape) != len(inferred.shape):
+        value.shape = inferred.shape
 
 
 @dataclass
@@ -52,7 +86,7 @@ class Followed:
         """Follow one node, if it is one of those that keep integers legible."""
         rule = _RULES.get(node.op_type) if node.domain == "" else None
         found = None if rule is None else rule(self, node)
-        if found is not None:
+        if found is not None and len(found[0]) <= _LONGEST and all(map(_is_legible, found[0])):
             self.table[id(node.outputs[0])] = found
 
     def lookup(self, value: ir.Value) -> Found:
@@ -63,6 +97,11 @@ class Followed:
         if array is None or array.ndim > 1 or array.dtype not in (np.int64, np.int32):
             return None
         return [int(entry) for entry in array.reshape(-1)], array.ndim == 0
+
+
+def _is_legible(entry: Entry) -> bool:
+    """Not a number that wraps around in the graph, nor the sum of ever more axes: both double with each Add."""
+    return _LEAST <= entry < -_LEAST if isinstance(entry, int) else entry is None or len(entry) <= _LONGEST_NAME
 
 
 def _shape(known: Followed, node: ir.Node) -> Found:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-from planish.optimizer.errors import CheckFailed
+from planish.optimizer.errors import CheckFailed, printable
 from planish.optimizer.graph import graphs_of, location_of, subgraphs_of, without_weights
 
 _CONTEXT = 2
@@ -57,14 +57,14 @@ def picture(model: ir.Model, faults: list[Fault]) -> str:
     by_node: dict[int, list[str]] = {}
     for fault in faults:
         by_node.setdefault(id(fault.node), []).append(fault.message)
-    lines = [f"  ^ {message}" for message in by_node.pop(id(None), [])]
+    lines = [printable(f"  ^ {message}") for message in by_node.pop(id(None), [])]
     for graph in graphs_of(model):
         nodes = list(graph)
         marked = [index for index, node in enumerate(nodes) if id(node) in by_node]
         shown = sorted({near for at in marked for near in range(at - _CONTEXT, at + _CONTEXT + 1)})
         for index in (near for near in shown if 0 <= near < len(nodes)):
-            lines.append(f"{nodes[index]}")
-            lines += [f"  ^ {message}" for message in by_node.get(id(nodes[index]), [])]
+            lines.append(printable(f"{nodes[index]}"))
+            lines += [printable(f"  ^ {message}") for message in by_node.get(id(nodes[index]), [])]
     return "\n".join(lines)
 
 
@@ -128,7 +128,7 @@ def _schema_faults(model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node
         return  # a domain whose schemas are not registered here: the runtime is the judge
     try:
         schema = onnx.defs.get_schema(node.op_type, version, node.domain)
-    except onnx.defs.SchemaError:
+    except (onnx.defs.SchemaError, TypeError):  # a version that is no C int
         yield Fault(f"{node.op_type} does not exist at opset {version}", node)
         return
     yield from _arity_faults(schema, node)
@@ -145,9 +145,14 @@ def _arity_faults(schema: onnx.defs.OpSchema, node: ir.Node) -> Iterator[Fault]:
 def _attribute_faults(schema: onnx.defs.OpSchema, node: ir.Node) -> Iterator[Fault]:
     for name in sorted(set(node.attributes) - set(schema.attributes)):
         yield Fault(f"has no attribute {name!r}", node)
-    for name, attribute in sorted(schema.attributes.items()):
-        if attribute.required and name not in node.attributes:
+    for name, described in sorted(schema.attributes.items()):
+        attribute = node.attributes.get(name)
+        if attribute is None and described.required:
             yield Fault(f"attribute {name!r} is required", node)
+        if attribute is not None and int(attribute.type) != int(described.type.value):
+            yield Fault(f"attribute {name!r} is of type {attribute.type.name}, takes {described.type.name}", node)
+    if node.op_type == "Constant" and len(node.attributes) != 1:
+        yield Fault(f"a Constant has one value, this has {len(node.attributes)}", node)
 
 
 def _inference_faults(model: ir.Model) -> Iterator[Fault]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +10,19 @@ from typing import Any
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from planish.optimizer import onnx_io, registry
+from planish.optimizer import onnx_io
 from planish.optimizer.errors import BadInput
 from planish.optimizer.graph import opset_of, sizes_of
+from planish.optimizer.inference import infer_shapes, quiet_libraries
+from planish.optimizer.json_files import read_object
+from planish.optimizer.lowering import confined
 from planish.optimizer.lowering.checkpoint import quiet, sha256
 from planish.optimizer.lowering.component import border_spec
 from planish.optimizer.lowering.module import OPSET
 from planish.optimizer.lowering.original import Answers, Cases, Original
 from planish.optimizer.lowering.tasks import TASKS
 from planish.optimizer.program import (
+    SUM,
     Axis,
     Program,
     Provenance,
@@ -30,13 +33,28 @@ from planish.optimizer.program import (
     guess_role,
     in_float,
 )
-from planish.optimizer.reference import Prompt, thin
+from planish.optimizer.reference import Prompt
+from planish.optimizer.shapes import correct_shapes
 from planish.optimizer.verifier import picture, structural_faults
 
 _THROUGH = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Slice", "Transpose", "Flatten"})
 """Operators behind which an integer input is still the same integers."""
+_LEAST_RANKS = {
+    Role.TOKENS: 1, Role.MASK: 1, Role.SEGMENTS: 1, Role.POSITIONS: 1, Role.BOXES: 2, Role.PIXELS: 2, Role.FEATURES: 2,
+    Role.CACHE: 4,
+}  # fmt: skip
 OLDEST_OPSET = 11
 _ASSUMED_LONGEST = 512
+_LARGEST_SIZE = 1 << 62
+_AT_THE_BORDER = frozenset(
+    {
+        ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL, ir.DataType.INT8,
+        ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8, ir.DataType.UINT16,
+        ir.DataType.UINT32, ir.DataType.UINT64,
+    }
+)  # fmt: skip
+"""What NumPy and the runtimes hand each other."""
+_TENSORS_ONLY = "end the graph at tensors of numbers; inside it other values are fine"
 
 
 def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
@@ -50,7 +68,8 @@ def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
     faults = structural_faults(model)
     if faults:
         raise BadInput(f"the graph is not valid: {faults[0]}", where=path, picture=picture(model, faults))
-    notes = normalize(model, path.parent)
+    _check_border(model, path)
+    notes = normalize(model, path.parent, path)
     signature = signature_of(model)
     config = _config_beside(path)
     program = Program(
@@ -62,16 +81,36 @@ def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
     return program, OnnxOriginal(path)
 
 
-def normalize(model: ir.Model, folder: Path | None) -> tuple[str, ...]:
+def _check_border(model: ir.Model, path: Path) -> None:
+    """BadInput for inputs and outputs that cannot be made or compared: only tensors of numbers can."""
+    for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
+        for value in values:
+            where = f"{path}, {kind} {value.name!r}"
+            if value.type is not None and not isinstance(value.type, ir.TensorType):
+                raise BadInput(f"this is no tensor but {value.type}", where=where, advice=_TENSORS_ONLY)
+            if value.dtype is not None and value.dtype not in _AT_THE_BORDER:
+                raise BadInput(f"this is a tensor of {value.dtype}", where=where, advice=_TENSORS_ONLY)
+            sizes = [dim for dim in value.shape or () if isinstance(dim, int)]
+            if any(not 0 <= size < _LARGEST_SIZE for size in sizes):
+                raise BadInput(f"no tensor has the shape {value.shape}", where=where)
+
+
+def normalize(model: ir.Model, folder: Path | None, where: object = None) -> tuple[str, ...]:
     """Bring a graph that somebody else wrote to the canonical opset, inlined, with unique names and known shapes.
 
-    Returns notes on what was done. ``folder`` is where its external data lies.
+    Returns notes on what was done. ``folder`` is where its external data lies. BadInput if a function calls itself, is
+    called with other inputs than it takes, or is of another opset.
     """
-    common.RemoveInitializersFromInputsPass()(model)
-    common.InlinePass()(model)
-    notes = _upgrade(model, folder)
-    common.NameFixPass()(model)
-    common.ShapeInferencePass()(model)
+    with quiet_libraries():
+        common.RemoveInitializersFromInputsPass()(model)
+        try:
+            common.InlinePass()(model)
+        except (ir.passes.PassError, ir.passes.PreconditionError, ValueError) as error:
+            raise BadInput(f"its functions cannot be inlined: {error}", where=where) from error
+        notes = _upgrade(model, folder)
+        common.NameFixPass()(model)
+    correct_shapes(model)
+    infer_shapes(model)
     return notes
 
 
@@ -108,7 +147,7 @@ def signature_of(model: ir.Model) -> Signature:
     """Inputs with their roles and bounds, outputs with theirs, and the named axes."""
     outputs = in_float([_output_spec(value) for value in model.graph.outputs])
     inputs = tuple(as_continued(tensor, outputs) for tensor in in_float(list(map(_input_spec, model.graph.inputs))))
-    names = [dim for tensor in inputs for dim in tensor.shape if isinstance(dim, str)]
+    names = [axis for tensor in inputs for dim in tensor.shape if isinstance(dim, str) for axis in dim.split(SUM)]
     longest = _position_rows(model)
     axes = {name: Axis(name, 1, longest if _is_sequence(name, inputs) else None) for name in dict.fromkeys(names)}
     return Signature(inputs, outputs, axes)
@@ -116,12 +155,19 @@ def signature_of(model: ir.Model) -> Signature:
 
 def _input_spec(value: ir.Value) -> TensorSpec:
     dtype = value.dtype or ir.DataType.FLOAT
-    tensor = border_spec(value, guess_role(value.name or "", dtype))
+    tensor = _in_its_role(border_spec(value, guess_role(value.name or "", dtype)))
     if not dtype.is_integer():
         return tensor
     bound = _table_rows(value)
     role = Role.TOKENS if tensor.role is Role.VALUES and bound is not None else tensor.role
     return replace(tensor, role=role, bound=2 if role is Role.MASK else bound)
+
+
+def _in_its_role(tensor: TensorSpec) -> TensorSpec:
+    """The same, without the role that its name suggests if no such tensor has its shape."""
+    rank, last = len(tensor.shape), tensor.shape[-1] if tensor.shape else 0
+    fits = rank >= _LEAST_RANKS.get(tensor.role, 0) and (tensor.role is not Role.BOXES or last == 4)
+    return tensor if fits else replace(tensor, role=Role.VALUES)
 
 
 def _output_spec(value: ir.Value) -> TensorSpec:
@@ -163,12 +209,11 @@ def _is_sequence(axis: str, inputs: Sequence[TensorSpec]) -> bool:
 
 
 def _config_beside(path: Path) -> Mapping[str, Any]:
-    """The config.json in the folder of the model, if there is one that can be read."""
+    """The config.json in the folder of the model, if there is one; BadInput if it is no JSON object."""
     try:
-        found = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path.parent / "config.json")
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _task_of(signature: Signature, config: Mapping[str, Any]) -> str:
@@ -177,9 +222,9 @@ def _task_of(signature: Signature, config: Mapping[str, Any]) -> str:
 
     names = {tensor.name for tensor in signature.outputs}
     fitting = [task for task, spec in TASKS.items() if set(spec.outputs) <= names]
-    architecture = next(iter(config.get("architectures") or []), None)
+    architecture = _first_architecture(config)
     try:
-        wanted = None if architecture is None else infer(str(architecture), "config.json")
+        wanted = None if architecture is None else infer(architecture, "config.json")
     except BadInput:
         wanted = None
     if wanted in fitting:
@@ -188,8 +233,13 @@ def _task_of(signature: Signature, config: Mapping[str, Any]) -> str:
 
 
 def _architecture(model: ir.Model, config: Mapping[str, Any]) -> str:
-    named = next(iter(config.get("architectures") or []), None)
-    return str(named or model.producer_name or "unknown")
+    return _first_architecture(config) or model.producer_name or "unknown"
+
+
+def _first_architecture(config: Mapping[str, Any]) -> str | None:
+    """The class that config.json names first, if it is a list of names."""
+    named = config.get("architectures")
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
 
 
 def _hashes(path: Path, model: ir.Model) -> dict[str, str]:
@@ -209,8 +259,9 @@ class OnnxOriginal(Original):
     def answer(self, cases: Cases, precise: int, prompts: Sequence[Prompt] = ()) -> Answers:
         """Run every case as the graph is written; the first few again optimized: the same sums in another order."""
         ((component, own),) = cases.items()
-        backend = registry.backend("onnxruntime")
-        plain = backend.load(onnx_io.load(self._path))
-        outputs = [thin(plain.run(case)) for case in own]
-        reordered = backend.open(self._path)
-        return Answers({component: outputs}, {component: [thin(reordered.run(case)) for case in own[:precise]]})
+        answered = confined.run(self._path, own, precise)
+        if answered.note is not None:
+            self.description = f"{type(self).description} (no others: {answered.note})"
+            confined.announce(self._path, answered.note)
+        precisely = None if answered.reordered is None else {component: answered.reordered}
+        return Answers({component: answered.outputs}, precisely)

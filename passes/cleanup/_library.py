@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from planish.optimizer.base import PassResult
 from planish.optimizer.graph import allow_plain_initializers, constant_of, graphs_of, location_of
+from planish.optimizer.inference import infer_shapes, quiet_libraries
 
 _MADE_UP = "unk__"
 """How the inference of ONNX begins the names of dimensions that it knows nothing of."""
@@ -26,8 +26,9 @@ def run(model: ir.Model, *steps: Callable[[ir.Model], object]) -> PassResult:
     nodes = [(node, location_of(node)) for graph in graphs_of(model) for node in graph]
     graphs = list(model.graphs())
     before, _alive = _facts(model)
-    for step in steps:
-        step(model)
+    with quiet_libraries():
+        for step in steps:
+            step(model)
     _detach(graphs, model)
     allow_plain_initializers(model)
     gone = [location for node, location in nodes if node.graph is None]
@@ -61,7 +62,7 @@ def infer_again(model: ir.Model) -> None:
     for value in (value for graph in model.graphs() for node in graph for value in node.outputs):
         if value.shape is not None and not value.is_graph_output():
             value.shape = ir.Shape([None if _is_made_up(dim) else dim for dim in value.shape])
-    common.ShapeInferencePass()(model)
+    infer_shapes(model)
 
 
 def _is_made_up(dim: int | ir.SymbolicDim) -> bool:

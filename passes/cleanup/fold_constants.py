@@ -6,6 +6,7 @@ After:   r = Reshape (x, s)          (s is an initializer that holds 6)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ from planish.passes.cleanup import _library
 
 _SPLIT_INTO = 18
 """The opset in which Split can be told the number of its outputs."""
+_GROWING = frozenset(
+    {
+        "AffineGrid", "BlackmanWindow", "CenterCropPad", "Col2Im", "ConstantOfShape", "ConvTranspose", "DFT", "Einsum",
+        "Expand", "GridSample", "HammingWindow", "HannWindow", "MaxUnpool", "MelWeightMatrix", "OneHot", "Pad", "Range",
+        "Resize", "RoiAlign", "STFT", "Tile", "Upsample",
+    }
+)  # fmt: skip
+"""Operators whose result may be larger than all they get; where inference does not know its size, nobody does."""
 _AXES_AS_INPUTS = 13
 """The opset in which axes became inputs."""
 
@@ -57,7 +66,19 @@ class FoldConstants(Pass):
                 onnx_shape_inference=True,
                 input_size_limit=max(8192, self.limit),
                 output_size_limit=self.limit,
+                should_fold=self._should_fold,
             )
+
+    def _should_fold(self, node: ir.Node) -> bool | None:
+        """Not what would be thrown away for its size, nor what may be of any size: the folder computes it first."""
+        most = max(self.limit, sum(value.const_value.size for value in node.inputs if value and value.const_value))
+        for value in node.outputs:
+            known = None if value.shape is None else [dim for dim in value.shape if isinstance(dim, int)]
+            if known is None or value.shape is None or len(known) < len(value.shape):
+                return False if node.op_type in _GROWING else None
+            if math.prod(known) > most:
+                return False
+        return None
 
 
 def _stays(node: ir.Node, version: int) -> bool:

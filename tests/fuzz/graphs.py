@@ -6,6 +6,7 @@ standard output or error but by Planish.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
@@ -25,6 +26,7 @@ from planish.optimizer.single import optimize_file
 from tests.fuzz import Wrong, seeds
 from tests.fuzz.mutations import mutate
 
+logging.getLogger("planish").addHandler(logging.NullHandler())  # what Planish says aloud is no noise
 EXACT = sorted(name for name, entry in registry.table(registry.PASSES).items() if entry.load().exact)
 _TOLERANCE = 1e-3
 """Far above rounding, far below another formula."""
