@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -121,19 +122,59 @@ class OpenVino(Backend):
         return config | ({"INFERENCE_NUM_THREADS": self.threads} if self.threads else {})
 
 
+class Request:
+    """An inference request and its variables, taken from a pool; back it goes when nobody holds it any more."""
+
+    def __init__(self, idle: deque[Any], infer_request: Any) -> None:
+        self._idle = idle
+        self.infer_request = infer_request
+        self.variables = {state.name.partition(PRESENT_NAME)[0]: state for state in infer_request.query_state()}
+        self.steps = 0
+        """Steps of a text so far: a cache that an earlier one gave is no longer there."""
+
+    def __del__(self) -> None:
+        """Give the request back."""
+        self._idle.append(self.infer_request)
+
+
+class RequestPool:
+    """Inference requests of one compiled model: as many as were ever needed at the same time, one to begin with."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self._idle: deque[Any] = deque([compiled.create_infer_request()])
+
+    def take(self) -> Request:
+        """A request that nobody else uses."""
+        try:
+            infer_request = self._idle.pop()  # atomic, unlike a look at the length before it
+        except IndexError:
+            infer_request = self.compiled.create_infer_request()
+        return Request(self._idle, infer_request)
+
+
+@dataclass(frozen=True)
+class HeldCache:
+    """A cache inside the variables of a request, which it keeps from others, and the rows that the next step reads."""
+
+    request: Request
+    step: int
+    rows: np.ndarray
+
+
 class OpenVinoEngine(Engine):
-    """A compiled model and one inference request.
+    """A compiled model and a pool of inference requests, so that threads may call it at the same time.
 
     Where the model keeps its cache inside, `run` still takes and gives it by name: the variables are set before and
-    read after. `step` leaves it where it is, so an engine serves one text at a time.
+    read after. `step` leaves it where it is, in a request that belongs to these texts until their cache is dropped.
     """
 
     def __init__(self, ov: Any, compiled: Any, buckets: Mapping[tuple[int, ...], Any] | None = None) -> None:
         """``buckets`` are the same model, compiled for inputs of one shape each."""
         self._tensor = ov.Tensor
-        self._request = compiled.create_infer_request()
-        self._buckets = {size: own.create_infer_request() for size, own in (buckets or {}).items()}
-        self._variables = {state.name.partition(PRESENT_NAME)[0]: state for state in self._request.query_state()}
+        self._pool = RequestPool(compiled)
+        self._buckets = {size: RequestPool(model) for size, model in (buckets or {}).items()}
+        self._variables = tuple(self._pool.take().variables)
         cached = tuple(
             TensorSpec(name, ir.DataType.FLOAT, ("batch", "heads", PAST, "size"), Role.CACHE)
             for name in self._variables
@@ -143,55 +184,72 @@ class OpenVinoEngine(Engine):
 
     def prepare(self, inputs: Arrays) -> Callable[[], object]:
         """Set the variables now; the call only infers, and leaves outputs where the runtime has them."""
-        feeds = self._stateless(self._feeds(inputs))
-        return lambda: self._results(feeds)
+        feeds = self._feeds(inputs)
+        request = self._request_for(feeds)
+        rest = self._stateless(request, feeds)
+        return lambda: _infer(request, rest)
 
     def step(self, inputs: Arrays, cache: object | None = None) -> tuple[dict[str, np.ndarray], object]:
-        """The cache stays in the variables; what is handed round is the rows of it that the next step reads."""
+        """The cache stays in the variables of its request; what is handed round says which rows the next step reads."""
         if not self._variables:
             return super().step(inputs, cache)
-        rows = np.arange(_rows(inputs), dtype=np.int32) if cache is None else np.asarray(cache, np.int32)
         if cache is None:
-            self._request.reset_state()
+            request, rows = self._pool.take(), np.arange(_rows(inputs), dtype=np.int32)
+            request.infer_request.reset_state()
+        elif isinstance(cache, HeldCache) and cache.step == cache.request.steps:
+            request, rows = cache.request, cache.rows
+        else:
+            raise BadInput("this is not the cache that the last step gave", advice="a cache is good for one step")
         feeds = {spec.name: self._feed(spec, inputs) for spec in self.inputs if spec.role is not Role.CACHE}
-        outputs = self._infer({**feeds, _BEAMS: rows})
-        return outputs, np.arange(_rows(inputs), dtype=np.int32)
+        request.steps += 1
+        outputs = self._copied(_infer(request, {**feeds, _BEAMS: rows}))
+        return outputs, HeldCache(request, request.steps, np.arange(_rows(inputs), dtype=np.int32))
 
     def select(self, cache: object, rows: np.ndarray) -> object:
         """The next step reads these rows."""
-        return np.asarray(cache)[rows] if self._variables else super().select(cache, rows)
+        if not isinstance(cache, HeldCache):
+            return super().select(cache, rows)
+        return replace(cache, rows=np.asarray(cache.rows[rows], np.int32))
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outputs = self._infer(self._stateless(feeds))
+        request = self._request_for(feeds)
+        outputs = self._copied(_infer(request, self._stateless(request, feeds)))
         presents = {
             name.replace(PAST_NAME, PRESENT_NAME, 1): np.array(state.state.data)
-            for name, state in self._variables.items()
+            for name, state in request.variables.items()
         }
         return outputs | presents
 
-    def _stateless(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _request_for(self, feeds: Arrays) -> Request:
+        """A request of the model that was compiled for just this size, if there is one."""
+        sizes = {array.shape for array in feeds.values()} if self._buckets else set()
+        return self._buckets.get(sizes.pop(), self._pool).take() if len(sizes) == 1 else self._pool.take()
+
+    def _stateless(self, request: Request, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Put the cache that is among the inputs into the variables; the inputs that remain."""
         if not self._variables:
             return dict(feeds)
-        self._request.reset_state()
-        for name, state in self._variables.items():
+        request.infer_request.reset_state()
+        for name, state in request.variables.items():
             if feeds[name].shape[2]:
-                state.state = self._tensor(feeds[name])
+                try:
+                    state.state = self._tensor(feeds[name])
+                except RuntimeError as error:
+                    raise BadInput(f"OpenVINO cannot take {name!r} as a cache: {_first_line(error)}") from error
         rest = {name: array for name, array in feeds.items() if name not in self._variables}
         return {**rest, _BEAMS: np.arange(_rows(feeds), dtype=np.int32)}
 
-    def _infer(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        results = self._results(feeds)
+    def _copied(self, results: Any) -> dict[str, np.ndarray]:
+        """Outputs by name, in memory of their own."""
         return {tensor.name: np.array(results[index]) for index, tensor in enumerate(self.outputs)}
 
-    def _results(self, feeds: Mapping[str, np.ndarray]) -> Any:
-        """Outputs by number, in memory that the next call writes to."""
-        sizes = {array.shape for array in feeds.values()} if self._buckets else set()
-        request = self._buckets.get(sizes.pop(), self._request) if len(sizes) == 1 else self._request
-        try:
-            return request.infer(dict(feeds), share_inputs=True, share_outputs=True)
-        except RuntimeError as error:
-            raise BadInput(f"OpenVINO cannot run these inputs: {_first_line(error)}") from error
+
+def _infer(request: Request, feeds: Mapping[str, np.ndarray]) -> Any:
+    """Outputs by number, in memory that the next call of this request writes to."""
+    try:
+        return request.infer_request.infer(dict(feeds), share_inputs=True, share_outputs=True)
+    except RuntimeError as error:
+        raise BadInput(f"OpenVINO cannot run these inputs: {_first_line(error)}") from error
 
 
 def _of_size(core: Any, file: Path, size: tuple[int, ...]) -> Any:

@@ -90,6 +90,8 @@ class Engine(abc.ABC):
             return self._default(tensor, inputs)
         if not np.can_cast(given.dtype, tensor.numpy_dtype(), "same_kind"):
             raise BadInput(f"input {tensor.name!r} is {given.dtype}, the engine takes {tensor.numpy_dtype()}")
+        if tensor.role is Role.CACHE and given.size and not _fits(tensor, given.shape):
+            raise BadInput(f"input {tensor.name!r} has shape {given.shape}, the engine takes {tensor.shape}")
         return np.ascontiguousarray(given, dtype=tensor.numpy_dtype())
 
     def _default(self, tensor: TensorSpec, inputs: Arrays) -> np.ndarray:
@@ -104,6 +106,13 @@ class Engine(abc.ABC):
             return np.broadcast_to(np.arange(past, past + shape[1]), shape).astype(tensor.numpy_dtype())
         longer = past if tensor.role is Role.MASK and len(shape) == 2 else 0
         return np.full((*shape[:-1], shape[-1] + longer), fill, tensor.numpy_dtype())
+
+
+def _fits(tensor: TensorSpec, shape: tuple[int, ...]) -> bool:
+    """Whether a shape has the rank and the fixed sizes of a tensor."""
+    return len(shape) == len(tensor.shape) and all(
+        size == dim for size, dim in zip(shape, tensor.shape, strict=True) if isinstance(dim, int)
+    )
 
 
 def _as_arrays(cache: object) -> Arrays:

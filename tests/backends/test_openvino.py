@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from planish.backends.openvino import Request, RequestPool
 from planish.optimizer import Pipeline, registry
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.program import Program
@@ -42,14 +43,14 @@ def test_it_computes_what_onnxruntime_computes(program: Program, folder: Path) -
 
 def test_weights_stay_in_full_precision_and_so_does_arithmetic(folder: Path) -> None:
     engine = registry.backend("openvino").open(folder)
-    compiled = engine._request.get_compiled_model()  # type: ignore[attr-defined]
+    compiled = engine._pool.compiled  # type: ignore[attr-defined]
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert b'element_type="f16"' not in (folder / "openvino_model.xml").read_bytes()
 
 
 def test_threads_reach_the_runtime(folder: Path) -> None:
     engine = registry.backend("openvino{threads=1}").open(folder)
-    compiled = engine._request.get_compiled_model()  # type: ignore[attr-defined]
+    compiled = engine._pool.compiled  # type: ignore[attr-defined]
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
@@ -69,8 +70,8 @@ def test_a_bucket_serves_its_size_and_no_other(folder: Path) -> None:
         registry.backend("openvino{buckets=[1x3,2x5]}").open(folder),
     )
     used: list[str] = []
-    for size, own in engine._buckets.items():  # type: ignore[attr-defined]
-        engine._buckets[size] = Watched(own, str(size), used)  # type: ignore[attr-defined]
+    for size, pool in engine._buckets.items():  # type: ignore[attr-defined]
+        engine._buckets[size] = Watched(pool, str(size), used)  # type: ignore[attr-defined]
     for texts, tokens in ((1, 3), (2, 5), (1, 4)):
         feeds = {name: np.ones((texts, tokens), np.int64) for name in FEEDS}
         for name, wanted in plain.run(feeds).items():
@@ -79,14 +80,14 @@ def test_a_bucket_serves_its_size_and_no_other(folder: Path) -> None:
 
 
 class Watched:
-    """A request that says when it is used."""
+    """A pool that says when it is used."""
 
-    def __init__(self, request: Any, name: str, used: list[str]) -> None:
-        self.request, self.name, self.used = request, name, used
+    def __init__(self, pool: RequestPool, name: str, used: list[str]) -> None:
+        self.pool, self.name, self.used = pool, name, used
 
-    def infer(self, feeds: Any, **options: Any) -> Any:
+    def take(self) -> Request:
         self.used.append(self.name)
-        return self.request.infer(feeds, **options)
+        return self.pool.take()
 
 
 def test_buckets_that_make_no_sense(folder: Path) -> None:
@@ -110,8 +111,7 @@ def test_a_cache_of_grouped_heads_is_kept_by_one_kernel_and_nothing_is_guarded(t
     assert "IsNaN" not in text
     engine: Any = registry.backend("openvino").open(tmp_path)
     kinds = [
-        node.get_rt_info()["layerType"].astype(str)
-        for node in engine._request.get_compiled_model().get_runtime_model().get_ops()
+        node.get_rt_info()["layerType"].astype(str) for node in engine._pool.compiled.get_runtime_model().get_ops()
     ]
     assert kinds.count("ScaledDotProductAttention") == 2
     assert "Softmax" not in kinds  # which stands where the kernel was not made
