@@ -260,7 +260,7 @@ def main() -> None:
 
 def announce(path: Path, note: str) -> None:
     """Say aloud that the runtime does not know how to optimize the file."""
-    logging.getLogger("planish").warning("%s: %s; compared without them", path, note)
+    logging.getLogger("planish").warning("planish: note: %s: %s; compared without them", path, note)
 
 
 if __name__ == "__main__":
