@@ -59,6 +59,7 @@ def command(
 ) -> None:
     """Ask ENGINE (an output or an engine folder): labels, embeddings, answers, texts, by its task."""
     from planish.optimizer.answering import answer_file, open_answerer, with_prompt, with_raw_scores
+    from planish.optimizer.cli.run_options import refuse_idle
     from planish.optimizer.generate import Sampling
     from planish.optimizer.perceiving import Perceiver, Transcriber
     from planish.optimizer.questions import Question
@@ -67,6 +68,7 @@ def command(
     if (text is None) == (source is None) or (source is None) != (output is None):
         raise UsageError("give either --text, or --input and --output")
     answerer = open_answerer(engine, target)
+    refuse_idle(click.get_current_context(), answerer)
     if prompt is not None:
         answerer = with_prompt(answerer, prompt)
     if logits:

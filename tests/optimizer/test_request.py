@@ -274,3 +274,39 @@ def test_every_metric_is_measured_or_refused() -> None:
         times = "x" if metric == "perplexity" else ""
         with pytest.raises(UsageError, match="cannot be measured here"):
             Budget.parse([f"{metric}{relation}0.5{times}"]).refuse_unmeasured(measured_metrics(nothing))
+
+
+RUN: dict[str, tuple[str | None, list[str], str | None]] = {
+    "tokens of an encoder": ("text-classification", ["--max-new-tokens", "3"], "does not go on with a text"),
+    "drawing of an encoder": ("fill-mask", ["--temperature", "0.5"], "does not go on with a text"),
+    "choices of a classifier": ("text-classification", ["--choice", "a"], "does not choose among answers"),
+    "a pair of choices": ("multiple-choice", ["--pair", "a"], "give --choice"),
+    "a pair to go on with": (None, ["--pair", "a"], "takes no second text"),
+    "a draw without temperature": (None, ["--seed", "7"], "nothing is drawn without --temperature"),
+    "a batch of one": ("fill-mask", ["--batch", "3"], "a single text is asked for"),
+    "a pair of sentences": ("text-classification", ["--pair", "a"], None),
+    "choices": ("multiple-choice", ["--choice", "a", "--choice", "b"], None),
+    "a draw": (None, ["--temperature", "1", "--seed", "7", "--max-new-tokens", "3"], None),
+}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_options_of_run_that_do_not_apply(name: str) -> None:
+    from planish.optimizer.answering import Answerer
+    from planish.optimizer.cli.run_command import command
+    from planish.optimizer.cli.run_options import refuse_idle
+    from planish.optimizer.writing import Writer
+
+    task, arguments, message = RUN[name]
+    answerer = object.__new__(Writer if task is None else Answerer)
+    if task is not None:
+        answerer.task = task  # type: ignore[attr-defined]
+    context = command.make_context("run", ["engine", "--text", "x", *arguments])
+    if message is None:
+        refuse_idle(context, answerer)
+        return
+    with pytest.raises(UsageError, match=message):
+        refuse_idle(context, answerer)
+    lines = command.make_context("run", ["engine", "--input", "a.txt", "--output", "b", "--pair", "a"])
+    with pytest.raises(UsageError, match="every line of --input has its own"):
+        refuse_idle(lines, answerer)
