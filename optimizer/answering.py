@@ -16,12 +16,14 @@ from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.benching import target_of
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.fitting import Room
-from planish.optimizer.manifest import Manifest
+from planish.optimizer.json_files import read_object
+from planish.optimizer.manifest import Manifest, engine_folder
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.perceiving import Perceiver, classes, label, perceiver, softmax, takes_arrays, transcriber
 from planish.optimizer.program import Signature
 from planish.optimizer.questions import Question, read_questions
 from planish.optimizer.sentence_modules import SentenceModules, read_modules
+from planish.optimizer.tokenizing import encode, length_limit
 from planish.optimizer.writing import Writer, open_writer
 
 BATCH = 16
@@ -63,8 +65,23 @@ class Answerer:
         encoded = self._encode(questions)
         feeds = {t.name: self.room.rows(np.asarray(encoded[t.name])) for t in self.engine.inputs if t.name in encoded}
         outputs = {name: array[: len(questions)] for name, array in self.engine.run(feeds).items()}
+        self._check(outputs, encoded)
         found = _ANSWERS[self.task](self, questions, encoded, outputs)
         return [answer | cut for answer, cut in zip(found, self._cuts(questions, encoded), strict=True)]
+
+    def _check(self, outputs: Arrays, encoded: Mapping[str, Any]) -> None:
+        """BadInput if the engine's outputs are not those of the task: its files are of several models."""
+        rows, tokens = np.asarray(encoded["input_ids"]).shape[:2]
+        for name, axes in _OUTPUTS[self.task].items():
+            shape = outputs[name].shape if name in outputs else ()
+            known = {"batch": rows, "tokens": tokens, "choices": tokens}
+            if len(shape) != len(axes) or any(known.get(a, n) != n for a, n in zip(axes, shape, strict=True)):
+                raise BadInput(
+                    f"{self.task} needs an output {name} of shape ({', '.join(axes)}), the engine gives "
+                    + (str(list(shape)) if name in outputs else ", ".join(outputs)),
+                    where=self.folder,
+                    advice="its files are of several models: build it again",
+                )
 
     def _encode(self, questions: Sequence[Question]) -> Mapping[str, Any]:
         common = self.room.padding(self.longest)
@@ -74,25 +91,28 @@ class Answerer:
         texts = [question.text for question in questions]
         offsets = {"return_offsets_mapping": True} if self.task in _NEED_OFFSETS else {}
         if any(pair is not None for pair in pairs):
-            encoded = self.tokenizer(texts, [pair or "" for pair in pairs], **common, **offsets)
+            encoded = self._tokens(texts, [pair or "" for pair in pairs], **common, **offsets)
         else:
-            encoded = self.tokenizer(texts, **common, **offsets)
+            encoded = self._tokens(texts, **common, **offsets)
         parts = [encoded.sequence_ids(index) for index in range(len(texts))] if offsets else []
         return {**encoded, "parts": parts}
+
+    def _tokens(self, *texts: Any, **options: Any) -> Any:
+        return encode(self.tokenizer, self.folder, *texts, **options)
 
     def _encode_choices(self, questions: Sequence[Question], common: Mapping[str, Any]) -> Mapping[str, Any]:
         counts = {len(question.choices) for question in questions}
         if len(counts) != 1 or 0 in counts:
             raise BadInput("questions of one batch need the same number of choices, at least one")
         texts = [question.text for question in questions for _ in question.choices]
-        flat = self.tokenizer(texts, [choice for question in questions for choice in question.choices], **common)
+        flat = self._tokens(texts, [choice for question in questions for choice in question.choices], **common)
         return {name: array.reshape(len(questions), -1, array.shape[-1]) for name, array in flat.items()}
 
     def _beyond(self, question: Question) -> bool:
         """Whether a text has more tokens than the engine takes."""
         longest = self.longest or 0
         seconds = question.choices or (question.pair,)
-        return any(len(self.tokenizer(question.text, second)["input_ids"]) > longest for second in seconds)
+        return any(len(self._tokens(question.text, second)["input_ids"]) > longest for second in seconds)
 
     def _cuts(self, questions: Sequence[Question], encoded: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """`{"truncated": true}` for each text that reached the limit and would have gone beyond it."""
@@ -153,7 +173,7 @@ def open_answerer(path: Path, target: str | None = None) -> AnyAnswerer:
             f"answers of task {task!r} are arrays", where=folder, advice="run it from Python: engine.run({…})"
         )
     modules = read_modules(folder) if task == "feature-extraction" else SentenceModules()
-    longest = _longest(manifest, tokenizer, modules.longest)
+    longest = _longest(manifest, tokenizer, folder, modules.longest)
     room = Room.of(signature)
     return Answerer(
         engine, tokenizer, task, config, folder, longest, room, modules=modules, prompt=modules.prompt(None)
@@ -185,24 +205,24 @@ def _engine_folder(path: Path, target: str | None) -> tuple[Path, str]:
             raise BadInput(
                 f"there is no engine for {name!r} here", where=path, advice=f"there are: {', '.join(manifest.targets)}"
             )
-        if target is not None or registry.backend(manifest.targets[name].target).missing() is None:
-            return path / name, target or manifest.targets[name].target
-    return path / names[0], manifest.targets[names[0]].target
+        if target is not None or manifest.backend(name).missing() is None:
+            return engine_folder(path, name), target or manifest.targets[name].target
+    return engine_folder(path, names[0]), manifest.targets[names[0]].target
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _task(config: Mapping[str, Any], folder: Path) -> str:
-    from planish.optimizer.lowering.tasks import infer
+    from planish.optimizer.lowering.tasks import architecture_of, infer
 
-    return infer(str(next(iter(config.get("architectures") or ["?"]))), folder)
+    return infer(architecture_of(config) or "?", folder)
 
 
-def _longest(manifest: Manifest | None, tokenizer: Any, asked: int | None) -> int | None:
+def _longest(manifest: Manifest | None, tokenizer: Any, folder: Path, asked: int | None) -> int | None:
     axes = {} if manifest is None else next(iter(manifest.signatures.values())).axes
-    limits = [axes["sequence"].maximum if "sequence" in axes else None, asked or tokenizer.model_max_length]
+    limits = [axes["sequence"].maximum if "sequence" in axes else None, asked or length_limit(tokenizer, folder)]
     return min((int(limit) for limit in limits if limit is not None and limit < _ENDLESS), default=None)
 
 
@@ -358,6 +378,15 @@ def _choices(
     ]
 
 
+_OUTPUTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "feature-extraction": {"last_hidden_state": ("batch", "tokens", "size")},
+    "text-classification": {"logits": ("batch", "labels")},
+    "token-classification": {"logits": ("batch", "tokens", "labels")},
+    "question-answering": {"start_logits": ("batch", "tokens"), "end_logits": ("batch", "tokens")},
+    "fill-mask": {"logits": ("batch", "tokens", "vocabulary")},
+    "multiple-choice": {"logits": ("batch", "choices")},
+}
+"""Outputs by task, and the axes that they have there."""
 _NEED_OFFSETS = frozenset({"token-classification", "question-answering"})
 _ANSWERS: Mapping[str, Callable[..., list[dict[str, Any]]]] = {
     "feature-extraction": _embeddings,

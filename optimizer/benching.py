@@ -8,7 +8,7 @@ from pathlib import Path
 
 from planish.optimizer import registry
 from planish.optimizer.errors import BadInput, UsageError
-from planish.optimizer.manifest import Manifest
+from planish.optimizer.manifest import Manifest, engine_folder
 from planish.optimizer.measure import EngineRef, Timing, race
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.program import Axis, Signature, TensorSpec
@@ -86,8 +86,10 @@ def _entrants(path: Path, targets: Sequence[str]) -> list[Entrant]:
         return [
             entrant
             for name in names
-            if registry.backend(manifest.targets[name].target).missing() is None
-            for entrant in _components(path / name, asked.get(name, [manifest.targets[name].target]), manifest)
+            if manifest.backend(name).missing() is None
+            for entrant in _components(
+                engine_folder(path, name), asked.get(name, [manifest.targets[name].target]), manifest
+            )
         ]
     target = target_of(path)
     ways = asked.get(target, [target])

@@ -88,9 +88,10 @@ class Trial:
             verify(model)
             engine = registry.backend(CHECKER).load(model)
             outputs = [engine.run(case) for case in self.reference.inputs]
-        except CheckFailed as error:
-            return [error.what]
-        return budget.violations(compare(self.signature, self.reference.inputs, self.reference.outputs, outputs))
+            found = compare(self.signature, self.reference.inputs, self.reference.outputs, outputs)
+        except (CheckFailed, ValueError) as error:  # what does not run, or gives outputs of other shapes
+            return [str(error)]
+        return budget.violations(found)
 
     def attempt(self, model: ir.Model, applied: Sequence[Pass], sites: int = _ALL) -> Attempt:
         """Run the last of the passes, on at most so many of its sites, over what the others made of the model."""
@@ -129,7 +130,7 @@ def _of_output(folder: Path, asked: Budget) -> tuple[ir.Model, Trial]:
     ((component, reference),) = references.components.items()
     pairs = sorted(zip(reference.inputs, reference.outputs, strict=True), key=lambda pair: size_of_case(pair[0]))
     inputs, outputs = zip(*pairs[:QUICK], strict=True)
-    budget = Budget.parse(manifest.targets[name].budgets[component].split())
+    budget = manifest.targets[name].budget(component)
     signature = manifest.signatures[component].signature()
     asked.refuse_unmeasured(metrics_of(signature))
     budget = budget if budget.clauses else reference.exact_budget()  # what was asked for is about whole engines

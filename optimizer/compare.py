@@ -36,6 +36,8 @@ CONTINUED = ("kl", "greedy", "top1")
 """Metrics of continuations."""
 JUDGED = ("score", "score_ratio")
 """Metrics of the user's own measure."""
+CACHE = "cache"
+"""What the tensors of a cache are called together, where outputs are compared."""
 _MULTIPLES = ("perplexity", "score_ratio")
 """Metrics that are multiples of the original's."""
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
@@ -235,7 +237,7 @@ def _joined(found: Mapping[str, tuple[TensorSpec, dict[str, float]]]) -> dict[st
     rest = {name: metrics for name, (tensor, metrics) in found.items() if tensor.role is not Role.CACHE}
     worst = {metric: parts.worst(metric) for metric in METRICS}
     cache = {metric: value for metric, value in worst.items() if value is not None}
-    return rest | ({"cache": cache} if cache else {})
+    return rest | ({CACHE: cache} if cache else {})
 
 
 def visible_part(signature: Signature, tensor: TensorSpec, feeds: Case, wanted: np.ndarray) -> np.ndarray | None:

@@ -21,7 +21,7 @@ from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.building import EVALUATION, NOT_CHECKED, Builder, Built
 from planish.optimizer.calibration import NOT_OBSERVED, Given, Samples, one_behind_the_other
 from planish.optimizer.checking import CHECKER, check_engines, demand_room
-from planish.optimizer.compare import Budget, Comparison
+from planish.optimizer.compare import Comparison
 from planish.optimizer.errors import UsageError
 from planish.optimizer.generate import Decoding
 from planish.optimizer.graph import weight_bytes
@@ -422,12 +422,12 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Iterable[str]) 
         return Verdict(record.target, None, changed)
     if not manifest.reference.noise:
         return Verdict(record.target, None, (f"it was built with --reference none, so it was {NOT_CHECKED}",))
-    target = registry.backend(record.target)
+    target = manifest.backend(name)
     references = References.load(folder / "reference", manifest.reference.noise, manifest.reference.origin)
     signatures = {component: recorded.signature() for component, recorded in manifest.signatures.items()}
     mapped = manifest.reference.mode == "offload"
-    fidelity = check_engines(target, folder / name, signatures, references, mapped=mapped)
-    problems = fidelity.violations({c: Budget.parse(text.split()) for c, text in record.budgets.items()})
+    fidelity = check_engines(target, records.engine_folder(folder, name), signatures, references, mapped=mapped)
+    problems = fidelity.violations({component: record.budget(component) for component in fidelity.comparisons})
     here = records.instruction_set()
     notes = [] if here == manifest.instruction_set else [f"built on {manifest.instruction_set}, checked on {here}"]
     notes += [] if target.missing() is None else [f"checked with {fidelity.checked_with}: {target.missing()}"]

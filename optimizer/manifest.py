@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from planish.optimizer.compare import Comparison
-from planish.optimizer.errors import BadInput
+from planish.optimizer import registry
+from planish.optimizer.backend import Backend
+from planish.optimizer.compare import Budget, Comparison
+from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.json_files import read_json
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.pipeline import PassReport
-from planish.optimizer.program import Axis, Program, Role, Signature, TensorSpec
+from planish.optimizer.program import SUM, Axis, Program, Role, Signature, TensorSpec
 
 MEASUREMENTS = "measurements.json"
 _LIBRARIES = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "optimum", "torch", "transformers")
@@ -25,36 +29,87 @@ _FLAGS = (
 """Instruction sets that decide which kernels a runtime takes."""
 
 
-class Record(BaseModel):
-    """Base of all records: unknown fields are refused, so that a manifest of another version is noticed."""
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000
+"""Bytes that file systems take."""
+_GREATEST = 1 << 40
+"""No axis, bound or number of bytes is larger: tensors of such a size could not be held anyway."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+def _element_type(name: str) -> str:
+    import onnx_ir as ir
+
+    if name not in ir.DataType.__members__ or name == "UNDEFINED":
+        raise ValueError(f"{name!r} is not an element type of ONNX")
+    return name
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name) or len(name) > _LONGEST_NAME:
+        raise ValueError("this is not the name of an engine or a component")
+    return name
+
+
+def _inner_path(name: str) -> str:
+    """A path below the output: what is read stays inside of it."""
+    parts = name.split("/")
+    long = len(name.encode()) > _LONGEST_PATH or any(len(part.encode()) > _LONGEST_NAME for part in parts)
+    if long or "\0" in name or not all(parts) or {".", ".."} & set(parts):
+        raise ValueError("this is not the path of a file of this output")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+InnerPath = Annotated[str, AfterValidator(_inner_path)]
+Size = Annotated[int, Field(ge=0, le=_GREATEST)]
+
+
+class Record(BaseModel):
+    """Base of all records: unknown fields are refused, so that a manifest of another version is noticed.
+
+    Whoever reads a record may rely on what the types say: a folder may have been given by somebody else. Infinite
+    figures are written as texts, for JSON has no such numbers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class TensorRecord(Record):
     """One input or output of a component."""
 
     name: str
-    dtype: str
-    shape: list[int | str]
+    dtype: Annotated[str, AfterValidator(_element_type)]
+    shape: list[Size | str]
     role: Role
-    bound: int | None = None
-    pad: int = 0
+    bound: Annotated[int, Field(ge=1, le=_GREATEST)] | None = None
+    pad: Annotated[int, Field(ge=-_GREATEST, le=_GREATEST)] = 0
 
 
 class AxisRecord(Record):
     """A dynamic axis and the sizes that it may have."""
 
-    minimum: int
-    maximum: int | None
+    minimum: Size
+    maximum: Size | None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.maximum is not None and self.maximum < self.minimum:
+            raise ValueError(f"the maximum {self.maximum} is less than the minimum {self.minimum}")
+        return self
 
 
 class SignatureRecord(Record):
     """Inputs, outputs and axes of a component."""
 
-    inputs: list[TensorRecord]
-    outputs: list[TensorRecord]
+    inputs: Annotated[list[TensorRecord], Field(min_length=1)]
+    outputs: Annotated[list[TensorRecord], Field(min_length=1)]
     axes: dict[str, AxisRecord]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        axes = {axis for t in self.inputs for dim in t.shape if isinstance(dim, str) for axis in dim.split(SUM)}
+        if axes - self.axes.keys():
+            raise ValueError(f"the axis {min(axes - self.axes.keys())!r} of an input is not among the axes")
+        return self
 
     @classmethod
     def of(cls, signature: Signature) -> SignatureRecord:
@@ -93,7 +148,7 @@ class ReferenceRecord(Record):
     inputs: str
     calibrated_on: str
     """What passes saw activations on."""
-    noise: dict[str, dict[str, float]]
+    noise: dict[Name, dict[str, Annotated[float, Field(ge=0)]]]
     """By component and output."""
     exact_budget: dict[str, str]
     """By component."""
@@ -157,6 +212,13 @@ class TargetRecord(Record):
     operators: dict[str, int] = {}
     """The same of the graph that the target compiles."""
 
+    def budget(self, component: str) -> Budget:
+        """The budget of a component; BadInput if it cannot be read or there is none."""
+        try:
+            return Budget.parse(self.budgets[component].split())
+        except (KeyError, UsageError) as error:
+            raise BadInput(f"the budget of {component!r} cannot be read ({error})", where=MANIFEST) from None
+
     def asked(self) -> str:
         """The budgets as one text for people."""
         asked = {name: budget for name, budget in self.budgets.items() if budget}
@@ -175,14 +237,33 @@ class Manifest(Record):
     instruction_set: str
     source: SourceRecord
     task: str
-    signatures: dict[str, SignatureRecord]
+    signatures: Annotated[dict[Name, SignatureRecord], Field(min_length=1)]
     """By component."""
     requested: dict[str, str]
     reference: ReferenceRecord
-    targets: dict[str, TargetRecord]
+    targets: Annotated[dict[Name, TargetRecord], Field(min_length=1)]
     """By the name of the engine's folder."""
-    files: dict[str, str]
+    files: dict[InnerPath, str]
     """SHA-256 of every other file but the measurements."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        components = set(self.signatures)
+        if self.reference.noise and set(self.reference.noise) != components:
+            raise ValueError(f"reference.noise is of {', '.join(self.reference.noise)}, not of the components")
+        for name, record in self.targets.items():
+            if record.target.partition("{")[0] != name:
+                raise ValueError(f"targets.{name} is an engine of {record.target!r}")
+            if self.reference.noise and not components <= set(record.budgets):
+                raise ValueError(f"targets.{name}.budgets has none for {min(components - set(record.budgets))!r}")
+        return self
+
+    def backend(self, name: str) -> Backend:
+        """The target of the engine called ``name``; BadInput if this installation has no such target or option."""
+        try:
+            return registry.backend(self.targets[name].target)
+        except UsageError as error:
+            raise BadInput(f"targets.{name}.target: {error}", where=MANIFEST) from None
 
     def write(self, folder: Path) -> None:
         """Write `planish.json`."""
@@ -195,11 +276,21 @@ class Manifest(Record):
         if not path.is_file():
             raise BadInput(f"there is no {MANIFEST}", where=folder, advice="give a folder that planish optimize wrote")
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate(read_json(path))
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
+            place = ".".join(part for part in map(str, first["loc"]) if part != "[key]") or "the file"
             raise BadInput(f"{place}: {first['msg']}", where=path, advice="build it again with this version") from None
+
+
+def engine_folder(folder: Path, name: str) -> Path:
+    """The folder of an engine of the output ``folder``; BadInput if it is not there, or is a link to somewhere else."""
+    place = folder / name
+    if not place.is_dir():
+        raise BadInput(f"there is no folder {name}", where=folder, advice=f"{MANIFEST} names it: build it again")
+    if not place.resolve().is_relative_to(folder.resolve()):
+        raise BadInput("this is a link to a place outside of the output", where=place, advice="put a copy there")
+    return place
 
 
 def hash_files(folder: Path) -> dict[str, str]:

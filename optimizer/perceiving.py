@@ -100,7 +100,8 @@ def sigmoid(scores: np.ndarray) -> np.ndarray:
 
 def label(config: Mapping[str, Any], index: int) -> str:
     """What a configuration calls one of its classes."""
-    return str(config.get("id2label", {}).get(str(index), f"LABEL_{index}"))
+    names = config.get("id2label")
+    return str(names.get(str(index), f"LABEL_{index}")) if isinstance(names, dict) else f"LABEL_{index}"
 
 
 def class_scores(config: Mapping[str, Any], logits: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ by computing them in double precision as well; tolerances of exact rewrites foll
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from planish.optimizer.compare import Budget, Case, Clause, compare
+from planish.optimizer.compare import CACHE, Budget, Case, Clause, compare
 from planish.optimizer.errors import BadInput, OutOfResources, UsageError
+from planish.optimizer.json_files import parse_json
 from planish.optimizer.program import PAST, SIGNALS, SUM, Axis, Role, Signature, TensorSpec
 from planish.optimizer.resources import demand_memory
 
@@ -51,6 +51,9 @@ DEFAULT_SHAPE: Mapping[str, int] = {"batch": 1, "choices": 4, "sequence": 128, "
 """Sizes at which engines are timed when none are asked for; axes of other names count 1."""
 _MOST_ELEMENTS = 1 << 27
 """Entries of an input that is made; a cache of a model with 70 billion parameters has a million in each tensor."""
+_STORED = {"BOOL": "?"} | {f"{kind}{bits}": f"{kind.lower()}{bits // 8}"
+                          for kind in "FIU" for bits in (8, 16, 32, 64) if (kind, bits) != ("F", 8)}  # fmt: skip
+"""Element types of safetensors that cases have, as numpy names them."""
 _ELEMENTS = 1 << 24
 """Outputs with more elements than this are kept in part."""
 
@@ -81,6 +84,14 @@ class Reference:
     def load(cls, folder: Path, noise: Mapping[str, float], origin: str) -> Reference:
         """Read what `save` wrote; BadInput if it is not there or broken."""
         inputs, outputs = (tuple(load_cases(folder / f"{kind}.safetensors")) for kind in ("inputs", "outputs"))
+        measured = noise.keys() - {CACHE}
+        if len(inputs) != len(outputs) or not all(measured <= case.keys() == outputs[0].keys() for case in outputs):
+            raise BadInput(
+                f"its {len(inputs)} inputs and {len(outputs)} outputs do not belong together, or some of "
+                f"{', '.join(sorted(measured))} are missing",
+                where=folder,
+                advice="build it again",
+            )
         return cls(inputs, outputs, noise, origin)
 
 
@@ -133,16 +144,15 @@ def save_continuations(found: Sequence[Continuation], path: Path) -> None:
 
 def load_continuations(path: Path) -> list[Continuation]:
     """Read them back; BadInput if the file is missing or broken."""
-    return [
-        Continuation(
-            {name.partition(":")[2]: array for name, array in case.items() if name.startswith("prompt:")},
-            int(case["swap"].item()),
-            case["start"],
-            case["tokens"],
-            case["scores"],
-        )
-        for case in load_cases(path)
-    ]
+    found = []
+    for case in load_cases(path):
+        ranks = {name: case[name].ndim for name in ("swap", "start", "tokens", "scores") if name in case}
+        whole = ranks == {"swap": 0, "start": 2, "tokens": 2, "scores": 3}
+        if not whole or case["scores"].shape[:2] != case["tokens"].shape or not case["scores"].size:
+            raise BadInput("this holds no continuations of prompts", where=path, advice="build it again")
+        prompt = {name.partition(":")[2]: array for name, array in case.items() if name.startswith("prompt:")}
+        found.append(Continuation(prompt, int(case["swap"].item()), case["start"], case["tokens"], case["scores"]))
+    return found
 
 
 def _flat(one: Continuation) -> Mapping[str, np.ndarray]:
@@ -178,15 +188,20 @@ def load_cases(path: Path) -> list[dict[str, np.ndarray]]:
     except (OSError, SafetensorError) as error:
         raise BadInput(f"these cases cannot be read ({error})", where=path) from error
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-    header = json.loads(raw[8:start].tobytes())
+    header = parse_json(raw[8:start].tobytes(), path)
     header.pop("__metadata__", None)
     cases: dict[int, dict[str, np.ndarray]] = {}
     for key, entry in header.items():
         begin, end = (start + offset for offset in entry["data_offsets"])
-        kind = entry["dtype"]
-        dtype = "?" if kind == "BOOL" else f"{kind[0].lower()}{int(kind[1:]) // 8}"
         index, _, name = key.partition("/")
-        cases.setdefault(int(index), {})[name] = np.asarray(raw[begin:end]).view(dtype).reshape(entry["shape"])
+        if not re.fullmatch("[0-9]{1,6}", index) or not name or entry["dtype"] not in _STORED:
+            raise BadInput(
+                f"{key!r} of type {entry['dtype']} is no array of a case", where=path, advice="build it again"
+            )
+        values = np.asarray(raw[begin:end]).view(_STORED[entry["dtype"]]).reshape(entry["shape"])
+        cases.setdefault(int(index), {})[name] = values
+    if not cases:
+        raise BadInput("this holds no cases", where=path, advice="build it again")
     return [cases[index] for index in sorted(cases)]
 
 

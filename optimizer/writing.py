@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planish.optimizer.backend import Arrays
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fitting import Room
 from planish.optimizer.generate import Decoding, Sampling
+from planish.optimizer.json_files import read_object
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.questions import read_questions
+from planish.optimizer.tokenizing import encode
 
 MOST = 64
 """New tokens when nothing else is asked for."""
@@ -92,7 +94,7 @@ class Writer:
         self.tokenizer.padding_side = "right" if self.answers else "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        encoded = self.tokenizer(list(texts), padding=len(texts) > 1, return_tensors="np")
+        encoded = encode(self.tokenizer, self.folder, list(texts), padding=len(texts) > 1, return_tensors="np")
         longest = encoded["input_ids"].shape[1]
         if not min(np.asarray(encoded["attention_mask"]).sum(axis=1), default=0):
             raise BadInput("the prompt is empty", advice="give a text of at least one token")
@@ -128,20 +130,30 @@ class Writer:
         """
         import torch
 
-        found = processors(self.settings, self.most, before + len(forced))
+        try:
+            found = processors(self.settings, self.most, before + len(forced))
+        except (ValueError, TypeError) as error:
+            raise self._refused(error) from error
         if not found and not forced:
             return None
 
         def adjust(tokens: np.ndarray, scores: np.ndarray) -> np.ndarray:
             place = tokens.shape[1] - before
-            if place < len(forced):
-                return best_of(scores, forced[place])
-            adjusted = torch.from_numpy(np.array(scores))
-            for processor in found:
-                adjusted = processor(torch.from_numpy(np.array(tokens)), adjusted)
+            try:
+                if place < len(forced):
+                    return best_of(scores, forced[place])
+                adjusted = torch.from_numpy(np.array(scores))
+                for processor in found:
+                    adjusted = processor(torch.from_numpy(np.array(tokens)), adjusted)
+            except (IndexError, RuntimeError, ValueError) as error:  # a token that the vocabulary does not have
+                raise self._refused(error) from error
             return np.asarray(adjusted.numpy())
 
         return adjust
+
+    def _refused(self, error: Exception) -> BadInput:
+        said = " ".join(str(error).split())[:200]
+        return BadInput(f"what it says of scores cannot be done ({said})", where=self.folder / "generation_config.json")
 
 
 def best_of(scores: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
@@ -167,6 +179,8 @@ def processors(settings: Mapping[str, Any], most: int, begin: int) -> list[Any]:
         "begin_suppress_tokens": lambda tokens: library.SuppressTokensAtBeginLogitsProcessor(tokens, begin),
     }
     idle: Mapping[str, object] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+    if settings.get("eos_token_id") is None:  # no end that could come too early
+        settings = {name: value for name, value in settings.items() if name != "min_length"}
     return [
         make(settings[name]) for name, make in makers.items() if settings.get(name) not in (None, [], idle.get(name))
     ]
@@ -176,7 +190,7 @@ def open_writer(folder: Path, target: str, manifest: Manifest, tokenizer: Any) -
     """Open an engine folder of a program that generates."""
     from planish.optimizer import registry
 
-    settings = _json(folder / "config.json") | _json(folder / "generation_config.json")
+    settings = read_settings(folder / "config.json") | read_settings(folder / "generation_config.json")
     signatures = [record.signature() for record in manifest.signatures.values()]
     lengths = [signature.axes["sequence"] for signature in signatures if "sequence" in signature.axes]
     decoding = Decoding.of(registry.backend(target), folder, manifest.signatures)
@@ -190,6 +204,41 @@ def with_options(writer: Writer, most: int | None, sampling: Sampling) -> Writer
     return replace(writer, most=most or int(writer.settings.get("max_new_tokens") or writer.usual()), sampling=sampling)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {name: value for name, value in found.items() if value is not None}
+class _Settings(BaseModel):
+    """What is read of `config.json` and `generation_config.json`: by its type here, or BadInput."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    begin_suppress_tokens: list[int] | None = None
+    bad_words_ids: list[list[int]] | None = None
+    bos_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    forced_bos_token_id: int | None = None
+    forced_decoder_ids: list[Annotated[list[int | None], Field(min_length=2, max_length=2)]] | None = None
+    forced_eos_token_id: int | list[int] | None = None
+    is_encoder_decoder: bool | None = None
+    lang_to_id: dict[str, int] | None = None
+    language: str | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_length: int | None = None
+    no_repeat_ngram_size: int | None = None
+    no_timestamps_token_id: int | None = None
+    num_beams: int | None = None
+    repetition_penalty: float | None = None
+    suppress_tokens: list[int] | None = None
+    task: str | None = None
+    task_to_id: dict[str, int] | None = None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings for generation in a file, without those that say nothing; none if there is no file.
+
+    BadInput if one is of another type than transformers writes.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return _Settings.model_validate(read_object(path)).model_dump(exclude_none=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=path) from None

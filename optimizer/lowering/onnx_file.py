@@ -20,7 +20,7 @@ from planish.optimizer.lowering.checkpoint import quiet, sha256
 from planish.optimizer.lowering.component import border_spec
 from planish.optimizer.lowering.module import OPSET
 from planish.optimizer.lowering.original import Answers, Cases, Original
-from planish.optimizer.lowering.tasks import TASKS
+from planish.optimizer.lowering.tasks import TASKS, architecture_of
 from planish.optimizer.program import (
     SUM,
     Axis,
@@ -222,7 +222,7 @@ def _task_of(signature: Signature, config: Mapping[str, Any]) -> str:
 
     names = {tensor.name for tensor in signature.outputs}
     fitting = [task for task, spec in TASKS.items() if set(spec.outputs) <= names]
-    architecture = _first_architecture(config)
+    architecture = architecture_of(config)
     try:
         wanted = None if architecture is None else infer(architecture, "config.json")
     except BadInput:
@@ -233,13 +233,7 @@ def _task_of(signature: Signature, config: Mapping[str, Any]) -> str:
 
 
 def _architecture(model: ir.Model, config: Mapping[str, Any]) -> str:
-    return _first_architecture(config) or model.producer_name or "unknown"
-
-
-def _first_architecture(config: Mapping[str, Any]) -> str | None:
-    """The class that config.json names first, if it is a list of names."""
-    named = config.get("architectures")
-    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    return architecture_of(config) or model.producer_name or "unknown"
 
 
 def _hashes(path: Path, model: ir.Model) -> dict[str, str]:

@@ -59,6 +59,12 @@ def resolve(name: str) -> str:
     return task
 
 
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """The class that a configuration names first; None if it names none."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else None
+
+
 def infer(architecture: str, where: object) -> str:
     """The task of a model class by its name; BadInput asks for `--task` if the name does not tell."""
     from optimum.exporters.tasks import TasksManager
