@@ -92,7 +92,7 @@ class Engine(abc.ABC):
             raise BadInput(f"input {tensor.name!r} is {given.dtype}, the engine takes {tensor.numpy_dtype()}")
         if tensor.role is Role.CACHE and given.size and not _fits(tensor, given.shape):
             raise BadInput(f"input {tensor.name!r} has shape {given.shape}, the engine takes {tensor.shape}")
-        return np.ascontiguousarray(given, dtype=tensor.numpy_dtype())
+        return np.asarray(given, tensor.numpy_dtype(), order="C")  # `ascontiguousarray` gives a scalar an axis
 
     def _default(self, tensor: TensorSpec, inputs: Arrays) -> np.ndarray:
         """A mask of ones, segments of zeros, positions that count on behind the cache."""

@@ -126,7 +126,10 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
-    """Register a constant under ``name`` and return its value; an existing name is a KeyError of onnx_ir."""
+    """Register a constant under ``name`` and return its value; a name that an input or constant has is lengthened."""
+    taken = {value.name for value in graph.inputs}
+    while name in graph.initializers or name in taken:
+        name = f"{name}_"
     tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
     value = ir.Value(name=name, shape=shape_of(tensor), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
@@ -142,6 +145,22 @@ def name_nodes(nodes: Iterable[ir.Node], prefix: str) -> None:
         node.name = node.outputs[0].name = f"{prefix}_{node.op_type}_{index}"
 
 
+def rename_duplicates(graph: ir.Graph, outer: frozenset[str] = frozenset()) -> None:
+    """Give values that have the name of an earlier one, here or in the graphs around, a longer one.
+
+    Names of inputs, constants and outputs stay: applications read them.
+    """
+    names = {value.name or "" for value in (*graph.inputs, *graph.initializers.values())} | outer
+    results = {value.name for value in graph.outputs}
+    for node in graph:
+        for subgraph in subgraphs_of(node):
+            rename_duplicates(subgraph, frozenset(names))
+        for value in node.outputs:
+            while value.name and (value.name in names or (value.name in results and not value.is_graph_output())):
+                value.name = f"{value.name}_"
+            names.add(value.name or "")
+
+
 def copy_location(source: ir.Node, *nodes: ir.Node) -> None:
     """Say of new nodes that they come from where ``source`` does, where that is known."""
     for node in nodes:
@@ -150,8 +169,12 @@ def copy_location(source: ir.Node, *nodes: ir.Node) -> None:
 
 
 def stand_in(old: ir.Value, new: ir.Value, suffix: str) -> None:
-    """Let ``new`` be read instead of ``old``, under its name and with its type; the old one gets a suffix."""
+    """Let ``new`` be read instead of ``old``, under its name and with its type; the old one gets a suffix.
+
+    What was observed of the old one is known of the new one as well.
+    """
     new.shape, new.type = old.shape, old.type
+    new.meta.update(old.meta)
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     old.name, new.name = f"{old.name}_{suffix}", old.name
 
@@ -168,17 +191,21 @@ def is_constant_vector(value: ir.Value | None, width: int) -> bool:
 
 
 def remove_dead(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
-    """Remove ``node`` if nothing reads it, and then whatever only it read, constants as well."""
-    pending = [node]
+    """Remove ``node`` of ``graph`` if nothing reads it, and then whatever only it read, constants as well.
+
+    What only it read may stand in the graphs around.
+    """
+    pending = [node] if node.graph is graph else []
     while pending:
         current = pending.pop()
-        if current.graph is not graph or any(out.uses() or out.is_graph_output() for out in current.outputs):
+        if current.graph is None or any(out.uses() or out.is_graph_output() for out in current.outputs):
             continue
         read = [value for value in current.inputs if value is not None]
-        graph.remove(current, safe=True)
+        current.graph.remove(current, safe=True)
         pending += [source for value in read if (source := value.producer()) is not None]
-        if isinstance(graph, ir.Graph):
-            forget_unread(graph, read)
+        for value in read:
+            if isinstance(value.graph, ir.Graph):
+                forget_unread(value.graph, [value])
 
 
 def forget_unread(graph: ir.Graph, values: Iterable[ir.Value]) -> None:

@@ -149,7 +149,7 @@ class Worker:
     def _send(self, command: str, arrays: Arrays, **options: float) -> None:
         from safetensors.numpy import save
 
-        body = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}) if arrays else b""
+        body = save({name: np.asarray(array, order="C") for name, array in arrays.items()}) if arrays else b""
         header = json.dumps({"command": command, "bytes": len(body), **options}).encode()
         try:
             self._ask.write(header + b"\n" + body)
@@ -296,7 +296,7 @@ def _serve(engine: Any, commands: IO[bytes], replies: IO[bytes]) -> None:
         try:
             if header["command"] == "run":
                 inputs = load(body)
-                found = {name: np.ascontiguousarray(array) for name, array in thin(engine.run(inputs)).items()}
+                found = {name: np.asarray(array, order="C") for name, array in thin(engine.run(inputs)).items()}
                 _answer(replies, save(found))
             elif header["command"] == "follow":
                 _answer(replies, save({"scores": follow(engine, _continuation(load(body), int(header["swap"])))}))

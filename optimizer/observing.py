@@ -90,9 +90,13 @@ class Observe(Instrument):
         self.gather(step.pass_, step.model)
 
     def after(self, step: Step) -> None:
-        """Forget: what a changed model computes is something else."""
+        """Forget: what a changed model computes is something else. A value may stand in for one that was seen."""
         for wish in self._held:
             wish.value.meta.pop(wish.what.__name__, None)
+        kinds = {wish.what.__name__ for wish in self._held}
+        for value in (value for node in step.model.graph if kinds for value in node.outputs):
+            for kind in kinds:
+                value.meta.pop(kind, None)
         self._held.clear()
 
     def failed(self, step: Step, error: Exception) -> None:
@@ -101,7 +105,7 @@ class Observe(Instrument):
 
     def gather(self, step: Pass, model: ir.Model) -> None:
         """See what ``step`` wishes, in as many runs over the batches as the limit of memory asks for."""
-        wishes = _distinct(step.wishes(model))
+        wishes = [wish for wish in _distinct(step.wishes(model)) if _can_be_seen(wish.value, model.graph)]
         if not wishes:
             return
         self.asked = True
@@ -125,6 +129,11 @@ class Observe(Instrument):
         for wish, observation in zip(wishes, made, strict=True):
             wish.value.meta[wish.what.__name__] = observation
         self._held += wishes
+
+
+def _can_be_seen(value: ir.Value, graph: ir.Graph) -> bool:
+    """Whether a value can be an output of the main graph: one of a subgraph cannot, and constants need no run."""
+    return value.graph is graph and not value.is_initializer()
 
 
 def _distinct(wishes: Sequence[Wish]) -> list[Wish]:

@@ -18,6 +18,9 @@ _SHARED = (
 _TIDY = "fold-constants,deduplicate-initializers"
 """After attention was legalized: masks that turn out to be constant, and numbers that stand there twice."""
 
+_PRODUCTS = f"{_SHARED},unfuse-gemm{{anywhere=true}}"
+"""In front of passes that round products: every one in the spelling that they look for."""
+
 _OPENVINO, _TENSORRT = f"legalize-openvino,{_TIDY}", f"legalize-tensorrt,{_TIDY}"
 
 _WEIGHTS = "quantize-weights{bits=4 block=128},quantize-weights{bits=4},quantize-weights"
@@ -35,13 +38,13 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
         "tensorrt": f"{_SHARED},{_TENSORRT},{_LAST}",
     },
     "fast": {
-        "onnxruntime": f"{_SHARED},pack-projections,quantize-int8{{activations=token}},legalize-onnxruntime,{_LAST}",
-        "openvino": f"{_SHARED},quantize-int8{{activations=runtime}},{_OPENVINO},{_LAST}",
+        "onnxruntime": f"{_PRODUCTS},pack-projections,quantize-int8{{activations=token}},legalize-onnxruntime,{_LAST}",
+        "openvino": f"{_PRODUCTS},quantize-int8{{activations=runtime}},{_OPENVINO},{_LAST}",
         "tensorrt": f"{_SHARED},{_TENSORRT},convert-float16,{_LAST}",
     },
     "small": {
-        "onnxruntime": f"{_SHARED},{_SMALL},use-matmul-nbits,legalize-onnxruntime,{_LAST}",
-        "openvino": f"{_SHARED},{_SMALL},{_OPENVINO},{_LAST}",
+        "onnxruntime": f"{_PRODUCTS},{_SMALL},use-matmul-nbits,legalize-onnxruntime,{_LAST}",
+        "openvino": f"{_PRODUCTS},{_SMALL},{_OPENVINO},{_LAST}",
         "tensorrt": f"{_SHARED},{_TENSORRT},convert-float16,{_LAST}",
     },
 }
@@ -58,11 +61,11 @@ _TENSOR_CORES = (
 """Integers around zero, as tensor cores multiply them; the smoothing is folded into what stands before."""
 
 INFORMED: Mapping[str, Mapping[str, str]] = {
-    "fast": {"tensorrt": f"{_SHARED},{_TENSOR_CORES},{_LAST}"},
+    "fast": {"tensorrt": f"{_PRODUCTS},{_TENSOR_CORES},{_LAST}"},
     "small": {
-        "onnxruntime": f"{_SHARED},{_SMALL_BY_DATA},use-matmul-nbits,legalize-onnxruntime,{_LAST}",
-        "openvino": f"{_SHARED},{_SMALL_BY_DATA},{_OPENVINO},{_LAST}",
-        "tensorrt": f"{_SHARED},{_TENSOR_CORES},{_LAST}",
+        "onnxruntime": f"{_PRODUCTS},{_SMALL_BY_DATA},use-matmul-nbits,legalize-onnxruntime,{_LAST}",
+        "openvino": f"{_PRODUCTS},{_SMALL_BY_DATA},{_OPENVINO},{_LAST}",
+        "tensorrt": f"{_PRODUCTS},{_TENSOR_CORES},{_LAST}",
     },
 }
 """What stands for the pipeline of a preset if there are calibration data, where a race would decide nothing: `small` is
@@ -71,10 +74,10 @@ not after speed, and for tensorrt nothing is timed."""
 CALIBRATED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "fast": {
         "onnxruntime": (
-            f"{_SHARED},{_SMOOTH},pack-projections,legalize-onnxruntime,{_STATIC},quantize-int8,"
+            f"{_PRODUCTS},{_SMOOTH},pack-projections,legalize-onnxruntime,{_STATIC},quantize-int8,"
             f"use-matmul-integer-to-float,{_LAST}",
         ),
-        "openvino": (f"{_SHARED},{_SMOOTH},{_OPENVINO},{_STATIC},quantize-int8{{activations=runtime}},{_LAST}",),
+        "openvino": (f"{_PRODUCTS},{_SMOOTH},{_OPENVINO},{_STATIC},quantize-int8{{activations=runtime}},{_LAST}",),
     },
 }
 """What is tried beside the pipeline of a preset if there are calibration data, and kept where that is faster.
@@ -83,8 +86,8 @@ Fixed steps come last: whatever moves an activation by a rounding error, exact a
 
 STEPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "fast": {
-        "onnxruntime": (f"{_SHARED},pack-projections,{_WEIGHTS},use-matmul-nbits,legalize-onnxruntime,{_LAST}",),
-        "openvino": (f"{_SHARED},pack-projections,{_WEIGHTS},{_OPENVINO},{_LAST}",),
+        "onnxruntime": (f"{_PRODUCTS},pack-projections,{_WEIGHTS},use-matmul-nbits,legalize-onnxruntime,{_LAST}",),
+        "openvino": (f"{_PRODUCTS},pack-projections,{_WEIGHTS},{_OPENVINO},{_LAST}",),
     },
 }
 """What is tried as well where texts are written token by token, and kept where that is faster."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -19,21 +19,55 @@ from planish.optimizer.graph import (
     forget_unread,
     is_weight_matrix,
     location_of,
+    made_by,
+    remove_dead,
+    rename_duplicates,
     sizes_of,
     sole_user,
     vector_operand,
 )
 from planish.optimizer.observations import Channels, seen
+from planish.optimizer.tensors import lazy
+
+_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_AS_FLOAT = "planish.as_float"
+"""Under which a tensor of 16 bits keeps its float form."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A product with a constant matrix."""
+    """A product with a constant matrix.
+
+    Operands are looked up when they are asked for: where one product reads another, rewriting the first gives the
+    second another operand.
+    """
 
     node: ir.Node
-    data: ir.Value
-    weight: ir.Value
-    tensor: ir.TensorProtocol
+    main: ir.Graph
+    """The main graph of its model; the product may stand in a subgraph."""
+
+    @property
+    def data(self) -> ir.Value:
+        """The activation."""
+        return _operand(self.node, 0)
+
+    @property
+    def weight(self) -> ir.Value:
+        """The matrix, or what a Cast makes of it."""
+        return _operand(self.node, 1)
+
+    @property
+    def tensor(self) -> ir.TensorProtocol:
+        """The entries of the matrix; ValueError once the product reads something else."""
+        tensor = matrix_behind(self.weight)
+        if tensor is None:
+            raise ValueError(f"{self.name!r} has no constant matrix any more")
+        return tensor
+
+    @property
+    def observable(self) -> bool:
+        """Whether the activation can be shown as an output: a value of a branch or of the body of a loop cannot."""
+        return self.data.graph is self.main and not self.data.is_initializer()
 
     @property
     def name(self) -> str:
@@ -83,17 +117,17 @@ class Quantizing(Pass):
         """Write all of these in few bits."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite every such MatMul of the main graph."""
+        """Rewrite every such MatMul of the main graph and of its subgraphs."""
         result = PassResult(model, modified=False)
         taken: list[Site] = []
-        products = products_of(model)
+        products = products_of(model, "MatMul", "Gemm")
         unknown = set(self.skip) - {_name_of(node) for node in products}
         result.refusals += [
             Refusal(name, "it is to be skipped, and there is no such product") for name in sorted(unknown)
         ]
         for node in products:
-            site = site_of(node)
-            reason = "its right operand is not a constant matrix" if site is None else self._reason(site)
+            site = site_of(node, model.graph)
+            reason = _not_a_site(node) if site is None else self._reason(site)
             if site is None or reason is not None:
                 result.refusals.append(Refusal.at(node, reason or "", node.inputs[1]))
             elif admitted():
@@ -101,8 +135,9 @@ class Quantizing(Pass):
                 taken.append(site)
         corrected = [self._correct(model.graph, site) for site in taken] if self.correct_bias else []
         if taken:
+            read = [site.weight.producer() for site in taken]
             self.rewrite(model, taken)
-            forget_unread(model.graph, model.graph.initializers.values())
+            _tidy(model, [node for node in read if node is not None])
         result.modified = bool(taken)
         result.facts["quantized"] = len(taken)
         if self.correct_bias:
@@ -111,7 +146,8 @@ class Quantizing(Pass):
 
     def candidates(self, model: ir.Model) -> list[Site]:
         """Products that can be rounded, those that are skipped among them."""
-        return [s for s in map(site_of, products_of(model)) if s is not None and self._misfit(s) is None]
+        sites = (site_of(node, model.graph) for node in products_of(model))
+        return [site for site in sites if site is not None and self._misfit(site) is None]
 
     def _correct(self, graph: ir.Graph, site: Site) -> bool:
         """Add the mean of what rounding takes away to the bias behind a product; False if there is none."""
@@ -130,7 +166,10 @@ class Quantizing(Pass):
         """Why this product stays in float."""
         if site.name in self.skip:
             return "it is skipped, as the pass was asked to"
-        return self._misfit(site) or self.unready(site)
+        misfit, unready = self._misfit(site), self.unready(site)
+        if misfit is None and unready is not None and not site.observable:
+            return "its activation is a value of a subgraph or a constant, which calibration cannot observe"
+        return misfit or unready
 
     def _misfit(self, site: Site) -> str | None:
         """Why this matrix cannot be rounded, or is not worth it."""
@@ -149,26 +188,82 @@ def _name_of(product: ir.Node) -> str:
     return product.name or product.outputs[0].name or ""
 
 
-def products_of(model: ir.Model) -> list[ir.Node]:
-    """Every product of the main graph."""
-    return [node for node in model.graph if node.op_type == "MatMul" and node.domain == ""]
+def products_of(model: ir.Model, *op_types: str) -> list[ir.Node]:
+    """Every product of the main graph and its subgraphs (branches of If, bodies of Loop), in order."""
+    kinds = op_types or ("MatMul",)
+    return [node for graph in model.graphs() for node in graph if node.op_type in kinds and node.domain == ""]
 
 
-def site_of(node: ir.Node) -> Site | None:
-    """The product with a constant matrix that a MatMul is, if it is one."""
-    data, weight = node.inputs[0], node.inputs[1]
-    if data is None or weight is None or not is_weight_matrix(weight) or weight.const_value is None:
+def site_of(node: ir.Node, main: ir.Graph) -> Site | None:
+    """The product with a constant matrix that a MatMul is, if it is one; ``main`` is the main graph around it."""
+    given = node.op_type == "MatMul" and node.inputs[0] is not None and matrix_behind(node.inputs[1]) is not None
+    return Site(node, main) if given else None
+
+
+def matrix_behind(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The constant matrix that a value is, also one of 16 bits behind a Cast to float; None if it is none.
+
+    The float form is made when it is read, and kept with the tensor of 16 bits, which copies of a model share.
+    """
+    if is_weight_matrix(value) and value is not None:
+        return value.const_value
+    made_float = made_by(value, "Cast")
+    stored = None if made_float is None else made_float.inputs[0]
+    halves = stored.const_value if stored is not None and is_weight_matrix(stored) else None
+    if made_float is None or halves is None or halves.dtype not in _HALVES:
         return None
-    return Site(node, data, weight, weight.const_value)
+    if made_float.attributes.get_int("to", 0) != ir.DataType.FLOAT:
+        return None
+    if _AS_FLOAT not in halves.meta:
+        shape, name = sizes_of(halves), f"{halves.name}_float"
+        halves.meta[_AS_FLOAT] = lazy(lambda: halves.numpy().astype(np.float32), ir.DataType.FLOAT, shape, name)
+    return cast("ir.TensorProtocol", halves.meta[_AS_FLOAT])
 
 
 def sites_by_data(model: ir.Model) -> list[list[Site]]:
-    """Products with constant float matrices by the activation that they read."""
-    found: dict[int, list[Site]] = {}
-    for site in filter(None, map(site_of, products_of(model))):
-        if IN_FLOAT not in site.node.metadata_props and site.tensor.dtype is ir.DataType.FLOAT:
-            found.setdefault(id(site.data), []).append(site)
-    return list(found.values())
+    """Products of the main graph with constant float matrices, by the activation that they read."""
+    groups: dict[ir.Value, list[Site]] = {}
+    for site in (site_of(node, model.graph) for node in model.graph if node.domain == ""):
+        if site is None or IN_FLOAT in site.node.metadata_props or site.tensor.dtype is not ir.DataType.FLOAT:
+            continue
+        groups.setdefault(site.data, []).append(site)
+    return list(groups.values())
+
+
+def refusals_in_subgraphs(model: ir.Model) -> list[Refusal]:
+    """One for each product of a branch or of the body of a loop: what a pass cannot do that needs to observe it."""
+    nodes = [node for node in products_of(model) if node.graph is not model.graph]
+    return [Refusal.at(node, "it stands in a subgraph, whose values calibration cannot observe") for node in nodes]
+
+
+def _not_a_site(node: ir.Node) -> str:
+    """Why a product is none with a constant matrix that this could be about."""
+    constant = matrix_behind(node.inputs[1]) is not None
+    if made_by(node.inputs[1], "DequantizeLinear") is not None:
+        return "its right operand is in few bits already"
+    if node.op_type == "Gemm" and constant:
+        return "it is a Gemm: unfuse-gemm{anywhere=true} writes it as a product and a sum"
+    return "its right operand is not a constant matrix"
+
+
+def _operand(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    if value is None:
+        raise ValueError(f"input {index} of {node.name!r} was left out")
+    return value
+
+
+def _tidy(model: ir.Model, replaced: Sequence[ir.Node]) -> None:
+    """Remove Casts of matrices that nobody reads any more, and constants; make names unique again.
+
+    What is written is named after what was there (`a_float` of `a`), and another value may have that name already.
+    """
+    for node in replaced:
+        if node.graph is not None:
+            remove_dead(node.graph, node)
+    for graph in model.graphs():
+        forget_unread(graph, graph.initializers.values())
+    rename_duplicates(model.graph)
 
 
 def _finite(site: Site) -> bool:
@@ -184,7 +279,7 @@ def _bias_of(site: Site) -> tuple[ir.Node, int] | None:
     if node is None or node.op_type != "Add" or node.domain != "":
         return None
     index = vector_operand(node, sizes_of(site.tensor)[1])
-    return None if index is None else (node, index)
+    return None if index is None or node.graph is not site.node.graph else (node, index)
 
 
 def one_of(*numbers: int) -> Callable[[int], int]:

@@ -165,7 +165,7 @@ def save_cases(cases: Sequence[Case], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    flat = {f"{index}/{name}": np.ascontiguousarray(a) for index, case in enumerate(cases) for name, a in case.items()}
+    flat = {f"{index}/{name}": np.asarray(a, order="C") for index, case in enumerate(cases) for name, a in case.items()}
     try:
         save_file(flat, path)
     except SafetensorError as error:

@@ -3,7 +3,8 @@
 The loss of a product is the distance of the model's outputs from what they were if it alone is rounded. One run in
 float gives what every product multiplies; its error is computed from that, and put into the model by an addition behind
 it: no model is built for a candidate. Losses of products nearly add up to that of all. Where even that takes too long,
-the error of the product itself, relative to its size, stands for it.
+the error of the product itself, relative to its size, stands for it. What a product of a subgraph multiplies cannot be
+shown: its error is that for activations drawn at random, and if there is such a product, no error is traced.
 
 Where all may be rounded there is nothing to choose, and errors are not traced to the outputs. Else products are ordered
 by loss per multiplication saved; how many of them go back to float is then decided by running the rounded model, with
@@ -32,6 +33,8 @@ from planish.optimizer.reference import Reference, size_of_case, thin
 
 _CASES = 3
 """Of the smallest inputs, how many losses are found on."""
+_ROWS = 64
+"""Drawn for a product whose activation cannot be shown."""
 _WORK = 1e11
 """Bytes of weights that may be read to find the losses of all products; else they are estimated."""
 
@@ -72,17 +75,24 @@ def losses(
     if not sites:
         return []
     cases = sorted(inputs, key=size_of_case)[:_CASES]
-    probe = _Probe(model, sites, load, signature)
+    shown = [site for site in sites if site.node.graph is site.main and site.observable]
+    probe = _Probe(model, shown, load, signature)
     seen = [probe.run(case) for case in cases]
-    traced = traced and len(sites) * weight_bytes(model) <= _WORK
+    traced = traced and len(shown) == len(sites) and len(sites) * weight_bytes(model) <= _WORK
     found = []
     for site in sites:
-        errors, power = _errors(step, site, [one[site.data.name or ""] for one in seen])
+        data = [one[site.data.name or ""] for one in seen] if site in shown else [_drawn(site)]
+        errors, power = _errors(step, site, data)
         noise = sum(float(np.square(error, dtype=np.float64).sum()) for error in errors) / power if power else 0.0
         effects = [probe.effect(site, *one) for one in zip(cases, seen, errors, strict=True)] if traced else []
         effect = _short(sum(effects) / len(effects)) if effects else None
         found.append(Loss(site.name, location_of(site.node), _short(noise), effect, math.prod(sizes_of(site.tensor))))
     return sorted(found, key=lambda loss: (-loss.price, loss.product))
+
+
+def _drawn(site: Site) -> np.ndarray:
+    """Rows of normally distributed numbers, as wide as a matrix is high; the same for the same height."""
+    return np.random.default_rng(0).standard_normal((_ROWS, sizes_of(site.tensor)[0])).astype(np.float32)
 
 
 def _short(value: float) -> float:

@@ -97,10 +97,14 @@ class Fusion(Pass, Generic[Match]):
 
 
 def replace(graph: ir.Graph | ir.Function, old: ir.Value, nodes: list[ir.Node]) -> None:
-    """Put ``nodes`` before the producer of ``old``, let their last output replace it, remove what died."""
+    """Put ``nodes`` before the producer of ``old``, let their last output replace it, remove what died.
+
+    A computation may begin in ``graph`` and end in a branch inside it: the producer's own graph is changed.
+    """
     producer = old.producer()
     if producer is None:
         raise ValueError(f"{old.name!r} is produced by nothing")
+    graph = producer.graph or graph
     new = nodes[-1].outputs[0]
     _inherit(producer, nodes)
     graph.insert_before(producer, nodes)

@@ -76,7 +76,9 @@ def _projection(product: ir.Node) -> Projection | None:
     if addition is None or addition.op_type != "Add" or addition.domain != "" or weight is None:
         return None
     bias = addition.inputs[1] if addition.inputs[0] is product.outputs[0] else addition.inputs[0]
-    if bias is None or bias.const_value is None or _sizes(bias) != _sizes(weight)[1:]:
+    if bias is None or bias.is_graph_input() or bias.const_value is None or _sizes(bias) != _sizes(weight)[1:]:
+        return None
+    if addition.graph is not product.graph:
         return None
     return Projection(product, addition, weight, bias)
 

@@ -3,6 +3,10 @@
 Before:  f = Reshape (x, {-1,768});  g = Gemm (f, w, b);  r = Reshape (g, {2,5,3072})           x: [2,5,768]
 After:   p = MatMul (x, w);  r = Add (p, b)
 
+         (anywhere)
+Before:  r = Gemm <transB=1> (x, w, b)                                                          x: [rows,768]
+After:   p = MatMul (x, w_turned);  r = Add (p, b)                                              w_turned: w transposed
+
 A layer that multiplies (`torch.addmm`) arrives like this from GPT-2; passes that look for products of tokens find one
 spelling. A target that runs a Gemm faster gets it back from its legalization.
 """
@@ -12,9 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import is_weight_matrix, made_by, rank_of
+from planish.optimizer.graph import add_initializer, is_weight_matrix, made_by, rank_of, sizes_of
+from planish.optimizer.quantizing import matrix_behind
+from planish.optimizer.tensors import lazy
 from planish.passes.fusion._fusion import Declined, Fusion, used_by
 
 _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
@@ -33,15 +40,26 @@ class Product:
 class UnfuseGemm(Fusion[Product]):
     """Replace a Gemm between a Reshape that joins the leading axes and one that parts them by MatMul and Add.
 
-    A Gemm of what has two axes anyway stays: a head behind a pooler is one.
+    1. The leading axes are the same on both sides, nothing is transposed or scaled, each column has one bias.
+    2. A Gemm of what has two axes anyway (a head behind a pooler) stays unless asked for. Then its matrix must be
+       constant, and is transposed and scaled beforehand; one that is stored in 16 bits stays in 16 bits.
     """
 
     name: ClassVar[str] = "unfuse-gemm"
     root: ClassVar[str] = "Gemm"
     since: ClassVar[int] = 7
 
+    anywhere: bool = False
+    """Case 2: whether every Gemm with a constant matrix is written so, for passes that look for products."""
+
     def pattern(self, node: ir.Node) -> Product | None:
-        """A Gemm and both reshapes, whose leading axes are the same."""
+        """A Gemm and both reshapes, whose leading axes are the same; the Gemm alone where any will do."""
+        between = self._between_reshapes(node)
+        if between is not None or not self.anywhere or node.inputs[0] is None:
+            return between
+        return Product(node.inputs[0], node, node.outputs[0])
+
+    def _between_reshapes(self, node: ir.Node) -> Product | None:
         flatten = made_by(node.inputs[0], "Reshape")
         part = used_by(node.outputs[0], "Reshape")
         x = None if flatten is None else flatten.inputs[0]
@@ -58,22 +76,71 @@ class UnfuseGemm(Fusion[Product]):
         )
 
     def check(self, match: Product) -> None:
-        """Nothing is transposed or scaled, and each column has one bias."""
-        written = {name: match.gemm.attributes[name].value for name in _PLAIN if name in match.gemm.attributes}
-        other = next((name for name, value in written.items() if value != _PLAIN[name]), None)
-        if other is not None:
-            raise Declined(f"its {other} is {written[other]}", match.gemm)
-        if not is_weight_matrix(match.gemm.inputs[1]):
-            raise Declined("its second operand is no constant matrix", match.gemm.inputs[1])
-        bias = match.gemm.inputs[2] if len(match.gemm.inputs) > 2 else None
-        if bias is not None and rank_of(bias) != 1:
+        """Whatever is transposed or scaled is so beforehand, and each column has one bias."""
+        gemm, bias = match.gemm, _bias_of(match.gemm)
+        written = {name: gemm.attributes[name].value for name in _PLAIN if name in gemm.attributes}
+        allowed = ("transB", "alpha") if self.anywhere else ()
+        odd = [name for name, value in written.items() if value != _PLAIN[name] and name not in allowed]
+        if odd and not (odd == ["beta"] and bias is None):
+            raise Declined(f"its {odd[0]} is {written[odd[0]]}", gemm)
+        if _stored(gemm.inputs[1]) is None or not (self.anywhere or is_weight_matrix(gemm.inputs[1])):
+            raise Declined("its second operand is no constant matrix", gemm.inputs[1])
+        if _alpha_of(gemm) != 1 and gemm.inputs[1] is not None and gemm.inputs[1].dtype is not ir.DataType.FLOAT:
+            raise Declined(f"its alpha is {_alpha_of(gemm)}, and its matrix is not of type FLOAT", gemm)
+        if bias is not None and match.result is not gemm.outputs[0] and rank_of(bias) != 1:
             raise Declined("its third operand has not one entry for each column", bias)
 
     def rewrite(self, match: Product) -> tuple[ir.Value, list[ir.Node]]:
         """The product, and the sum if there is a bias."""
-        product = ir.node("MatMul", [match.x, match.gemm.inputs[1]])
-        bias = match.gemm.inputs[2] if len(match.gemm.inputs) > 2 else None
+        bias = _bias_of(match.gemm)
+        matrix, nodes = _matrix(match.gemm)
+        product = ir.node("MatMul", [match.x, matrix])
+        nodes.append(product)
         if bias is None:
-            return match.result, [product]
+            return match.result, nodes
         product.outputs[0].shape, product.outputs[0].type = match.result.shape, match.result.type
-        return match.result, [product, ir.node("Add", [product.outputs[0], bias])]
+        return match.result, [*nodes, ir.node("Add", [product.outputs[0], bias])]
+
+
+def _bias_of(gemm: ir.Node) -> ir.Value | None:
+    return gemm.inputs[2] if len(gemm.inputs) > 2 else None
+
+
+def _alpha_of(gemm: ir.Node) -> float:
+    return gemm.attributes.get_float("alpha", 1.0)
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The constant matrix that a value is, or is cast from; None if it is none."""
+    if is_weight_matrix(value) or matrix_behind(value) is None:
+        return value if is_weight_matrix(value) else None
+    made_float = made_by(value, "Cast")
+    return None if made_float is None else made_float.inputs[0]
+
+
+def _matrix(gemm: ir.Node) -> tuple[ir.Value | None, list[ir.Node]]:
+    """The matrix that a product of rows multiplies with, and the Cast in front of it if there is one."""
+    given, alpha = gemm.inputs[1], np.float32(_alpha_of(gemm))
+    turned = bool(gemm.attributes.get_int("transB", 0))
+    stored = _stored(given)
+    tensor = None if stored is None else stored.const_value
+    if stored is None or tensor is None or (not turned and alpha == 1):
+        return given, []
+
+    def read() -> np.ndarray:
+        array = tensor.numpy()
+        scaled = array if alpha == 1 else array * alpha
+        return np.ascontiguousarray(scaled.T if turned else scaled)
+
+    name, owner, key = f"{stored.name}_turned", stored.graph, f"planish.turned {turned} {alpha}"
+    if not isinstance(owner, ir.Graph):
+        raise ValueError(f"{stored.name!r} is no constant of a graph")
+    matrix, sizes = stored.meta.get(key), sizes_of(tensor)
+    if matrix is None or matrix.graph is not owner:  # not made yet, or for the model that this one is a copy of
+        made = lazy(read, tensor.dtype, sizes[::-1] if turned else sizes, name)
+        stored.meta[key] = matrix = add_initializer(owner, name, made)
+    if stored is given:
+        return matrix, []
+    cast = ir.node("Cast", [matrix], {"to": ir.DataType.FLOAT})
+    cast.outputs[0].shape, cast.outputs[0].type = matrix.shape, ir.TensorType(ir.DataType.FLOAT)
+    return cast.outputs[0], [cast]

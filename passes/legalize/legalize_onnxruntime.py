@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Question, Refusal, admitted
 from planish.optimizer.graph import add_initializer, location_of, rank_of, sole_user
+from planish.optimizer.quantizing import products_of
 from planish.passes._flat_attention import flatten
 from planish.passes.legalize._forms import ask_about_attention, ask_about_sums
 from planish.passes.legalize._masks import AddedMasks
@@ -61,8 +62,9 @@ class LegalizeOnnxRuntime(Pass):
         return [*ask_about_attention(model.graph, sizes), *ask_about_sums(model.graph, sizes)]
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite the main graph."""
-        sites = [site for node in list(model.graph) if (site := self._integer_product(model, node))]
+        """Rewrite the main graph; integer products in subgraphs as well."""
+        products = products_of(model, "MatMulInteger")
+        sites = [site for node in products if (site := self._integer_product(model, node))]
         if self.keep_sums:
             sites += [location_of(node) for node in list(model.graph) if _keep_sum(node)]
         masks, refusals = AddedMasks(model.graph, "mask_for_multi_head"), []
@@ -78,12 +80,14 @@ class LegalizeOnnxRuntime(Pass):
 
     def _integer_product(self, model: ir.Model, node: ir.Node) -> str | None:
         """Case 1: the location of the product, if there was one to rewrite."""
-        cast = sole_user(node.outputs[0]) if node.op_type == "MatMulInteger" and node.domain == "" else None
+        cast, graph = sole_user(node.outputs[0]), node.graph
         scaling = sole_user(cast.outputs[0]) if cast is not None and cast.op_type == "Cast" else None
         if cast is None or scaling is None or scaling.op_type != "Mul" or len(node.inputs) < 3:
             return None
         scale = scaling.inputs[1] if scaling.inputs[0] is cast.outputs[0] else scaling.inputs[0]
-        if scale is None or rank_of(scale) != 1 or scale.const_value is None or not admitted():
+        if cast.attributes.get_int("to", 0) != ir.DataType.FLOAT or {cast.graph, scaling.graph} != {graph}:
+            return None
+        if scale is None or rank_of(scale) != 1 or scale.const_value is None or graph is None or not admitted():
             return None
         location = location_of(node)
         fused = ir.node(
@@ -93,7 +97,7 @@ class LegalizeOnnxRuntime(Pass):
             name=f"{node.name}_to_float",
             metadata_props=dict(node.metadata_props),
         )
-        _replace(model.graph, [node, cast, scaling], fused)
+        _replace(graph, [node, cast, scaling], fused)
         model.opset_imports.setdefault(_CONTRIB, 1)
         return location
 
@@ -107,7 +111,7 @@ def _one(graph: ir.Graph) -> ir.Value:
     )
 
 
-def _replace(graph: ir.Graph, chain: list[ir.Node], fused: ir.Node) -> None:
+def _replace(graph: ir.Graph | ir.Function, chain: list[ir.Node], fused: ir.Node) -> None:
     old, new = chain[-1].outputs[0], fused.outputs[0]
     new.shape, new.type = old.shape, old.type
     graph.insert_before(chain[0], fused)

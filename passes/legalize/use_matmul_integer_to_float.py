@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import location_of, rank_of, remove_dead, sizes_of, sole_user, stand_in, vector_operand
+from planish.optimizer.quantizing import products_of
 
 _CONTRIB = "com.microsoft"
 
@@ -28,9 +29,9 @@ class UseMatMulIntegerToFloat(Pass):
     exact: ClassVar[bool] = False
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite the main graph."""
+        """Rewrite the main graph and its subgraphs."""
         result = PassResult(model, modified=False)
-        for node in [node for node in model.graph if node.op_type == "MatMul" and node.domain == ""]:
+        for node in products_of(model):
             data, weight = (None if value is None else value.producer() for value in node.inputs)
             if data is None or weight is None or {data.op_type, weight.op_type} != {"DequantizeLinear"}:
                 continue
@@ -39,7 +40,7 @@ class UseMatMulIntegerToFloat(Pass):
                 result.refusals.append(Refusal.at(node, reason, node.inputs[0]))
             elif admitted():
                 result.sites.append(location_of(node))
-                _rewrite(model.graph, node, data, weight)
+                _rewrite(node, data, weight)
         result.modified = bool(result.sites)
         if result.modified:
             model.opset_imports.setdefault(_CONTRIB, 1)
@@ -65,9 +66,12 @@ def _columns(weight: ir.Node) -> int:
     return 0 if matrix is None or matrix.const_value is None else sizes_of(matrix.const_value)[1]
 
 
-def _rewrite(graph: ir.Graph, node: ir.Node, data: ir.Node, weight: ir.Node) -> None:
-    add = sole_user(node.outputs[0])
-    index = None if add is None or add.op_type != "Add" else vector_operand(add, _columns(weight))
+def _rewrite(node: ir.Node, data: ir.Node, weight: ir.Node) -> None:
+    graph, add = node.graph, sole_user(node.outputs[0])
+    if graph is None:
+        raise ValueError(f"{node.name!r} was removed")
+    joined = add is not None and add.op_type == "Add" and add.domain == "" and add.graph is graph
+    index = vector_operand(add, _columns(weight)) if add is not None and joined else None
     last = node if add is None or index is None else add
     bias = None if add is None or index is None else add.inputs[index]
     fused = ir.node(
@@ -82,5 +86,5 @@ def _rewrite(graph: ir.Graph, node: ir.Node, data: ir.Node, weight: ir.Node) -> 
     if last is not node:
         graph.remove(last, safe=True)
     graph.remove(node, safe=True)
-    remove_dead(graph, data)
-    remove_dead(graph, weight)
+    for real in (data, weight):
+        remove_dead(real.graph or graph, real)

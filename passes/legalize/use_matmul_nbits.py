@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import add_initializer, location_of, remove_dead, sizes_of, stand_in
+from planish.optimizer.quantizing import products_of
 from planish.optimizer.tensors import lazy
 
 _CONTRIB = "com.microsoft"
@@ -37,10 +38,10 @@ class UseMatMulNBits(Pass):
     """What the kernel computes with: int8 is what its fast paths take."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite the main graph."""
+        """Rewrite the main graph and its subgraphs."""
         result = PassResult(model, modified=False)
-        packed: dict[int, list[ir.Value]] = {}
-        for node in [node for node in model.graph if node.op_type == "MatMul" and node.domain == ""]:
+        packed: dict[ir.Value, list[ir.Value]] = {}
+        for node in products_of(model):
             real = None if node.inputs[1] is None else node.inputs[1].producer()
             if real is None or real.op_type != "DequantizeLinear" or "block_size" not in real.attributes:
                 continue
@@ -49,16 +50,19 @@ class UseMatMulNBits(Pass):
                 result.refusals.append(Refusal.at(node, reason, real))
             elif admitted():
                 result.sites.append(location_of(node))
-                if id(real) not in packed:
-                    packed[id(real)] = _packed(model.graph, real)
-                self._replace(model.graph, node, real, packed[id(real)])
+                stored = real.inputs[0]
+                if stored is not None and stored not in packed:
+                    packed[stored] = _packed(model.graph, real)
+                self._replace(node, real, [] if stored is None else packed[stored])
         result.modified = bool(result.sites)
         if result.modified:
             model.opset_imports.setdefault(_CONTRIB, 1)
         return result
 
-    def _replace(self, graph: ir.Graph, node: ir.Node, real: ir.Node, operands: list[ir.Value]) -> None:
-        rows, columns = _sizes(real)
+    def _replace(self, node: ir.Node, real: ir.Node, operands: list[ir.Value]) -> None:
+        graph, (rows, columns) = node.graph, _sizes(real)
+        if graph is None:
+            raise ValueError(f"{node.name!r} was removed")
         attributes = {
             "K": rows,
             "N": columns,
@@ -77,7 +81,7 @@ class UseMatMulNBits(Pass):
         graph.insert_before(node, fused)
         stand_in(node.outputs[0], fused.outputs[0], "real")
         graph.remove(node, safe=True)
-        remove_dead(graph, real)
+        remove_dead(real.graph or graph, real)
 
 
 def _obstacle(real: ir.Node) -> str | None:

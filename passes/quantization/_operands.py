@@ -8,13 +8,17 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.graph import add_initializer, constant_of, forget_unread, sizes_of
+from planish.optimizer.quantizing import matrix_behind
 from planish.optimizer.tensors import lazy
 
 
 def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
-    """The tensor behind a constant; ValueError if it is none."""
+    """The tensor behind a constant, of a matrix in 16 bits its float form; ValueError if it is none."""
     if value is not None and value.const_value is not None:
         return value.const_value
+    matrix = matrix_behind(value)
+    if matrix is not None:
+        return matrix
     array = constant_of(value)
     if array is None:
         raise ValueError(f"{'nothing' if value is None else value.name!r} is not constant")
@@ -31,8 +35,6 @@ def change_operand(
     value = node.inputs[index]
     tensor = tensor_of(value)
     name = f"{'' if value is None else value.name}_{what}"
-    while name in graph.initializers:
-        name += "_"
     read = lambda: np.asarray(change(tensor.numpy().astype(np.float32)), np.float32)  # noqa: E731
     node.replace_input_with(index, add_initializer(graph, name, lazy(read, ir.DataType.FLOAT, sizes_of(tensor), name)))
     if value is not None:

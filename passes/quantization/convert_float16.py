@@ -67,7 +67,9 @@ class ConvertFloat16(Pass):
         result = PassResult(model, modified=False)
         writer = _Writer(model.graph, self.type)
         for node in list(model.graph):
+            result.refusals += _inside(node)
             if not _floats(node.inputs) and not _floats(node.outputs):
+                writer.keep(node)
                 continue
             reason = self._unfit(node) or (_misfit(node) if node.op_type in _STEPS else self._overflow(node))
             if reason is not None:
@@ -86,8 +88,10 @@ class ConvertFloat16(Pass):
         """Why an operator stays in float, whatever it computes with."""
         if node.op_type in (*self.keep, *_ALWAYS):
             return f"{node.op_type} is kept in float"
-        if node.domain != "" or any(True for _ in subgraphs_of(node)):
-            return f"{node.op_type} is not a plain operator of the standard"
+        if any(True for _ in subgraphs_of(node)):
+            return f"{node.op_type} holds subgraphs, which stay in float"
+        if node.domain != "":
+            return f"{node.op_type} is not an operator of the standard"
         if not _admits(node, _TYPES[self.type][0]):
             return f"{node.op_type} has no form in {self.type}"
         if node.op_type in _STEPS:
@@ -105,6 +109,13 @@ class ConvertFloat16(Pass):
                 return f"nothing was seen of {value.name!r}: its range needs calibration data"
             reaches[value.name] = max(-found.low, found.high)
         return next((f"{n!r} reaches {reach:.4g}" for n, reach in reaches.items() if not reach <= largest), None)
+
+
+def _inside(node: ir.Node) -> list[Refusal]:
+    """A refusal for each operator on floats in the subgraphs of a node."""
+    inner = [inside for graph in subgraphs_of(node) for inside in graph.all_nodes()]
+    floats = [inside for inside in inner if _floats(inside.inputs) or _floats(inside.outputs)]
+    return [Refusal.at(inside, f"it stands in a subgraph of {node.op_type}") for inside in floats]
 
 
 def _misfit(node: ir.Node) -> str | None:
@@ -151,6 +162,8 @@ class _Writer:
     type: str
     casts: dict[tuple[int, ir.DataType], ir.Value] = field(default_factory=dict)
     constants: dict[int, ir.Value] = field(default_factory=dict)
+    converted: set[ir.Value] = field(default_factory=set)
+    """Values that were float."""
 
     @property
     def half(self) -> ir.DataType:
@@ -164,18 +177,21 @@ class _Writer:
                 node.replace_input_with(index, self._constant(value) or self._cast(node, value, self.half))
         for value in _floats(node.outputs):
             value.type = ir.TensorType(self.half)
+            self.converted.add(value)
 
     def keep(self, node: ir.Node) -> None:
-        """Let a node go on in float."""
-        for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype is self.half and node.op_type not in ("Cast", "CastLike"):
-                node.replace_input_with(index, self._cast(node, value, ir.DataType.FLOAT))
+        """Let a node go on in float, and what its subgraphs read of values around them."""
+        inner = [inside for graph in subgraphs_of(node) for inside in graph.all_nodes()]
+        for reader in (node, *inner):
+            for index, value in enumerate(reader.inputs if reader.op_type != "Cast" else ()):
+                if value is not None and value.dtype is self.half and value in self.converted:
+                    reader.replace_input_with(index, self._cast(node, value, ir.DataType.FLOAT))
 
     def finish(self) -> None:
         """Give outputs of the model their old type and name, and forget weights that nobody reads in float."""
         forget_unread(self.graph, [v for v in self.graph.initializers.values() if id(v) in self.constants])
         for index, value in enumerate(list(self.graph.outputs)):
-            if value.dtype is not self.half or value.producer() is None:
+            if value not in self.converted:
                 continue
             name = value.name or ""
             value.name = f"{name}_{self.type}"

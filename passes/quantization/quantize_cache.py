@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import add_initializer, copy_location, made_by, opset_of, remove_dead
+from planish.optimizer.graph import add_initializer, copy_location, made_by, opset_of, remove_dead, subgraphs_of
 from planish.optimizer.program import CACHE_SCALE, INT8_STEPS, PAST_NAME, PRESENT_NAME, SMALLEST_SCALE, is_cache_scale
 from planish.passes._flat_attention import appends, spread
 
@@ -87,8 +87,14 @@ def _take(graph: ir.Graph, past: ir.Value) -> None:
     scale = ir.Value(name=name, shape=_of_scales(past), type=ir.TensorType(ir.DataType.FLOAT))
     graph.inputs.insert(graph.inputs.index(past) + 1, scale)
     readers = {use.node for use in past.uses() if use.node.op_type not in _ABOUT_SHAPES}
-    first = next((node for node in graph if node in readers), graph[0])  # else they are all in subgraphs
+    inside = {reader.graph for reader in readers}  # a branch may read it before anything of the main graph does
+    first = next((node for node in graph if node in readers or not inside.isdisjoint(_graphs_in(node))), graph[0])
     graph.insert_before(first, _made_real(past, scale))
+
+
+def _graphs_in(node: ir.Node) -> set[ir.Graph | ir.Function | None]:
+    """The subgraphs of a node, and those below them."""
+    return {inner for graph in subgraphs_of(node) for inner in (graph, *graph.subgraphs())}
 
 
 def _give(graph: ir.Graph, present: ir.Value) -> None:

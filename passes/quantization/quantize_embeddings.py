@@ -33,18 +33,19 @@ class QuantizeEmbeddings(Pass):
     """Elements that a table must have to be worth it."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite the tables of the main graph."""
+        """Rewrite the tables of the main graph and its subgraphs, wherever they are read."""
         result = PassResult(model, modified=False)
-        for table in [value for value in model.graph.initializers.values() if is_weight_matrix(value)]:
+        constants = [value for graph in model.graphs() for value in graph.initializers.values()]
+        for table in [value for value in constants if is_weight_matrix(value)]:
             readers = [use.node for use in table.uses() if use.idx == 0 and _looks_up(use.node)]
             if not readers:
                 continue
             reason = self._obstacle(table, len(readers))
             if reason is not None:
                 result.refusals.append(Refusal.at(readers[0], reason, table))
-            elif admitted():
+            elif isinstance(table.graph, ir.Graph) and admitted():
                 result.sites.append(location_of(readers[0]))
-                _rewrite(model.graph, table, readers)
+                _rewrite(table.graph, table, readers)
         result.modified = bool(result.sites)
         return result
 
@@ -81,13 +82,15 @@ def _rewrite(graph: ir.Graph, table: ir.Value, readers: list[ir.Node]) -> None:
     stored = add_initializer(graph, f"{name}_int8", int8)
     scale = add_initializer(graph, f"{name}_scale", np.ascontiguousarray(rows.scale.T))
     for reader in readers:
-        _look_up(graph, reader, stored, scale)
+        _look_up(reader, stored, scale)
     del graph.initializers[name]
 
 
-def _look_up(graph: ir.Graph, reader: ir.Node, stored: ir.Value, scale: ir.Value) -> None:
+def _look_up(reader: ir.Node, stored: ir.Value, scale: ir.Value) -> None:
     """Put the rows that one Gather takes in its place."""
-    ids, old = reader.inputs[1], reader.outputs[0]
+    graph, ids, old = reader.graph, reader.inputs[1], reader.outputs[0]
+    if graph is None:
+        raise ValueError(f"{reader.name!r} was removed")
     base = old.name
     tape = ir.tape.Tape()
     integers = tape.op("Gather", [stored, ids], {"axis": 0})

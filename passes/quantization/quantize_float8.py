@@ -55,14 +55,17 @@ class QuantizeFloat8(Quantizing):
         return np.asarray(_float8(data, scale).astype(np.float32) * scale)
 
     def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
-        """Write the 8-bit form of each product."""
-        made: dict[int, ir.Value] = {}
+        """Write the 8-bit form of each product; what one graph makes another does not read."""
+        made: dict[tuple[ir.Graph, ir.Value], ir.Value] = {}
         for site in sites:
-            for value, write in ((site.weight, _stored), (site.data, _rounded_data)):
-                if id(value) not in made:
-                    made[id(value)] = write(model.graph, site)
-            site.node.replace_input_with(1, made[id(site.weight)])
-            site.node.replace_input_with(0, made[id(site.data)])
+            graph, data, weight = site.node.graph, site.data, site.weight
+            if not isinstance(graph, ir.Graph):
+                continue
+            for value, write in ((weight, _stored), (data, _rounded_data)):
+                if (graph, value) not in made:
+                    made[graph, value] = write(model.graph, site)
+            site.node.replace_input_with(1, made[graph, weight])
+            site.node.replace_input_with(0, made[graph, data])
 
 
 def _float8(data: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
@@ -88,7 +91,7 @@ def _stored(graph: ir.Graph, site: Site) -> ir.Value:
     matrix = add_initializer(
         graph, f"{name}_float8", lazy(lambda: _float8(tensor.numpy(), scale), kind, shape, f"{name}_float8")
     )
-    return _real(graph, site, [matrix, add_initializer(graph, f"{name}_scale", scale)], site.weight, {"axis": 1})
+    return _real(site, [matrix, add_initializer(graph, f"{name}_scale", scale)], site.weight, {"axis": 1})
 
 
 def _rounded_data(graph: ir.Graph, site: Site) -> ir.Value:
@@ -97,22 +100,21 @@ def _rounded_data(graph: ir.Graph, site: Site) -> ir.Value:
     scale = add_initializer(graph, f"{name}_scale", np.array(_scale_of(site), np.float32))
     zero = ir.tensor(np.zeros((), _FLOAT8), dtype=ir.DataType.FLOAT8E4M3FN, name=f"{name}_zero_point")
     operands = [scale, add_initializer(graph, f"{name}_zero_point", zero)]
-    node = _placed(graph, site, ir.node("QuantizeLinear", [site.data, *operands], name=f"{name}_QuantizeLinear"))
+    node = _placed(site, ir.node("QuantizeLinear", [site.data, *operands], name=f"{name}_QuantizeLinear"))
     steps = node.outputs[0]
     steps.name, steps.shape, steps.type = f"{name}_float8", site.data.shape, ir.TensorType(ir.DataType.FLOAT8E4M3FN)
-    return _real(graph, site, [steps, *operands], site.data, {})
+    return _real(site, [steps, *operands], site.data, {})
 
 
-def _real(
-    graph: ir.Graph, site: Site, operands: Sequence[ir.Value], like: ir.Value, attributes: dict[str, int]
-) -> ir.Value:
+def _real(site: Site, operands: Sequence[ir.Value], like: ir.Value, attributes: dict[str, int]) -> ir.Value:
     node = ir.node("DequantizeLinear", operands, attributes, name=f"{like.name}_DequantizeLinear")
-    value = _placed(graph, site, node).outputs[0]
+    value = _placed(site, node).outputs[0]
     value.name, value.shape, value.type = f"{like.name}_real", like.shape, ir.TensorType(ir.DataType.FLOAT)
     return value
 
 
-def _placed(graph: ir.Graph, site: Site, node: ir.Node) -> ir.Node:
+def _placed(site: Site, node: ir.Node) -> ir.Node:
     copy_location(site.node, node)
-    graph.insert_before(site.node, node)
+    if site.node.graph is not None:
+        site.node.graph.insert_before(site.node, node)
     return node

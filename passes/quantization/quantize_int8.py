@@ -28,7 +28,7 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.base import Wish
-from planish.optimizer.graph import add_initializer, copy_location, sizes_of, stand_in
+from planish.optimizer.graph import add_initializer, constant_of, copy_location, sizes_of, stand_in
 from planish.optimizer.observations import Gram, Observation, Range, seen
 from planish.optimizer.quantizing import Quantizing, Site
 from planish.optimizer.tensors import lazy
@@ -90,9 +90,12 @@ class QuantizeInt8(Quantizing):
 
     def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
         """Write the integer form of each product."""
-        writer = _Writer(model.graph, self)
-        for site in sites:
-            writer.rewrite(site)
+        shared = _Shared(model.graph, self)
+        writers: dict[ir.Graph, _Writer] = {}
+        for site in sites:  # activations are shared inside a graph alone: what one branch makes the other cannot read
+            graph = site.node.graph
+            if isinstance(graph, ir.Graph):
+                writers.setdefault(graph, _Writer(graph, shared)).rewrite(site)
 
     def rounded(self, site: Site) -> np.ndarray:
         """The matrix as products will see it."""
@@ -123,107 +126,115 @@ class QuantizeInt8(Quantizing):
 
 
 @dataclass
+class _Shared:
+    """Constants of the integer form, in the main graph, which every subgraph can read."""
+
+    graph: ir.Graph
+    options: QuantizeInt8
+    weights: dict[int, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    """Matrix in int8 and its scales, by the tensor that was rounded."""
+    constants: dict[str, ir.Value] = field(default_factory=dict)
+
+    def stored(self, site: Site) -> tuple[ir.Value, ir.Value]:
+        """The matrix in int8 and its scales, one per column."""
+        tensor, name = site.tensor, site.weight.name or ""
+        if id(tensor) not in self.weights:
+            blocks = self.options.columns(site)
+            int8 = lazy(lambda: blocks.integers(tensor.numpy()), ir.DataType.INT8, sizes_of(tensor), f"{name}_int8")
+            self.weights[id(tensor)] = (
+                add_initializer(self.graph, f"{name}_int8", int8),
+                add_initializer(self.graph, f"{name}_scale", blocks.scale[0]),
+            )
+        return self.weights[id(tensor)]
+
+    def channel_scale(self, scale: ir.Value) -> ir.Value:
+        """Scales of the columns; for rows in [-1, 1] also the size of one step."""
+        if self.options.activations == "tensor" or scale.const_value is None:
+            return scale
+        return self.constant(f"{scale.name}_of_row", scale.const_value.numpy() / np.float32(_LEVELS))
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """A constant that is written once; one of an earlier run of this pass is taken again."""
+        if name not in self.constants:
+            earlier = self.graph.initializers.get(name)
+            kept = None if earlier is None else constant_of(earlier)
+            same = kept is not None and kept.dtype == array.dtype and np.array_equal(kept, array)
+            self.constants[name] = earlier if earlier and same else add_initializer(self.graph, name, array)
+        return self.constants[name]
+
+
+@dataclass
 class _Writer:
     """Writes the integer form of products into one graph, and remembers what they can share."""
 
     graph: ir.Graph
-    options: QuantizeInt8
-    rows: dict[int, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    shared: _Shared
+    rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     """Quantized rows and their scale (per token or per tensor), by activation."""
-    fixed: dict[int, ir.Value] = field(default_factory=dict)
+    fixed: dict[ir.Value, ir.Value] = field(default_factory=dict)
     """Activations in fixed steps, by activation."""
-    zero_points: dict[int, ir.Value | None] = field(default_factory=dict)
-    weights: dict[int, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
-    constants: dict[str, ir.Value] = field(default_factory=dict)
+    zero_points: dict[ir.Value, ir.Value | None] = field(default_factory=dict)
 
     def rewrite(self, site: Site) -> None:
         """Replace one product."""
-        node, data = site.node, site.data
-        stored, scale = self._stored(site)
-        if self.options.activations in ("runtime", "static"):
+        node, data, activations = site.node, site.data, self.shared.options.activations
+        stored, scale = self.shared.stored(site)
+        if activations in ("runtime", "static"):
             real = self._add(node, "weight", "DequantizeLinear", [stored, scale], {"axis": 1}, shape=site.weight.shape)
+            node.replace_input_with(0, self._fixed(site) if activations == "static" else data)
             node.replace_input_with(1, real)
-            if self.options.activations == "static":
-                node.replace_input_with(0, self._fixed(site))
             return
         rows, size = self._rows(node, data)
         shape = node.outputs[0].shape
-        integers = [rows, stored, self.zero_points[id(data)]]
+        integers = [rows, stored, self.zero_points[data]]
         sums = self._add(node, "int32", "MatMulInteger", integers, shape=shape, dtype=ir.DataType.INT32)
         real = self._add(node, "float", "Cast", [sums], {"to": ir.DataType.FLOAT}, shape=shape)
-        columns = self._add(node, "columns", "Mul", [real, self._channel_scale(scale)], shape=shape)
+        columns = self._add(node, "columns", "Mul", [real, self.shared.channel_scale(scale)], shape=shape)
         stand_in(node.outputs[0], self._add(node, "rows", "Mul", [columns, size], shape=shape), "float")
         self.graph.remove(node, safe=True)
-
-    def _stored(self, site: Site) -> tuple[ir.Value, ir.Value]:
-        """The matrix in int8 and its scales, one per column."""
-        if id(site.weight) not in self.weights:
-            tensor, blocks, name = site.tensor, self.options.columns(site), site.weight.name or ""
-            int8 = lazy(lambda: blocks.integers(tensor.numpy()), ir.DataType.INT8, sizes_of(tensor), f"{name}_int8")
-            self.weights[id(site.weight)] = (
-                add_initializer(self.graph, f"{name}_int8", int8),
-                add_initializer(self.graph, f"{name}_scale", blocks.scale[0]),
-            )
-        return self.weights[id(site.weight)]
-
-    def _channel_scale(self, scale: ir.Value) -> ir.Value:
-        """Scales of the columns; for rows in [-1, 1] also the size of one step."""
-        if self.options.activations == "tensor" or scale.const_value is None:
-            return scale
-        name = f"{scale.name}_of_row"
-        if name not in self.constants:
-            array = (scale.const_value.numpy() / np.float32(_LEVELS)).astype(np.float32)
-            self.constants[name] = add_initializer(self.graph, name, array)
-        return self.constants[name]
 
     def _fixed(self, site: Site) -> ir.Value:
         """The activation in fixed steps, made real again."""
         data = site.data
-        if id(data) not in self.fixed:
-            steps = self.options.steps(site)
-            scale = self._constant(f"{data.name}_scale", np.array(steps.scale, np.float32))
-            zero = self._constant(f"{data.name}_zero_point", np.array(steps.zero_point, steps.dtype))
+        if data not in self.fixed:
+            steps = self.shared.options.steps(site)
+            scale = self.shared.constant(f"{data.name}_scale", np.array(steps.scale, np.float32))
+            zero = self.shared.constant(f"{data.name}_zero_point", np.array(steps.zero_point, steps.dtype))
             dtype = ir.DataType.from_numpy(steps.dtype)
             add = functools.partial(self._add, site.node, shape=data.shape)
             integers = add("steps", "QuantizeLinear", [data, scale, zero], dtype=dtype)
-            self.fixed[id(data)] = add("real", "DequantizeLinear", [integers, scale, zero])
-        return self.fixed[id(data)]
+            self.fixed[data] = add("real", "DequantizeLinear", [integers, scale, zero])
+        return self.fixed[data]
 
     def _rows(self, node: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The activation in uint8, and what its products must be multiplied by."""
-        if id(data) not in self.rows:
-            make = self._per_tensor if self.options.activations == "tensor" else self._per_token
-            self.rows[id(data)] = make(node, data)
-        return self.rows[id(data)]
+        if data not in self.rows:
+            make = self._per_tensor if self.shared.options.activations == "tensor" else self._per_token
+            self.rows[data] = make(node, data)
+        return self.rows[data]
 
     def _per_tensor(self, node: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value]:
         quantize = self._insert(node, ("uint8", "scale", "zero_point"), "DynamicQuantizeLinear", [data])
         kinds = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
         for output, shape, dtype in zip(quantize.outputs, (data.shape, ir.Shape([]), ir.Shape([])), kinds, strict=True):
             output.shape, output.type = shape, ir.TensorType(dtype)
-        self.zero_points[id(data)] = quantize.outputs[2]
+        self.zero_points[data] = quantize.outputs[2]
         return quantize.outputs[0], quantize.outputs[1]
 
     def _per_token(self, node: ir.Node, data: ir.Value) -> tuple[ir.Value, ir.Value]:
-        zero = self._constant("int8_zero_point", np.array(_ZERO_POINT, np.uint8))
-        axes = self._constant("int8_axes", np.array([-1], np.int64))
-        tiny = self._constant("int8_tiny", np.array(_TINY, np.float32))
-        step = self._constant("int8_step", np.array(1 / _LEVELS, np.float32))
+        zero = self.shared.constant("int8_zero_point", np.array(_ZERO_POINT, np.uint8))
+        axes = self.shared.constant("int8_axes", np.array([-1], np.int64))
+        tiny = self.shared.constant("int8_tiny", np.array(_TINY, np.float32))
+        step = self.shared.constant("int8_step", np.array(1 / _LEVELS, np.float32))
         row = None if data.shape is None else ir.Shape([*data.shape[:-1], 1])
         largest = self._add(node, "largest", "ReduceMax", [data, axes], {"keepdims": 1}, shape=row)
         smallest = self._add(node, "smallest", "ReduceMin", [data, axes], {"keepdims": 1}, shape=row)
         lowest = self._add(node, "lowest", "Neg", [smallest], shape=row)  # two reductions cost less than |x| in full
         size = self._add(node, "size", "Max", [largest, lowest, tiny], shape=row)
         unit = self._add(node, "unit", "Div", [data, size], shape=data.shape)
-        self.zero_points[id(data)] = zero
+        self.zero_points[data] = zero
         rows = self._add(node, "uint8", "QuantizeLinear", [unit, step, zero], shape=data.shape, dtype=ir.DataType.UINT8)
         return rows, size
-
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        if name not in self.constants:
-            existing = self.graph.initializers.get(name)
-            self.constants[name] = existing if existing is not None else add_initializer(self.graph, name, array)
-        return self.constants[name]
 
     def _add(
         self,

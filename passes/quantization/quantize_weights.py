@@ -73,12 +73,18 @@ class QuantizeWeights(Quantizing):
         return f"its {rows} rows are no multiple of a block of {self.block}" if rows % self.block else None
 
     def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
-        """Replace each matrix by its integers and a DequantizeLinear, once for all that read it."""
-        made: dict[int, ir.Value] = {}
+        """Replace each matrix by its integers, once for all that read it, and a DequantizeLinear in each graph."""
+        stored: dict[int, list[ir.Value]] = {}
+        real: dict[tuple[ir.Graph, ir.Value], ir.Value] = {}
         for site in sites:
-            if id(site.weight) not in made:
-                made[id(site.weight)] = self._stored(model.graph, site)
-            site.node.replace_input_with(1, made[id(site.weight)])
+            graph, weight, tensor = site.node.graph, site.weight, site.tensor
+            if not isinstance(graph, ir.Graph):
+                continue
+            if id(tensor) not in stored:
+                stored[id(tensor)] = self._stored(model.graph, site)
+            if (graph, weight) not in real:
+                real[graph, weight] = self._real(graph, site, stored[id(tensor)])
+            site.node.replace_input_with(1, real[graph, weight])
 
     def rounded(self, site: Site) -> np.ndarray:
         """The matrix as products will see it."""
@@ -88,7 +94,8 @@ class QuantizeWeights(Quantizing):
     def _rounding(self) -> Rounding:
         return Rounding(self.bits, self.block, self.symmetric, self.method)
 
-    def _stored(self, graph: ir.Graph, site: Site) -> ir.Value:
+    def _stored(self, graph: ir.Graph, site: Site) -> list[ir.Value]:
+        """Integers, scales and, if there are any, zero points."""
         tensor, name = site.tensor, site.weight.name or ""
         blocks = self._rounding.blocks(site)
         dtype, kind = _TYPES[self.bits, self.symmetric]
@@ -97,6 +104,11 @@ class QuantizeWeights(Quantizing):
         if blocks.zero_point is not None:
             zero = ir.tensor(blocks.zero_point.astype(kind), dtype=dtype, name=f"{name}_zero_point")
             parts.append(add_initializer(graph, f"{name}_zero_point", zero))
+        return parts
+
+    def _real(self, graph: ir.Graph, site: Site, parts: Sequence[ir.Value]) -> ir.Value:
+        """The matrix made real again, in front of the first product of a graph that reads it."""
+        name = site.weight.name or ""
         node = ir.node(
             "DequantizeLinear",
             parts,

@@ -36,7 +36,7 @@ from planish.optimizer.graph import (
     vector_operand,
 )
 from planish.optimizer.observations import Channels, Gram, seen
-from planish.optimizer.quantizing import Site, one_of, site_of, sites_by_data
+from planish.optimizer.quantizing import Site, matrix_behind, one_of, refusals_in_subgraphs, sites_by_data
 from planish.passes.quantization._operands import change_operand
 from planish.passes.quantization._ranges import expected_error
 from planish.passes.quantization._rounding import blocks_of
@@ -90,7 +90,7 @@ class SmoothActivations(Pass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Scale what can be scaled in the main graph."""
-        result = PassResult(model, modified=False)
+        result = PassResult(model, modified=False, refusals=refusals_in_subgraphs(model))
         for sites in sites_by_data(model):
             reason = self._obstacle(sites)
             if reason is not None:
@@ -218,10 +218,11 @@ def _product(value: ir.Value | None, width: int) -> Operands | None:
         bias = vector_operand(node, width)
         inner = None if bias is None else _product(node.inputs[1 - bias], width)
         return None if inner is None or bias is None else [*inner, (node, bias)]
-    site = site_of(node) if node is not None and node.op_type == "MatMul" else None
-    if site is None or site.tensor.dtype is not ir.DataType.FLOAT or len(list(site.weight.uses())) > 1:
+    weight = node.inputs[1] if node is not None and node.op_type == "MatMul" and node.domain == "" else None
+    tensor = matrix_behind(weight)
+    if node is None or weight is None or tensor is None or len(list(weight.uses())) > 1:
         return None
-    return [(site.node, 1)] if sizes_of(site.tensor)[1] == width else None
+    return [(node, 1)] if tensor.dtype is ir.DataType.FLOAT and sizes_of(tensor)[1] == width else None
 
 
 def _insert(graph: ir.Graph, sites: Sequence[Site], scale: np.ndarray) -> None:

@@ -20,9 +20,17 @@ import onnx_ir as ir
 from annotated_types import Ge, Gt, Lt
 
 from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
-from planish.optimizer.graph import IN_FLOAT, add_initializer, copy_location, location_of, sizes_of
+from planish.optimizer.graph import (
+    IN_FLOAT,
+    add_initializer,
+    copy_location,
+    location_of,
+    rename_duplicates,
+    sizes_of,
+    stand_in,
+)
 from planish.optimizer.observations import Channels, seen
-from planish.optimizer.quantizing import Site, sites_by_data
+from planish.optimizer.quantizing import Site, refusals_in_subgraphs, sites_by_data
 from planish.passes.quantization._operands import change_operand
 from planish.passes.quantization._ranges import expected_error
 
@@ -45,7 +53,7 @@ class SplitOutliers(Pass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Split what is worth it in the main graph."""
-        result = PassResult(model, modified=False)
+        result = PassResult(model, modified=False, refusals=refusals_in_subgraphs(model))
         for sites in sites_by_data(model):
             channels = seen(sites[0].data, Channels)
             reason = self._obstacle(sites, channels)
@@ -55,6 +63,8 @@ class SplitOutliers(Pass):
                 result.sites.append(location_of(sites[0].node))
                 _split(model.graph, sites, self._outliers(channels))
         result.modified = bool(result.sites)
+        if result.modified:
+            rename_duplicates(model.graph)  # a product's result and what reads it get names of one form
         return result
 
     def _obstacle(self, sites: Sequence[Site], channels: Channels | None) -> str | None:
@@ -97,18 +107,14 @@ def _split(graph: ir.Graph, sites: Sequence[Site], outliers: np.ndarray) -> None
         apart = ir.node("MatMul", [chosen.outputs[0], weight], name=f"{site.name}_outliers")
         apart.metadata_props[IN_FLOAT] = "1"
         total = ir.node("Add", [old, apart.outputs[0]], name=f"{site.name}_joined")
-        ir.convenience.replace_all_uses_with(old, total.outputs[0], replace_graph_outputs=True)
+        _place(graph, site.node, apart, f"{old.name}_outliers")
+        apart.outputs[0].shape, apart.outputs[0].type = old.shape, old.type
+        stand_in(old, total.outputs[0], "rest")  # with what was observed: the next product may read it
         total.replace_input_with(0, old)
         site.node.replace_input_with(0, ordinary.outputs[0])
         change_operand(graph, site.node, 1, "rest", functools.partial(np.multiply, mask[:, None]))
-        base = old.name
-        old.name = f"{base}_rest"
-        _place(graph, site.node, apart, f"{base}_outliers")
         copy_location(site.node, total)
         graph.insert_after(site.node, total)
-        total.outputs[0].name = base
-        for value in (apart.outputs[0], total.outputs[0]):
-            value.shape, value.type = old.shape, old.type
 
 
 def _place(graph: ir.Graph, before: ir.Node, node: ir.Node, name: str) -> None:
