@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from planish.optimizer.generate import Decoding, Sampling
     from planish.optimizer.pipeline import Pipeline
     from planish.optimizer.program import Program, Signature
+    from planish.optimizer.stages import Progress
 
 _HOMES = {
     "Backend": "backend",
@@ -35,6 +36,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "PlanishError": "errors",
     "Program": "program",
+    "Progress": "stages",
     "Refusal": "base",
     "Result": "driver",
     "Sampling": "generate",
@@ -55,6 +57,7 @@ __all__ = [
     "Pipeline",
     "PlanishError",
     "Program",
+    "Progress",
     "Refusal",
     "Result",
     "Sampling",

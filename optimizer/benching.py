@@ -13,6 +13,7 @@ from planish.optimizer.measure import EngineRef, Timing, race
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.program import Axis, Signature, TensorSpec
 from planish.optimizer.reference import default_shapes, refuse_other_sizes, sized_case
+from planish.optimizer.stages import Progress, Stages, silent
 
 _BY_SUFFIX = {".onnx": "onnxruntime", ".xml": "openvino"}
 
@@ -43,6 +44,8 @@ def bench(
     against: Sequence[str | Path] = (),
     shapes: Sequence[Mapping[str, int]] = (),
     targets: Sequence[str] = (),
+    *,
+    progress: Progress = silent,
 ) -> list[Row]:
     """Time every engine of ``models`` in alternation, compared with the first of ``against`` (or of ``models``).
 
@@ -62,15 +65,19 @@ def bench(
         raise UsageError("nothing here is opened with it", where=f"--target {idle[0]}", advice=advice)
     refuse_other_sizes([entrant.signature for entrant in entrants], shapes)
     components = dict.fromkeys(entrant.component for entrant in entrants)
-    return [row for name in components for row in _race([e for e in entrants if e.component == name], shapes)]
+    races = {name: [entrant for entrant in entrants if entrant.component == name] for name in components}
+    sizes = {name: shapes or default_shapes(alike[0].signature) for name, alike in races.items()}
+    stages = Stages(progress, sum(map(len, sizes.values())))
+    return [row for name, alike in races.items() for row in _race(alike, sizes[name], stages)]
 
 
-def _race(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]]) -> list[Row]:
+def _race(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]], stages: Stages) -> list[Row]:
     bounds = {t.name: t.bound for e in entrants for t in e.signature.inputs if t.bound is not None}
     rows = []
-    for sizes in shapes or default_shapes(entrants[0].signature):
+    for sizes in shapes:
         cases = [sized_case(_bounded(entrant.signature, bounds), sizes) for entrant in entrants]
-        timings = race([entrant.engine for entrant in entrants], [case for case, _ in cases])
+        with stages.stage(f"timing {entrants[0].component} at {cases[0][1]}"):
+            timings = race([entrant.engine for entrant in entrants], [case for case, _ in cases])
         rows += [Row(e.label, text, t, e.component) for e, (_, text), t in zip(entrants, cases, timings, strict=True)]
     return rows
 

@@ -226,7 +226,7 @@ class Builder:
         """What lets passes see activations."""
 
         def say(what: str) -> None:
-            self.stages.report(f"{target.name}: {what}", self.stages.done, self.stages.total)
+            self.stages.tell(f"{target.name}: {what}")
 
         unchecked = self.offload or self.references is None
         mapped = functools.partial(load_mapped, place=self.scratch / "observed")

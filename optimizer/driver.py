@@ -45,14 +45,12 @@ from planish.optimizer.rehearsal import Rehearsal
 from planish.optimizer.report import write_report
 from planish.optimizer.request import Request, request_of
 from planish.optimizer.sites import Expectation, refuse_absent, write_sites
-from planish.optimizer.stages import Stages
+from planish.optimizer.stages import LOGGER, Progress, Stages, silent
 
 _PRECISE_CASES = 1
 """The noise floor is estimated on this many of the first reference cases: made ones begin with a small padded batch."""
 _COLLECT_SELDOM = (200_000, 50, 1_000)
 """Thresholds of the collector while tracing: a twentieth of its time goes into looking at what stays."""
-Progress = Callable[[str, int, int], None]
-"""Told the name of each stage as it begins, how many are done and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def optimize(
     logits: Literal["all", "last"] = "all",
     sample_inputs: Mapping[str, Any] | None = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Result:
     """Turn a checkpoint folder, an `.onnx` file or an `nn.Module` into engines in the folder ``out``.
 
@@ -119,7 +117,7 @@ def optimize(
     and a preset ships the plain lowering. With "none" the original is never run, and nothing is compared either. The
     manifest says so. With ``logits`` "last" a decoder gives the scores behind the last token alone, (batch, 1,
     vocabulary): what writing needs, and less work for a prompt. A module needs ``sample_inputs`` (tensors by keyword)
-    and ``dynamic_axes`` (`{input: {position: name}}`).
+    and ``dynamic_axes`` (`{input: {position: name}}`). ``progress`` is called as each stage begins.
 
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
@@ -156,6 +154,8 @@ def optimize(
             result = _write(folder, builder, built, data, reference)
     if lock is not None and known is None:
         _copy_text(Path(out) / LOCK, Path(lock))
+    for note in result.notes:
+        LOGGER.info(note)
     return replace(result, folder=Path(out))
 
 
@@ -401,7 +401,7 @@ class Verdict:
     note: str = ""
 
 
-def verify(out: str | Path) -> dict[str, Verdict]:
+def verify(out: str | Path, *, progress: Progress = silent) -> dict[str, Verdict]:
     """Check an output again on this machine: file hashes, then every engine against the stored reference.
 
     Returns a verdict for each engine; the caller decides what a problem means (the command line exits 1). BadInput if
@@ -410,7 +410,11 @@ def verify(out: str | Path) -> dict[str, Verdict]:
     folder = Path(out)
     manifest = Manifest.read(folder)
     broken = [name for name, digest in manifest.files.items() if records.digest_of(folder / name) != digest]
-    return {name: _verify(folder, name, manifest, broken) for name in manifest.targets}
+    stages, verdicts = Stages(progress, len(manifest.targets)), {}
+    for name in manifest.targets:
+        with stages.stage(f"{name}: check"):
+            verdicts[name] = _verify(folder, name, manifest, broken)
+    return verdicts
 
 
 def _verify(folder: Path, name: str, manifest: Manifest, broken: Iterable[str]) -> Verdict:

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
+
+LOGGER = logging.getLogger("planish")
+"""Has a line for each stage at level INFO, and its duration at level DEBUG; nothing shows them unless asked to."""
+
+
+class Progress(Protocol):
+    """What `optimize`, `verify` and `bench` call as each of their stages begins, in their own thread.
+
+    The name of the stage, how many are done and how many there are in all: the number may grow while they run. An
+    exception that it raises ends the run, as Ctrl-C would, and nothing is written.
+    """
+
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
+        """Tell the user, and return soon."""
+
+
+def silent(stage: str, done: int, total: int, /) -> None:
+    """Tell nobody."""
 
 
 @dataclass
 class Stages:
     """Tells the user what is being done, and remembers how long each stage took."""
 
-    report: Callable[[str, int, int], None]
+    progress: Progress
     total: int
     done: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -20,8 +40,14 @@ class Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """One stage of the build."""
-        self.report(name, self.done, self.total)
+        self.tell(name)
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        LOGGER.debug("%s took %.2f s", name, time.perf_counter() - start)
         self.done += 1
+
+    def tell(self, what: str) -> None:
+        """Say what is being done in this stage."""
+        LOGGER.info("%d of %d: %s", self.done + 1, self.total, what)
+        self.progress(what, self.done, self.total)

@@ -30,10 +30,11 @@ def command(
 ) -> None:
     """Time MODELS (outputs, engine folders, .onnx and .xml files) in alternation, each in a process of its own."""
     from planish.optimizer.benching import bench
-    from planish.optimizer.cli.display import print_table
+    from planish.optimizer.cli.display import print_table, progress_bar
     from planish.optimizer.output import staged_file
 
-    rows = bench(models, against, parse_shapes(shapes), targets)
+    with progress_bar(quiet=str(json_file) == "-") as progress:
+        rows = bench(models, against, parse_shapes(shapes), targets, progress=progress)
     figures = json.dumps([{"model": r.label, "shape": r.shape, **asdict(r.timing)} for r in rows], indent=1)
     if json_file is not None and str(json_file) == "-":
         click.echo(figures)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from planish.optimizer.driver import Progress
 from planish.optimizer.lock import Choice, Speed
 from planish.optimizer.manifest import Manifest
+from planish.optimizer.stages import Progress
 
 
 @contextmanager

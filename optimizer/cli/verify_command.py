@@ -15,11 +15,12 @@ from planish.optimizer.errors import CheckFailed
 @json_flag
 def command(out: Path, as_json: bool) -> None:
     """Check the engines in OUT again on this machine: file hashes, then outputs against the stored reference."""
-    from planish.optimizer.cli.display import fidelity_text, print_table
+    from planish.optimizer.cli.display import fidelity_text, print_table, progress_bar
     from planish.optimizer.driver import verify
     from planish.optimizer.manifest import figures
 
-    verdicts = verify(out)
+    with progress_bar(quiet=as_json) as progress:
+        verdicts = verify(out, progress=progress)
     found = {name: {} if v.comparison is None else figures(v.comparison) for name, v in verdicts.items()}
     if as_json:
         print_json(

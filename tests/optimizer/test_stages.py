@@ -1,0 +1,67 @@
+"""Progress: what a notebook, a program and a log are told while they wait."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import onnx
+import onnx.parser
+import pytest
+
+from planish.optimizer import bench, optimize, verify
+from planish.optimizer.stages import Stages
+
+MODEL = """<ir_version: 10, opset_import: ["" : 23]>
+g (float[rows,4] x) => (float[rows,4] y) { i = Identity (x)  y = Relu (i) }"""
+
+
+def test_stages_are_told_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "model.onnx")
+    told: list[tuple[str, int, int]] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        told.append((stage, done, total))
+
+    caplog.set_level(logging.DEBUG, "planish")
+    optimize(tmp_path / "model.onnx", tmp_path / "out", pipeline="fuse-gelu", progress=progress)
+    names = [name for name, _, _ in told]
+    assert names[0] == "lowering"
+    assert names[-1] == "report"
+    assert {f"onnxruntime: {what}" for what in ("passes", "emission", "check", "measurement")} <= set(names)
+    assert [done for _, done, _ in told] == list(range(len(told)))
+    assert {total for _, _, total in told} == {len(told)}
+    lines = [record.getMessage() for record in caplog.records if record.name == "planish"]
+    assert f"1 of {len(told)}: lowering" in lines
+    assert any(line.startswith("report took ") for line in lines)
+    assert any(line.startswith("no pass changed anything for onnxruntime") for line in lines)
+
+    told.clear()
+    assert verify(tmp_path / "out", progress=progress)["onnxruntime"].problems == ()
+    assert told == [("onnxruntime: check", 0, 1)]
+    told.clear()
+    bench([tmp_path / "out"], shapes=[{"rows": 1}, {"rows": 2}], progress=progress)
+    assert told == [("timing model at rows=1", 0, 2), ("timing model at rows=2", 1, 2)]
+
+
+def test_an_exception_of_progress_ends_the_run(tmp_path: Path) -> None:
+    onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "model.onnx")
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage.endswith("passes"):
+            raise InterruptedError(stage)
+
+    with pytest.raises(InterruptedError):
+        optimize(tmp_path / "model.onnx", tmp_path / "out", progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_what_is_done_in_a_stage_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[tuple[str, int, int]] = []
+    stages = Stages(lambda *said: told.append(said), 2)
+    with stages.stage("one"):
+        stages.tell("one: a part")
+    with stages.stage("two"):
+        pass
+    assert told == [("one", 0, 2), ("one: a part", 0, 2), ("two", 1, 2)]
+    assert list(stages.seconds) == ["one", "two"]
