@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +24,6 @@ from planish.optimizer.sentence_modules import SentenceModules, read_modules
 from planish.optimizer.tokenizing import encode, length_limit
 from planish.optimizer.writing import Writer, open_writer
 
-BATCH = 16
 _TOP = 5
 _ENDLESS = 1 << 20
 """Tokenizers that know no limit say so with a huge number."""
@@ -224,69 +221,6 @@ def _longest(manifest: Manifest | None, tokenizer: Any, folder: Path, asked: int
     axes = {} if manifest is None else next(iter(manifest.signatures.values())).axes
     limits = [axes["sequence"].maximum if "sequence" in axes else None, asked or length_limit(tokenizer, folder)]
     return min((int(limit) for limit in limits if limit is not None and limit < _ENDLESS), default=None)
-
-
-def answer_file(
-    answerer: AnyAnswerer,
-    source: Path,
-    output: Path,
-    batch: int = BATCH,
-    progress: Callable[[int], None] = lambda _: None,
-) -> int:
-    """Answer every question of ``source`` into the `.jsonl` file ``output``; returns how many were answered now.
-
-    Answers gather in a hidden file beside it, which becomes ``output`` when all are there. An interrupted run goes on
-    where it stopped: the hidden file's name tells for which input and engine it is. BadInput if ``output`` exists.
-    """
-    if output.exists():
-        raise BadInput("this file exists", where=output, advice="remove it, or choose another output")
-    partial = output.with_name(f".{output.name}.{_identity(answerer, source)}.partial")
-    done = _complete_lines(partial)
-    answered = 0
-    with partial.open("a", encoding="utf-8") as file:
-        for group in _groups(answerer.questions(source), done, batch):
-            for answer in answerer.answer(group):
-                file.write(json.dumps({"index": done + answered, **answer}, ensure_ascii=False) + "\n")
-                answered += 1
-            file.flush()
-            progress(done + answered)
-    if not done + answered:
-        partial.unlink()
-        raise BadInput("this file holds no text", where=source)
-    partial.replace(output)
-    return answered
-
-
-def _identity(answerer: AnyAnswerer, source: Path) -> str:
-    if not source.is_file():
-        raise BadInput("there is no such file", where=source)
-    digest = hashlib.sha256(source.read_bytes())
-    asked = [getattr(answerer, name, None) for name in ("most", "sampling", "raw", "prompt")]
-    digest.update(f"{answerer.folder.resolve()} {answerer.task} {answerer.longest} {asked}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _complete_lines(partial: Path) -> int:
-    """Number of whole lines in a file; what was cut off in the middle of a line is removed."""
-    if not partial.is_file():
-        return 0
-    content = partial.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        partial.write_bytes(whole)
-    return whole.count(b"\n")
-
-
-def _groups(questions: Iterator[Any], skip: int, size: int) -> Iterator[list[Any]]:
-    group: list[Any] = []
-    for index, question in enumerate(questions):
-        if index >= skip:
-            group.append(question)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _embeddings(

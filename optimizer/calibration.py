@@ -19,6 +19,7 @@ from planish.optimizer.fitting import Room
 from planish.optimizer.json_files import parse_json
 from planish.optimizer.program import SIGNALS, SUM, Axis, Role, Signature, TensorSpec
 from planish.optimizer.reference import positions_of
+from planish.optimizer.text_files import decoded_lines
 
 _BATCH = 4
 _CASES = 8
@@ -135,14 +136,10 @@ def one_behind_the_other(given: Sequence[Case], longest: Case, signature: Signat
 def read_texts(path: Path) -> Iterator[str]:
     """The texts of a file: one a line, or the field `text` (or the only field) of each JSON line; never none."""
     found = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    found += 1
-                    yield _text_of(line, path, number) if path.suffix == ".jsonl" else line.rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"this is not text in UTF-8 ({error})", where=path, advice="save it in UTF-8") from error
+    with path.open("rb") as file:
+        for number, line in decoded_lines(file, path):
+            found += 1
+            yield _text_of(line, path, number) if path.suffix == ".jsonl" else line
     if not found:
         raise BadInput("this file holds no text", where=path)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
+from planish.optimizer.cli.failures import INTERRUPTED
 from planish.optimizer.cli.options import existing, json_flag, print_json
 from planish.optimizer.errors import UsageError
 
 _SHOWN = 6
+_STREAM = "-"
+"""Instead of a file: standard input or output."""
 
 
 @click.command("run")
@@ -21,8 +26,25 @@ _SHOWN = 6
 @click.option(
     "--choice", "choices", multiple=True, help="One of several answers to choose from; may be given several times."
 )
-@click.option("--input", "source", type=existing, help="A .txt or .jsonl file of texts; .npz for images and speech.")
-@click.option("--output", type=existing, help="The .jsonl file to write; an interrupted run goes on where it stopped.")
+@click.option(
+    "--input",
+    "source",
+    type=existing,
+    help="A .txt or .jsonl file of texts ('-': standard input); .npz for images and speech.",
+)
+@click.option(
+    "--output",
+    type=existing,
+    help="The .jsonl file to write ('-': standard output); an interrupted run goes on where it stopped.",
+)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["txt", "jsonl"]),
+    default="txt",
+    show_default=True,
+    help="What the lines of standard input are.",
+)
 @click.option(
     "--batch", type=click.IntRange(min=1), default=16, show_default=True, help="Texts or rows that run together."
 )
@@ -46,6 +68,7 @@ def command(
     choices: tuple[str, ...],
     source: Path | None,
     output: Path | None,
+    kind: str,
     batch: int,
     target: str | None,
     prompt: str | None,
@@ -58,7 +81,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Ask ENGINE (an output or an engine folder): labels, embeddings, answers, texts, by its task."""
-    from planish.optimizer.answering import answer_file, open_answerer, with_prompt, with_raw_scores
+    from planish.optimizer.answering import open_answerer, with_prompt, with_raw_scores
     from planish.optimizer.cli.run_options import refuse_idle
     from planish.optimizer.generate import Sampling
     from planish.optimizer.perceiving import Perceiver, Transcriber
@@ -93,8 +116,7 @@ def command(
             click.echo("\n".join(_lines(answer)))
         return
     if source is not None and output is not None:
-        count = _run_file(answer_file, answerer, source, output, batch)
-        click.echo(json.dumps({"answered": count, "output": str(output)}) if as_json else f"{count} answers: {output}")
+        _answer_lines(answerer, source, output, kind, batch, as_json)
 
 
 def _stream(writer: Any, text: str) -> None:
@@ -108,12 +130,48 @@ def _stream(writer: Any, text: str) -> None:
     streamer.end()
 
 
-def _run_file(answer_file: Any, answerer: Any, source: Path, output: Path, batch: int) -> int:
+def _answer_lines(answerer: Any, source: Path, output: Path, kind: str, batch: int, as_json: bool) -> None:
+    """Answer a file or standard input, into a file or standard output."""
+    from planish.optimizer.answer_files import answer_lines
+    from planish.optimizer.questions import parse_questions
+
+    piped = str(source) == _STREAM
+    if piped and hasattr(answerer, "signature"):
+        raise UsageError("arrays come from a file", where="--input -", advice="give an .npz file")
+    if str(output) == _STREAM:
+        objects = kind == "jsonl"
+        given = (
+            parse_questions(sys.stdin.buffer, "standard input", objects=objects)
+            if piped
+            else answerer.questions(source)
+        )
+        for lines in answer_lines(answerer, given, batch):
+            click.echo("".join(lines), nl=False)
+            sys.stdout.flush()
+        return
+    if not piped:
+        count = _answer_file(answerer, source, output, batch)
+    else:
+        with tempfile.TemporaryDirectory(prefix="planish-") as folder:  # a file is read twice, a pipe is not
+            copy = Path(folder) / f"input.{kind}"
+            copy.write_bytes(sys.stdin.buffer.read())
+            count = _answer_file(answerer, copy, output, batch)
+    click.echo(json.dumps({"answered": count, "output": str(output)}) if as_json else f"{count} answers: {output}")
+
+
+def _answer_file(answerer: Any, source: Path, output: Path, batch: int) -> int:
+    from planish.optimizer.answer_files import answer_file, kept_answers, partial_file
     from planish.optimizer.cli.display import progress_bar
 
     total = sum(1 for _ in answerer.questions(source))
-    with progress_bar() as report:
-        return int(answer_file(answerer, source, output, batch, lambda done: report("answering", done - 1, total)))
+    try:
+        with progress_bar() as report:
+            return answer_file(answerer, source, output, batch, lambda done: report("answering", done - 1, total))
+    except KeyboardInterrupt:
+        partial = partial_file(answerer, source, output)
+        kept = f"{kept_answers(partial)} of {total} answers are kept in {partial}; run again to go on"
+        click.echo(f"planish: interrupted; {kept}", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 def _lines(answer: dict[str, Any]) -> list[str]:

@@ -36,6 +36,8 @@ def _reasons(options: dict[str, Any], answerer: Any) -> Iterator[tuple[str, str]
         yield from dict.fromkeys(_DRAWN, "nothing is drawn without --temperature").items()
     if not writes:
         yield from dict.fromkeys(_WRITTEN, "this engine does not go on with a text").items()
+    if str(options["source"]) != "-":
+        yield "kind", "it is for standard input: the name of a file tells what it holds"
     if options["text"] is not None:
         yield "batch", "a single text is asked for"
     if writes or task is None:

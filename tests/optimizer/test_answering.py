@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from planish.optimizer import optimize
-from planish.optimizer.answering import Answerer, answer_file, open_answerer, with_raw_scores
+from planish.optimizer.answer_files import answer_file
+from planish.optimizer.answering import Answerer, open_answerer, with_raw_scores
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.measure import Timing
 from planish.optimizer.perceiving import classes
-from planish.optimizer.questions import Question
+from planish.optimizer.questions import Question, read_questions
 from tests.conftest import Planish, with_tokenizer
+from tests.optimizer.test_bad_input import run
 from tests.zoo import Species, build
 
 pytestmark = pytest.mark.slow
@@ -222,17 +224,69 @@ def test_a_file_is_answered_in_order_and_goes_on_where_it_stopped(made: Made, tm
     ("content", "message"),
     [
         ('{"text": "w1"}\n{"text": 3}\n', "line 2: this line has no field 'text'"),
-        ('{"text": "w1"}\n{broken\n', "line 2: this line is not JSON"),
+        ('{"text": "w1"}\n{broken\n', "line 2: this is not JSON"),
         ("\n\n", "this file holds no text"),
+        ('{"text": "\\ud800"}\n', "line 1: this is not Unicode text"),
+        ('{"text": "w1"}\n{"text": "\u00e9"}\n'.encode("latin-1"), "line 2: byte 11 of this line (0xe9) is not UTF-8"),
+        ('{"text": "w1"}\n'.encode("utf-16"), "this is text in UTF-16, not in UTF-8; save it in UTF-8"),
     ],
 )
-def test_bad_files(content: str, message: str, made: Made, tmp_path: Path, planish: Planish) -> None:
+def test_bad_files(content: str | bytes, message: str, made: Made, tmp_path: Path) -> None:
     answerer, _ = made("text-classification")
-    (tmp_path / "texts.jsonl").write_text(content)
+    (tmp_path / "texts.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     files = ["--input", tmp_path / "texts.jsonl", "--output", tmp_path / "answers.jsonl"]
-    done = planish("run", answerer.folder.parent, *files)
-    assert (done.returncode, message in done.stderr) == (3, True), done.stderr
+    code, said = run("run", answerer.folder.parent, *files)
+    assert (code, message in said) == (3, True), said
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_a_mark_of_utf_8_and_ends_of_lines_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_bytes("w1 w2\r\n\r\nw3\r\n".encode("utf-8-sig"))
+    assert [question.text for question in read_questions(tmp_path / "texts.txt")] == ["w1 w2", "w3"]
+
+
+def test_ids_come_back(made: Made, tmp_path: Path) -> None:
+    answerer, _ = made("text-classification")
+    (tmp_path / "texts.jsonl").write_text('{"text": "w1", "id": "a-1"}\n{"text": "w2"}\n{"id": [7], "text": "w3"}\n')
+    answer_file(answerer, tmp_path / "texts.jsonl", tmp_path / "answers.jsonl", 2)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(line["index"], line.get("id")) for line in lines] == [(0, "a-1"), (1, None), (2, [7])]
+
+
+def test_standard_input_and_output(made: Made, tmp_path: Path, planish: Planish) -> None:
+    out = made("text-classification")[0].folder.parent
+    asked = '{"text": "w1", "id": 7}\n{"text": "w2 w3"}\n'
+    (tmp_path / "texts.jsonl").write_text(asked)
+    piped = planish("run", out, "--input", "-", "--format", "jsonl", "--output", "-", input=asked)
+    assert piped.returncode == 0, piped.stderr
+    assert [json.loads(line).get("id") for line in piped.stdout.splitlines()] == [7, None]
+    assert planish("run", out, "--input", tmp_path / "texts.jsonl", "--output", "-").stdout == piped.stdout
+    done = planish("run", out, "--input", "-", "--format", "jsonl", "--output", tmp_path / "a.jsonl", input=asked)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.jsonl").read_text() == piped.stdout
+    refused = planish("run", out, "--input", tmp_path / "texts.jsonl", "--format", "txt", "--output", "-")
+    assert (refused.returncode, "it is for standard input" in refused.stderr) == (2, True)
+
+
+def test_an_interrupted_run_says_what_is_kept(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = made("text-classification")[0].folder.parent
+    (tmp_path / "texts.txt").write_text("w1\nw2\nw3\n")
+    answer, asked = Answerer.answer, [0]
+
+    def interrupted(self: Answerer, questions: Any) -> Any:
+        asked[0] += 1
+        if asked[0] == 3:
+            raise KeyboardInterrupt
+        return answer(self, questions)
+
+    monkeypatch.setattr(Answerer, "answer", interrupted)
+    files = ["--input", tmp_path / "texts.txt", "--output", tmp_path / "answers.jsonl", "--batch", 1]
+    code, said = run("run", out, *files)
+    (partial,) = tmp_path.glob(".answers.jsonl.*.partial")
+    assert code == 130
+    assert f"planish: interrupted; 2 of 3 answers are kept in {partial}; run again to go on" in said
+    assert run("run", out, *files)[0] == 0
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
 
 
 def test_what_stands_there_is_not_overwritten(made: Made, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from planish.optimizer import optimize
-from planish.optimizer.answering import answer_file, open_answerer
+from planish.optimizer.answer_files import answer_file
+from planish.optimizer.answering import open_answerer
 from planish.optimizer.errors import BadInput
 from planish.optimizer.generate import Sampling
 from planish.optimizer.lowering import lower

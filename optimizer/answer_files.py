@@ -1,0 +1,99 @@
+"""Answers to a file or a stream of questions, a line of JSON each; a file that was interrupted is gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from planish.optimizer.answering import AnyAnswerer
+from planish.optimizer.errors import BadInput
+
+BATCH = 16
+T = TypeVar("T")
+
+
+def answer_file(
+    answerer: AnyAnswerer,
+    source: Path,
+    output: Path,
+    batch: int = BATCH,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Answer every question of ``source`` into the `.jsonl` file ``output``; returns how many were answered now.
+
+    Answers gather in a hidden file beside it, which becomes ``output`` when all are there. An interrupted run goes on
+    where it stopped: the hidden file's name tells for which input and engine it is. BadInput if ``output`` exists.
+    """
+    if output.exists():
+        raise BadInput("this file exists", where=output, advice="remove it, or choose another output")
+    partial = partial_file(answerer, source, output)
+    done = kept_answers(partial)
+    answered = 0
+    with partial.open("a", encoding="utf-8") as file:
+        for lines in answer_lines(answerer, answerer.questions(source), batch, done):
+            file.writelines(lines)
+            file.flush()
+            answered += len(lines)
+            progress(done + answered)
+    if not done + answered:
+        partial.unlink()
+        raise BadInput("this file holds no text", where=source)
+    partial.replace(output)
+    return answered
+
+
+def answer_lines(
+    answerer: AnyAnswerer, questions: Iterable[Any], batch: int = BATCH, skip: int = 0
+) -> Iterator[list[str]]:
+    """Lines of the answers, a batch at a time, without those to the first ``skip`` questions.
+
+    A line has the number of its question, the question's `id` if it has one, and the answer.
+    """
+    for number, group in enumerate(_groups(questions, skip, batch)):
+        first = skip + number * batch
+        yield [
+            json.dumps({"index": first + place, **_named(question), **answer}, ensure_ascii=False) + "\n"
+            for place, (question, answer) in enumerate(zip(group, answerer.answer(group), strict=True))
+        ]
+
+
+def _named(question: Any) -> dict[str, Any]:
+    name = getattr(question, "id", None)
+    return {} if name is None else {"id": name}
+
+
+def partial_file(answerer: AnyAnswerer, source: Path, output: Path) -> Path:
+    """Where answers gather: named for the output, the input's content and the engine."""
+    if not source.is_file():
+        raise BadInput("there is no such file", where=source)
+    digest = hashlib.sha256(source.read_bytes())
+    asked = [getattr(answerer, name, None) for name in ("most", "sampling", "raw", "prompt")]
+    digest.update(f"{answerer.folder.resolve()} {answerer.task} {answerer.longest} {asked}".encode())
+    return output.with_name(f".{output.name}.{digest.hexdigest()[:16]}.partial")
+
+
+def kept_answers(partial: Path) -> int:
+    """Number of whole lines in a file; what was cut off in the middle of a line is removed."""
+    if not partial.is_file():
+        return 0
+    content = partial.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        partial.write_bytes(whole)
+    return whole.count(b"\n")
+
+
+def _groups(questions: Iterable[T], skip: int, size: int) -> Iterator[list[T]]:
+    """So many at once, counted from those behind the first ``skip``."""
+    group: list[T] = []
+    for index, question in enumerate(questions):
+        if index >= skip:
+            group.append(question)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
