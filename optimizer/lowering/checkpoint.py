@@ -284,15 +284,16 @@ def bind(model: Any, checkpoint: Checkpoint) -> Binding:
     state = model.state_dict()
     bound: dict[str, Weight] = {}
     assembly = Assembly(converters, model)
-    for key, tensor in sorted(checkpoint.weights.items(), key=lambda item: dot_natural_key(item[0])):
-        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if target not in state and key in state:
-            target, pattern = key, None
-        if target in state and pattern is not None:
-            assembly.add(target, key, pattern, tensor.widened())
-        elif target in state:
-            bound[target] = tensor.widened()
-    bound |= {name: weight for name, weight in assembly.finish().items() if name in state}
+    with told_as_bad_input(f"its tensors are not those of {type(model).__name__}", checkpoint.folder):
+        for key, tensor in sorted(checkpoint.weights.items(), key=lambda item: dot_natural_key(item[0])):
+            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+            if target not in state and key in state:
+                target, pattern = key, None
+            if target in state and pattern is not None:
+                assembly.add(target, key, pattern, tensor.widened())
+            elif target in state:
+                bound[target] = tensor.widened()
+        bound |= {name: weight for name, weight in assembly.finish().items() if name in state}
     for name, weight in bound.items():
         path = name.rpartition(".")[0]
         if isinstance(weight, Quantized) and type(model.get_submodule(path)).__name__ == "Conv1D":

@@ -309,3 +309,16 @@ def test_an_adapter_with_cut_weights_and_links(pair: tuple[Path, Path], tmp_path
     with pytest.raises(BadInput, match="outside"):
         lower(pair[0], "text-generation", adapter=made)
     assert weights(pair[0]).is_file()
+
+
+def test_experts_that_cannot_be_put_together_are_bad_input(tmp_path: Path) -> None:
+    checkpoint = base("mixtral", tmp_path)
+
+    def change(header: dict[str, Any]) -> None:
+        name = next(name for name in header if "experts.1" in name)
+        header[name]["shape"].reverse()
+
+    rewrite_header(checkpoint, change)
+    opened = open_checkpoint(checkpoint, "text-generation")
+    with pytest.raises(BadInput, match="its tensors are not those of MixtralForCausalLM"):
+        bind(skeleton(opened), opened)
