@@ -11,11 +11,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from planish.optimizer.annotations import NAME_SCOPES as NAME_SCOPES
 from planish.optimizer.inference import follows_few
 
 _PLAIN_INITIALIZERS = 4
-NAME_SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata key under which the PyTorch exporter keeps the module path of a node: our source location."""
 
 FINITE_MASK = "planish.finite_mask"
 """Metadata key of an Attention whose mask holds finite numbers only: no query sees nothing, and no result is NaN."""
@@ -84,7 +83,7 @@ def location_of(node: ir.Node) -> str:
     """Name, operator and, where the exporter recorded it, the PyTorch module of a node."""
     module = module_of(node)
     output = node.outputs[0].name if node.outputs else None
-    return f"{node.op_type} {node.name or repr(output)}" + (f" in {module}" if module else "")
+    return f"{node.op_type} {node.name or output!r}" + (f" in {module}" if module else "")
 
 
 def module_of(node: ir.Node) -> str:

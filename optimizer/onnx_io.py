@@ -11,8 +11,9 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from planish.optimizer.annotations import strip_annotations
 from planish.optimizer.errors import BadInput
-from planish.optimizer.graph import NAME_SCOPES, embedded, graphs_of, weight_bytes
+from planish.optimizer.graph import embedded, graphs_of, weight_bytes
 from planish.optimizer.onnx_checks import check_model
 from planish.optimizer.tensors import origin_of
 
@@ -24,7 +25,6 @@ SHARED_DATA = "model.onnx.data"
 """Where several graphs that are written together keep their weights."""
 _SMALL = 1024
 """Tensors of at most this many bytes stay in the graph: runtimes want shape constants there."""
-_KEPT_METADATA = frozenset({NAME_SCOPES, "pkg.torch.onnx.class_hierarchy"})
 
 
 def save(model: ir.Model, path: Path, progress: Callable[[int, int], None] | None = None) -> None:
@@ -92,25 +92,23 @@ def _identity(tensor: ir.TensorProtocol) -> Hashable:
 
 
 def strip_for_release(model: ir.Model) -> ir.Model:
-    """A copy that carries no trace of the machine it was made on and names Planish as its producer."""
+    """A copy that carries no trace of the machine it was made on and names Planish as its producer.
+
+    What users and their applications wrote into it (metadata, documentation) stays.
+    """
     copy = model.clone()
     copy.producer_name = "planish"
     copy.producer_version = metadata.version("planish")
-    copy.doc_string = None
-    copy.metadata_props.clear()
+    strip_annotations(copy)
     for graph in graphs_of(copy):
-        graph.doc_string = None
-        graph.metadata_props.clear()
+        strip_annotations(graph)
         for node in graph:
-            node.doc_string = None
-            for key in [key for key in node.metadata_props if key not in _KEPT_METADATA]:
-                del node.metadata_props[key]
+            strip_annotations(node)
             value = node.attributes.get("value") if node.op_type == "Constant" else None
             if value is not None and not value.is_ref():  # libraries name it when they look at it
                 value.as_tensor().name = node.outputs[0].name
         for made in _values(graph):
-            made.metadata_props.clear()
-            made.doc_string = None
+            strip_annotations(made)
     return copy
 
 

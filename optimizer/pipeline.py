@@ -15,6 +15,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from planish.optimizer import presets, registry, spec
+from planish.optimizer.annotations import Annotations
 from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.compare import Comparison
 from planish.optimizer.errors import CheckFailed, UsageError
@@ -117,6 +118,7 @@ class Pipeline:
         """
         model = model if isinstance(model, ir.Model) else ir.from_proto(model)
         watchers = list(instruments)
+        annotations = Annotations.of(model)
         reports: list[PassReport] = []
         before: ir.Model | None = None
         for position in range(len(self.passes)):
@@ -127,6 +129,7 @@ class Pipeline:
             model = step.before if step.failure is not None else model
             before = None if step.failure is not None or report.modified else step.before  # still the same
             reports.append(report)
+        annotations.restore(model)
         return Outcome(model, reports)
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from planish.optimizer import onnx_io
+from planish.optimizer.annotations import Annotations
 from planish.optimizer.errors import BadInput
 from planish.optimizer.graph import opset_of, sizes_of
 from planish.optimizer.inference import infer_shapes, quiet_libraries
@@ -101,6 +102,7 @@ def normalize(model: ir.Model, folder: Path | None, where: object = None) -> tup
     Returns notes on what was done. ``folder`` is where its external data lies. BadInput if a function calls itself, is
     called with other inputs than it takes, or is of another opset.
     """
+    annotations = Annotations.of(model)
     with quiet_libraries():
         common.RemoveInitializersFromInputsPass()(model)
         try:
@@ -111,6 +113,7 @@ def normalize(model: ir.Model, folder: Path | None, where: object = None) -> tup
         common.NameFixPass()(model)
     correct_shapes(model)
     infer_shapes(model)
+    annotations.restore(model)
     return notes
 
 

@@ -220,7 +220,12 @@ def versions(rng: random.Random, model: onnx.ModelProto) -> None:
 def tensor_bytes(rng: random.Random, model: onnx.ModelProto) -> None:
     """Bytes, sizes, type or values of a constant."""
     tensor = rng.choice(_tensors(model))
-    if tensor.raw_data == b"" and rng.random() < 0.5 and tensor.data_type in (1, 6, 7):
+    if (
+        tensor.raw_data == b""
+        and tensor.data_location == onnx.TensorProto.DEFAULT
+        and rng.random() < 0.5
+        and tensor.data_type in (1, 6, 7)
+    ):
         array = onnx.numpy_helper.to_array(tensor)
         tensor.ClearField("float_data"), tensor.ClearField("int32_data"), tensor.ClearField("int64_data")
         tensor.raw_data = array.tobytes()
@@ -243,7 +248,8 @@ def tensor_bytes(rng: random.Random, model: onnx.ModelProto) -> None:
 
 def integers(rng: random.Random, model: onnx.ModelProto) -> None:
     """The value of a constant of integers: sizes, axes, indices, rounds."""
-    tensor = rng.choice([tensor for tensor in _tensors(model) if tensor.data_type == onnx.TensorProto.INT64])
+    held = [tensor for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.DEFAULT]
+    tensor = rng.choice([tensor for tensor in held if tensor.data_type == onnx.TensorProto.INT64])
     array = onnx.numpy_helper.to_array(tensor).copy()
     if array.size:
         array.reshape(-1)[rng.randrange(array.size)] = rng.choice(_INTS)
