@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import onnx_ir as ir
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from planish.optimizer import onnx_io
-from planish.optimizer.backend import Arrays, Backend, Engine, nothing
+from planish.optimizer.backend import MOST_THREADS, Arrays, Backend, Engine, nothing
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
 from planish.optimizer.graph import add_initializer, lend_weights
 from planish.optimizer.pipeline import Pipeline
@@ -32,7 +32,7 @@ class OnnxRuntime(Backend):
     distribution: ClassVar[str] = "onnxruntime"
     model_file: ClassVar[str] = "model.onnx"
 
-    threads: Annotated[int, Ge(0)] = 0
+    threads: Annotated[int, Ge(0), Le(MOST_THREADS)] = 0
     """Threads that share one operator; 0 lets the runtime take one per core."""
 
     provider: Literal["cpu", "cuda"] = "cpu"

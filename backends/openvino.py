@@ -5,21 +5,22 @@ The IR is written by OpenVINO's own ONNX frontend, so this backend needs the pac
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import onnx_ir as ir
-from annotated_types import Ge
+from annotated_types import Ge, Le, MaxLen
 from pydantic import StringConstraints
 
 from planish.optimizer import onnx_io
-from planish.optimizer.backend import Arrays, Backend, Engine
+from planish.optimizer.backend import MOST_THREADS, Arrays, Backend, Engine
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
 from planish.optimizer.graph import FINITE_MASK
 from planish.optimizer.program import PAST, PAST_NAME, PRESENT_NAME, Program, Role, TensorSpec, guess_role
@@ -30,6 +31,31 @@ _TYPES = {"f32": "FLOAT", "f64": "DOUBLE", "f16": "FLOAT16", "bf16": "BFLOAT16",
 
 
 _BEAMS = "beam_idx"
+PROPERTIES = "openvino_properties.json"
+"""The file of properties that loaders must give to get what was checked."""
+_PAGE = """\
+# Loading this engine
+
+It was checked with the properties {properties}. OpenVINO reads no precision from a model file: without them it computes
+in bfloat16 on processors that have it and in float16 on GPUs. `planish.json` (`targets`, `openvino`, `as_loaders_open`)
+says what that gave on the machine of the build, where it differs.
+
+```python
+import json
+import openvino as ov
+
+with open("openvino_properties.json") as file:
+    properties = json.load(file)
+model = ov.Core().compile_model("{file}", "{device}", properties)
+```
+
+With optimum-intel: `OVModelFor….from_pretrained(folder, ov_config=properties)`.
+"""
+
+
+Size = Annotated[str, StringConstraints(pattern="^[1-9][0-9]{0,5}x[1-9][0-9]{0,5}$")]
+_MOST_BUCKETS = 64
+"""Each is another copy of the model in memory."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +66,21 @@ class OpenVino(Backend):
     distribution: ClassVar[str] = "openvino"
     model_file: ClassVar[str] = "openvino_model.xml"
 
-    threads: Annotated[int, Ge(0)] = 0
+    threads: Annotated[int, Ge(0), Le(MOST_THREADS)] = 0
     """Threads of one inference; 0 lets the runtime take one per core."""
 
     device: Literal["CPU", "GPU", "NPU"] = "CPU"
     """The device that the model is compiled for."""
 
-    precision: Literal["f32", "bf16", "f16"] = "f32"
-    """Arithmetic of floating-point operators. The runtime's own default is bf16 on CPUs that have it, at a
-    relative error near 2e-3; here it must be asked for."""
+    precision: Literal["f32", "bf16", "f16", "default"] = "f32"
+    """Arithmetic of floating-point operators. `default` is what loaders get that are given no options: bf16 on CPUs
+    that have it, f16 on GPUs; no file can tell the runtime otherwise, so `openvino_properties.json` goes with it."""
 
     cache: Literal["f32", "f16", "u8"] = "f32"
     """How a decoder keeps keys and values between its steps; u8 in groups, each with a scale. It is written into the
     file: every loader does it so."""
 
-    buckets: tuple[Annotated[str, StringConstraints(pattern="^[1-9][0-9]*x[1-9][0-9]*$")], ...] = ()
+    buckets: Annotated[tuple[Size, ...], MaxLen(_MOST_BUCKETS)] = ()
     """Texts and tokens, as `1x16`, for which the model is compiled a second time: calls of exactly this size run with
     shapes that are known, for the memory of another copy; all others run as ever. Not for models that keep a cache."""
 
@@ -66,9 +92,11 @@ class OpenVino(Backend):
     def emit(self, program: Program, folder: Path) -> None:
         """Convert through ONNX and write the IR, weights as they are (never halved in silence).
 
-        A decoder that is a program of its own keeps its cache inside, as variables.
+        A decoder that is a program of its own keeps its cache inside, as variables. Beside it lie the properties that
+        loaders must give, and a page that says so.
         """
         ov = self._import()
+        self._write_properties(folder)
         for name, model in program.components.items():
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".openvino-") as scratch:
                 source = Path(scratch) / "model.onnx"
@@ -117,8 +145,28 @@ class OpenVino(Backend):
             raise MissingRuntime(reason, where="target openvino")
         return _import_quietly()
 
+    def as_loaders_open(self) -> Self | None:
+        """With the runtime's own precision, where that is another one here."""
+        if self.precision == "default" or self.missing() is not None:
+            return None
+        core = _import_quietly().Core()
+        if self.device not in {device.partition(".")[0] for device in core.available_devices}:
+            return None
+        preferred = core.get_property(self.device, "INFERENCE_PRECISION_HINT").get_type_name()
+        return None if preferred == self.precision else replace(self, precision="default", threads=0, buckets=())
+
+    def _write_properties(self, folder: Path) -> None:
+        properties = self._precision()
+        if properties:
+            (folder / PROPERTIES).write_text(json.dumps(properties) + "\n", encoding="utf-8")
+            page = _PAGE.format(properties=json.dumps(properties), file=self.model_file, device=self.device)
+            (folder / "README.md").write_text(page, encoding="utf-8")
+
+    def _precision(self) -> dict[str, object]:
+        return {} if self.precision == "default" else {"INFERENCE_PRECISION_HINT": self.precision}
+
     def _config(self) -> dict[str, object]:
-        config: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": self.precision}
+        config: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", **self._precision()}
         return config | ({"INFERENCE_NUM_THREADS": self.threads} if self.threads else {})
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 import onnx_ir as ir
-from annotated_types import Len
+from annotated_types import Ge, Le, Len
+from pydantic import AfterValidator
 
 from planish.optimizer import onnx_io
 from planish.optimizer.backend import Backend, Engine
@@ -27,7 +28,14 @@ _UNSUPPORTED = frozenset({"DynamicQuantizeLinear", "MatMulInteger", "ConvInteger
 """Standard operators that TensorRT's parser refuses (onnx-tensorrt, docs/operators.md)."""
 _LONGEST = 512
 
-Range = Annotated[tuple[int, ...], Len(3, 3)]
+
+def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if list(sizes) != sorted(sizes):
+        raise ValueError("sizes must ascend: smallest, most usual, largest")
+    return sizes
+
+
+Range = Annotated[tuple[Annotated[int, Ge(1), Le(1_000_000)], ...], Len(3, 3), AfterValidator(_ascending)]
 """Smallest, most usual and largest size of an axis."""
 
 

@@ -30,6 +30,8 @@ from planish.optimizer.program import (
     is_cache_scale,
 )
 
+MOST_THREADS = 1024
+"""More than any machine has cores for; a runtime makes as many as it is told to, and runs out of memory."""
 Arrays = Mapping[str, np.ndarray]
 """Arrays by name: what goes into an engine and what comes out."""
 
@@ -198,6 +200,13 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def missing(cls) -> str | None:
         """What keeps this machine from opening engines of this backend, in one line; None if nothing does."""
+
+    def as_loaders_open(self) -> Self | None:
+        """The target as the ecosystem's loaders open its files when they are given no options.
+
+        None if that computes in the same precision on this machine, or cannot be told here.
+        """
+        return None
 
     def mapped(self) -> Self | None:
         """This target with weights that stay in their file and are never copied, for a model larger than memory.

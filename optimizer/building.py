@@ -58,6 +58,8 @@ class Built:
     timings: Mapping[str, Mapping[str, Timing]]
     """Per shape: `plain` and `optimized`; empty if nothing was measured."""
     rewritten: Rewritten
+    as_loaders_open: Fidelity | None = None
+    """Of the engine as loaders open it that are given no options, where that differs."""
 
 
 @dataclass
@@ -140,7 +142,17 @@ class Builder:
         if choice.shipped == "plain":
             plain = summed(map(operators_of, self.lowered.program.components.values()))
             rewritten = replace(rewritten, shipped=plain)
-        return Built(target, best.outcomes, choice, best.budgets, best.fidelity, timings, rewritten)
+        opened = self._as_loaders_open(target, place)
+        return Built(target, best.outcomes, choice, best.budgets, best.fidelity, timings, rewritten, opened)
+
+    def _as_loaders_open(self, target: Backend, place: Path) -> Fidelity | None:
+        """How the shipped engine compares when a loader opens it with options of its own, which may be other ones."""
+        default = None if self.references is None or self.offload else target.as_loaders_open()
+        if default is None or self.references is None:
+            return None
+        self.stages.total += 1
+        with self.stages.stage(f"{target.name}: check as loaders open it"):
+            return check_engines(default, place, self.lowered.program.signatures, self.references())
 
     def _unchanged(self, target: Backend, choice: Choice) -> Choice:
         """The choice of an engine that no pass changed: an equal engine is not faster, whatever the clock said."""

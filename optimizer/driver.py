@@ -430,10 +430,16 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Iterable[str]) 
     references = References.load(folder / "reference", manifest.reference.noise, manifest.reference.origin)
     signatures = {component: recorded.signature() for component, recorded in manifest.signatures.items()}
     mapped = manifest.reference.mode == "offload"
-    fidelity = check_engines(target, records.engine_folder(folder, name), signatures, references, mapped=mapped)
-    problems = fidelity.violations({component: record.budget(component) for component in fidelity.comparisons})
+    place = records.engine_folder(folder, name)
+    fidelity = check_engines(target, place, signatures, references, mapped=mapped)
+    budgets = {component: record.budget(component) for component in fidelity.comparisons}
+    problems = fidelity.violations(budgets)
+    default = None if mapped else target.as_loaders_open()
     here = records.instruction_set()
     notes = [] if here == manifest.instruction_set else [f"built on {manifest.instruction_set}, checked on {here}"]
     notes += [] if target.missing() is None else [f"checked with {fidelity.checked_with}: {target.missing()}"]
+    if default is not None:
+        opened = check_engines(default, place, signatures, references).violations(budgets)
+        notes.append(f"loaded without options ({default}): {'; '.join(opened) or 'within the budget'}")
     notes += ["its own measure was not taken again"] if EVALUATION in record.budgets else []
     return Verdict(record.target, fidelity.comparison(), tuple(problems), "; ".join(notes))

@@ -191,6 +191,15 @@ class RolledBack(Record):
     reason: str
 
 
+class LoaderRecord(Record):
+    """An engine as loaders open it that are given no options, on the machine of the build."""
+
+    target: str
+    comparison: dict[str, dict[str, float]]
+    violations: list[str]
+    """Conditions of the budget that do not hold then."""
+
+
 class TargetRecord(Record):
     """One engine."""
 
@@ -206,6 +215,8 @@ class TargetRecord(Record):
     checked_with: str
     comparison: dict[str, dict[str, float]]
     """Fidelity of the shipped engine to the reference."""
+    as_loaders_open: LoaderRecord | None = None
+    """Where loaders that are given no options compute in another precision."""
     size_bytes: int
     canonical_operators: dict[str, int] = {}
     """Number of nodes by operator that passes left, over all components, before the target's own spelling."""

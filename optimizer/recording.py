@@ -60,7 +60,21 @@ def target_record(built: Built, folder: Path) -> records.TargetRecord:
         comparison=records.figures(built.fidelity.comparison()),
         canonical_operators=dict(built.rewritten.operators),
         operators=dict(built.rewritten.shipped),
+        as_loaders_open=loader_record(built),
         size_bytes=sum(path.stat().st_size for path in sorted(place.rglob("*")) if path.is_file()),
+    )
+
+
+def loader_record(built: Built) -> records.LoaderRecord | None:
+    """What a loader that is given no options gets of an engine, where that differs from what was checked."""
+    fidelity, target = built.as_loaders_open, built.target.as_loaders_open()
+    if fidelity is None or target is None:
+        return None
+    budgets = {name: budget for name, budget in built.budgets.items() if name in fidelity.comparisons}
+    return records.LoaderRecord(
+        target=str(target),
+        comparison=records.figures(fidelity.comparison()),
+        violations=fidelity.violations(budgets),
     )
 
 

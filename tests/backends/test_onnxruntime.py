@@ -79,6 +79,12 @@ def test_a_provider_that_is_not_there(program: Program, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("onnxruntime{threads=-1}", "threads"),
+        ("onnxruntime{threads=99999999}", "threads"),
+        ("onnxruntime{threads=99999999999999999999}", "threads"),
+        ("openvino{threads=1025}", "threads"),
+        ("tensorrt{batch=[1,4,99999999999]}", "batch"),
+        ("tensorrt{batch=[8,4,1]}", "sizes must ascend"),
+        ("tensorrt{sequence=[0,4,8]}", "sequence"),
         ("onnxruntime{provider=tpu}", "provider"),
         ("onnxruntime{thread=1}", "did you mean threads"),
         ("onnxruntim", "did you mean onnxruntime"),

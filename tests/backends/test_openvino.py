@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planish.backends.openvino import Request, RequestPool
-from planish.optimizer import Pipeline, registry
+from planish.backends.openvino import PROPERTIES, OpenVino, Request, RequestPool
+from planish.optimizer import Pipeline, optimize, registry, verify
+from planish.optimizer.cli.display import print_result
 from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.program import Program
+from planish.optimizer.reference import References
 from tests.backends.conftest import contents
 from tests.backends.test_onnxruntime import FEEDS
 from tests.backends.test_tensorrt import generator
+from tests.zoo import Species, build
 
 
 @pytest.fixture
@@ -26,7 +31,7 @@ def folder(program: Program, tmp_path: Path) -> Path:
 
 
 def test_names_are_those_that_loaders_expect(folder: Path) -> None:
-    assert set(contents(folder)) == {"openvino_model.xml", "openvino_model.bin"}
+    assert set(contents(folder)) == {"openvino_model.xml", "openvino_model.bin", PROPERTIES, "README.md"}
     engine = registry.backend("openvino").open(folder)
     assert {tensor.name for tensor in engine.inputs} == set(FEEDS)
     assert [tensor.name for tensor in engine.outputs] == ["last_hidden_state"]
@@ -46,6 +51,62 @@ def test_weights_stay_in_full_precision_and_so_does_arithmetic(folder: Path) -> 
     compiled = engine._pool.compiled  # type: ignore[attr-defined]
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert b'element_type="f16"' not in (folder / "openvino_model.xml").read_bytes()
+
+
+def test_the_properties_beside_the_engine_give_what_was_checked(folder: Path) -> None:
+    import openvino as ov
+
+    properties = json.loads((folder / PROPERTIES).read_text())
+    compiled = ov.Core().compile_model(str(folder / "openvino_model.xml"), "CPU", properties)
+    (plainly,) = compiled(FEEDS).to_dict().values()
+    (wanted,) = registry.backend("openvino").open(folder).run(FEEDS).values()
+    np.testing.assert_array_equal(plainly, wanted)
+    assert json.dumps(properties) in (folder / "README.md").read_text()
+
+
+def test_nothing_is_to_be_given_where_the_default_was_checked(program: Program, tmp_path: Path) -> None:
+    registry.backend("openvino{precision=default}").emit(program, tmp_path)
+    assert set(contents(tmp_path)) == {"openvino_model.xml", "openvino_model.bin"}
+
+
+def test_loaders_open_it_in_the_precision_of_the_runtime() -> None:
+    import openvino as ov
+
+    preferred = ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+    for precision in ("f32", "bf16"):
+        opened = registry.backend(f"openvino{{precision={precision} threads=1}}").as_loaders_open()
+        assert (opened is None) == (precision == preferred)
+        assert opened is None or str(opened) == "openvino{precision=default}"
+    assert registry.backend("openvino{precision=default}").as_loaders_open() is None
+
+
+def test_table_and_manifest_say_what_a_plain_load_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import openvino as ov
+
+    default = registry.backend("openvino{precision=default}")
+    monkeypatch.setattr(OpenVino, "as_loaders_open", lambda _: default)  # on machines without bf16 as well
+    checkpoint = build(Species("bert", "feature-extraction"), tmp_path / "checkpoint")
+    result = optimize(checkpoint, tmp_path / "out", targets=["openvino"], pipeline="remove-unused-nodes")
+    record = result.manifest.targets["openvino"].as_loaders_open
+    assert record is not None
+    assert record.target == "openvino{precision=default}"
+    references = References.load(tmp_path / "out" / "reference", {"model": {}}, "")
+    compiled = ov.Core().compile_model(str(tmp_path / "out" / "openvino" / "openvino_model.xml"), "CPU")
+    pairs = zip(references.components["model"].inputs, references.components["model"].outputs, strict=True)
+    worst = max(float(np.abs(compiled(dict(i))["last_hidden_state"] - o["last_hidden_state"]).max()) for i, o in pairs)
+    assert record.comparison["last_hidden_state"]["max_abs"] == pytest.approx(worst, rel=0.2)
+    rounds = ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name() != "f32"
+    assert bool(record.violations) == rounds
+    print_result(result.manifest, {"openvino": Lock.read(tmp_path / "out" / LOCK).targets["openvino"]}, {})
+    said = capsys.readouterr().out
+    assert "loaded without options, which is openvino{precision=default}" in said
+    assert ("OUTSIDE the budget" in said) == rounds
+    verdict = verify(tmp_path / "out")["openvino"]
+    assert not verdict.problems
+    assert "loaded without options (openvino{precision=default}): " in verdict.note
+    assert ("within the budget" in verdict.note) != rounds
 
 
 def test_threads_reach_the_runtime(folder: Path) -> None:
@@ -91,8 +152,9 @@ class Watched:
 
 
 def test_buckets_that_make_no_sense(folder: Path) -> None:
-    with pytest.raises(UsageError, match="option buckets"):
-        registry.backend("openvino{buckets=[16]}")
+    for sizes in ("16", "1x9999999", "0x4", ",".join(["1x16"] * 65)):
+        with pytest.raises(UsageError, match="option buckets"):
+            registry.backend(f"openvino{{buckets=[{sizes}]}}")
 
 
 def test_a_model_that_keeps_a_cache_has_no_buckets(tmp_path: Path) -> None:
