@@ -84,6 +84,8 @@ class Reference:
     def load(cls, folder: Path, noise: Mapping[str, float], origin: str) -> Reference:
         """Read what `save` wrote; BadInput if it is not there or broken."""
         inputs, outputs = (tuple(load_cases(folder / f"{kind}.safetensors")) for kind in ("inputs", "outputs"))
+        if not inputs:
+            raise BadInput("this holds no cases", where=folder / "inputs.safetensors", advice="build it again")
         measured = noise.keys() - {CACHE}
         if len(inputs) != len(outputs) or not all(measured <= case.keys() == outputs[0].keys() for case in outputs):
             raise BadInput(
@@ -200,8 +202,6 @@ def load_cases(path: Path) -> list[dict[str, np.ndarray]]:
             )
         values = np.asarray(raw[begin:end]).view(_STORED[entry["dtype"]]).reshape(entry["shape"])
         cases.setdefault(int(index), {})[name] = values
-    if not cases:
-        raise BadInput("this holds no cases", where=path, advice="build it again")
     return [cases[index] for index in sorted(cases)]
 
 

@@ -10,6 +10,8 @@ import onnx.parser
 import pytest
 
 from planish.optimizer import bench, optimize, verify
+from planish.optimizer.errors import BadInput
+from planish.optimizer.reference import Reference, load_cases, save_cases
 from planish.optimizer.stages import Stages
 
 MODEL = """<ir_version: 10, opset_import: ["" : 23]>
@@ -65,3 +67,13 @@ def test_what_is_done_in_a_stage_does_not_count(caplog: pytest.LogCaptureFixture
         pass
     assert told == [("one", 0, 2), ("one: a part", 0, 2), ("two", 1, 2)]
     assert list(stages.seconds) == ["one", "two"]
+
+
+def test_a_process_of_the_original_may_be_asked_for_no_prompts(tmp_path: Path) -> None:
+    """Encoders have none: the file that hands them over is empty, and that is no fault."""
+    save_cases([], tmp_path / "prompts.safetensors")
+    assert load_cases(tmp_path / "prompts.safetensors") == []
+    for kind in ("inputs", "outputs"):
+        save_cases([], tmp_path / f"{kind}.safetensors")
+    with pytest.raises(BadInput, match="this holds no cases"):
+        Reference.load(tmp_path, {}, "nobody")
