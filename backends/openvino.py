@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from planish.optimizer.backend import MOST_THREADS, Arrays, Backend, Engine
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
 from planish.optimizer.graph import FINITE_MASK
 from planish.optimizer.program import PAST, PAST_NAME, PRESENT_NAME, Program, Role, TensorSpec, guess_role
+from planish.optimizer.scratch import scratch_folder
 
 _TYPES = {"f32": "FLOAT", "f64": "DOUBLE", "f16": "FLOAT16", "bf16": "BFLOAT16", "boolean": "BOOL"} | {
     f"{sign}{bits}": f"{'INT' if sign == 'i' else 'UINT'}{bits}" for sign in "iu" for bits in (4, 8, 16, 32, 64)
@@ -98,8 +98,8 @@ class OpenVino(Backend):
         ov = self._import()
         self._write_properties(folder)
         for name, model in program.components.items():
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".openvino-") as scratch:
-                source = Path(scratch) / "model.onnx"
+            with scratch_folder(folder.parent) as scratch:
+                source = scratch / "model.onnx"
                 onnx_io.save(model, source)
                 try:
                     converted = ov.Core().read_model(str(source))

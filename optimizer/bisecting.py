@@ -7,7 +7,6 @@ site rewrites is cut out of the graph, as a model of a few nodes that fails by i
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from planish.optimizer.output import staged_file
 from planish.optimizer.pipeline import Pipeline
 from planish.optimizer.program import Signature
 from planish.optimizer.reference import QUICK, Reference, References, size_of_case
+from planish.optimizer.scratch import scratch_folder
 from planish.optimizer.single import file_reference
 from planish.optimizer.verifier import verify
 
@@ -214,9 +214,9 @@ def _smallest(search: _Search, good: ir.Model) -> ir.Model:
     """The smallest cut around the next site that the pass still breaks by itself, or the whole graph."""
     bad = good.clone()
     search.trial.attempt(bad, search.applied, 1)
-    with tempfile.TemporaryDirectory(prefix="planish-") as scratch:
+    with scratch_folder() as scratch:
         for number, piece in enumerate(_cuts(search.trial, good, bad)):
-            path = Path(scratch) / f"{number}.onnx"
+            path = scratch / f"{number}.onnx"
             onnx_io.save(piece, path)
             if _fails(path, search.applied[-1], search.trial.asked):
                 return piece

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,12 +24,13 @@ from planish.optimizer.compare import Comparison
 from planish.optimizer.errors import UsageError
 from planish.optimizer.generate import Decoding
 from planish.optimizer.graph import weight_bytes
+from planish.optimizer.interrupts import holding_interrupts
 from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.lowering.original import Answers
 from planish.optimizer.lowering.tokenizer import load_tokenizer
-from planish.optimizer.manifest import MEASUREMENTS, Manifest
-from planish.optimizer.output import holding_interrupts, staged_file, staged_folder
+from planish.optimizer.manifest import Manifest
+from planish.optimizer.output import MEASUREMENTS, demand_apart, staged_file, staged_folder
 from planish.optimizer.program import Signature
 from planish.optimizer.recording import (
     GIVEN,
@@ -44,6 +44,7 @@ from planish.optimizer.reference import Reference, References, make_inputs, make
 from planish.optimizer.rehearsal import Rehearsal
 from planish.optimizer.report import write_report
 from planish.optimizer.request import Request, request_of
+from planish.optimizer.scratch import scratch_folder
 from planish.optimizer.sites import Expectation, refuse_absent, write_sites
 from planish.optimizer.stages import LOGGER, Progress, Stages, silent
 
@@ -142,12 +143,12 @@ def optimize(
     runs = request.preset is None or reference == "full" or (reference == "offload" and known is not None)
     refuse_absent(wanted, {t.name: request.passes_for(t) if runs else () for t in request.targets})
     stages = Stages(progress, _count(request, known, reference))
-    with staged_folder(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="planish-") as scratch:
+    with staged_folder(_apart(out, source, adapter, calibration, profile, lock)) as folder, scratch_folder() as scratch:
         with stages.stage("lowering"):
             lowered = _lowered(request, source, task, adapter, reference, sample_inputs, dynamic_axes)
         _check_lock(known, lock, lowered, request, data)
         request.check_fits(lowered.program)
-        builder = _builder(request, lowered, data, reference, (folder, Path(scratch), Path(f"{out}.failed")), stages)
+        builder = _builder(request, lowered, data, reference, (folder, scratch, Path(f"{out}.failed")), stages)
         builder.expected, builder.notes = wanted, request.replaced(lowered.program)
         built = [builder.build(t, None if known is None else known.targets[t.name]) for t in request.targets]
         with stages.stage("report"):
@@ -157,6 +158,16 @@ def optimize(
     for note in result.notes:
         LOGGER.info(note)
     return replace(result, folder=Path(out))
+
+
+def _apart(out: str | Path, source: object, *others: object) -> Path:
+    """The output folder, which neither holds what is read, or written beside it, nor lies in it."""
+    source, adapter, calibration, profile, lock = (
+        Path(given) if isinstance(given, str | Path) else None for given in (source, *others)
+    )
+    read = {"source": source, "--adapter": adapter, "--calibration": calibration}
+    demand_apart(Path(out), read, {"--profile": profile, "--lock": lock})
+    return Path(out)
 
 
 def _count(request: Request, known: Lock | None, reference: ReferenceMode) -> int:
@@ -219,8 +230,8 @@ def _lowered(
     """Lower, and spare the collector the objects of torch: few die meanwhile, and a million stay as they are after."""
     usual = gc.get_threshold()
     gc.set_threshold(*_COLLECT_SELDOM)
-    try:
-        with holding_interrupts():
+    with holding_interrupts():  # also while the collector runs below, out of which no exception gets
+        try:
             lowered = lower(
                 source,
                 task,
@@ -231,10 +242,10 @@ def _lowered(
                 sample_inputs=sample_inputs,
                 dynamic_axes=dynamic_axes,
             ).with_fixed(request.fixed)
-    finally:
-        gc.set_threshold(*usual)
-    gc.collect()
-    gc.freeze()
+        finally:
+            gc.set_threshold(*usual)
+        gc.collect()
+        gc.freeze()
     return lowered
 
 

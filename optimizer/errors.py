@@ -7,7 +7,9 @@ the command line returns for it.
 from __future__ import annotations
 
 import errno
+import os
 import re
+from pathlib import Path
 
 _LONGEST = 2000
 """Characters of one part of a message: names in a hostile file may have millions."""
@@ -100,3 +102,44 @@ _SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")
 def is_no_room(error: OSError) -> bool:
     """Whether an error means that a disk, a quota or a limit on files is used up."""
     return error.errno in _NO_ROOM or (error.errno is None and _SHORT_WRITE.match(str(error)) is not None)
+
+
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG,
+    errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.EINVAL,
+)  # fmt: skip
+_TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+
+
+def of_system(error: OSError, writing: Path | None = None) -> PlanishError | None:
+    """What an error of the operating system means for the user; None if it names no file, and is a bug of ours.
+
+    ``writing`` is what the user asked us to write: errors of files beneath it, or beside it under a hidden name, are
+    told as its own.
+    """
+    said = error.strerror or str(error)
+    if error.errno in _TOO_MANY or "Too many open files" in said:
+        return OutOfResources(
+            f"the system gives this process no more ({said})", advice="raise its limits (ulimit) and run again"
+        )
+    name = next((str(name) for name in (error.filename, error.filename2) if isinstance(name, str | Path)), None)
+    ours = writing is not None and (name is None or _belongs(Path(name), writing))
+    if is_no_room(error):
+        where = writing if ours else name
+        return OutOfResources(
+            f"there is no room to write ({said})", where=where, advice="free some space and run again"
+        )
+    if ours and error.errno in _UNWRITABLE:
+        return BadInput(f"this cannot be written ({said})", where=writing)
+    if name is not None:
+        return BadInput(f"this cannot be used ({said})", where=name)
+    return None
+
+
+def _belongs(path: Path, destination: Path) -> bool:
+    """Whether a path is that of a destination, of a part of it, of a folder above it or of its hidden neighbours."""
+    place = Path(os.path.abspath(destination)) if os.path.isabs(path) else destination  # noqa: PTH100, PTH117
+    hidden = place.parent / f".{place.name}."
+    return (
+        path == place or place.is_relative_to(path) or path.is_relative_to(place) or str(path).startswith(str(hidden))
+    )

@@ -16,11 +16,10 @@ from planish.optimizer.backend import Backend
 from planish.optimizer.compare import Budget, Comparison
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.json_files import read_json
-from planish.optimizer.output import MANIFEST
+from planish.optimizer.output import MANIFEST, MEASUREMENTS
 from planish.optimizer.pipeline import PassReport
 from planish.optimizer.program import SUM, Axis, Program, Role, Signature, TensorSpec
 
-MEASUREMENTS = "measurements.json"
 _LIBRARIES = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "optimum", "torch", "transformers")
 _FLAGS = (
     "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",

@@ -7,14 +7,12 @@ that spin after their work would be measured with the next engine otherwise.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,12 +23,13 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from planish.optimizer import errors, registry
+from planish.optimizer import errors, interrupts, registry
 from planish.optimizer.backend import Arrays
 from planish.optimizer.continuation import follow
 from planish.optimizer.errors import InternalError, PlanishError
 from planish.optimizer.generate import Decoding
 from planish.optimizer.reference import Continuation, thin
+from planish.optimizer.scratch import scratch_file
 
 CONFIDENCE = 0.95
 _CALLS = 6
@@ -39,7 +38,6 @@ _TURN_SECONDS = 0.4
 """A turn is cut short after this long."""
 _FEWEST_ROUNDS = 20
 _MOST_ROUNDS = 60
-_PR_SET_PDEATHSIG = 1
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Equal engines that were opened one after the other differed by up to 8 %, with huge pages by up to 2 %: in small ones
 it is luck whether the weights of a process lie well."""
@@ -79,7 +77,7 @@ class Worker:
     def __init__(self, engine: EngineRef, environment: Mapping[str, str] | None = None) -> None:
         self.engine = engine
         ours, theirs = os.pipe()
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
+        self._said = scratch_file()
         where = [engine.target, str(engine.path), str(theirs), *engine.components]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "planish.optimizer.measure", *where],
@@ -169,6 +167,7 @@ class Worker:
 
     def _died(self) -> PlanishError:
         code = self._process.wait()
+        interrupts.check_ended(code)
         self._said.seek(0)
         last = self._said.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -269,7 +268,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def main() -> None:
     """What a worker process does: open its engine, then answer commands until its input ends."""
     target, path, descriptor, *components = sys.argv[1:]
-    _die_with_parent()
+    interrupts.end_with_parent()
     with os.fdopen(int(descriptor), "wb") as replies:
         try:
             backend, place = registry.backend(target), Path(path)
@@ -278,12 +277,6 @@ def main() -> None:
             _serve(engine, sys.stdin.buffer, replies)
         except PlanishError as error:
             _complain(replies, error)
-
-
-def _die_with_parent() -> None:
-    """A stopped worker would not notice that its input has ended: let Linux end it with the process that made it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _serve(engine: Any, commands: IO[bytes], replies: IO[bytes]) -> None:

@@ -1,137 +1,194 @@
 """Output that appears complete or not at all, also when the process is killed.
 
 A folder is built under a hidden name beside its destination and moved there in one step; where something stands
-already, the two are exchanged in one step (renameat2 on Linux). What a killed run left behind is removed by the next
-run: a lock on it tells whether its maker is alive.
+already, the two are exchanged in one step (renameat2 on Linux). What a killed run left behind is finished, taken back
+or removed by the next run: a lock beside it tells whether its maker is alive (`scratch.py`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import shutil
-import signal
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock, Timeout
-
-from planish.optimizer.errors import BadInput, OutOfResources, is_no_room
+from planish.optimizer import interrupts
+from planish.optimizer.errors import BadInput, UsageError, of_system
+from planish.optimizer.json_files import read_object
+from planish.optimizer.scratch import COMMITTED, Claim, claimed, sweep
 
 MANIFEST = "planish.json"
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+MEASUREMENTS = "measurements.json"
+_MADE_LATER = {"model.plan"}
+"""What the scripts in an output write beside themselves: TensorRT's plan."""
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_LOCK = ".building"
+_CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_SHOWN = 3
 
 
 @contextmanager
 def staged_folder(destination: Path) -> Iterator[Path]:
     """A folder to build in; it becomes ``destination`` when the block ends well, and disappears when it does not.
 
-    ``destination`` may be missing, an empty folder, or an earlier output of Planish, which is replaced. BadInput if
-    something else stands there or the place cannot be written; OutOfResources if the disk is full.
+    ``destination`` may be missing, an empty folder, or an earlier output of Planish, which is replaced unless it holds
+    a file that its manifest does not list. BadInput if something else stands there or the place cannot be written;
+    OutOfResources if the disk is full.
     """
-    destination = Path(os.path.abspath(destination))  # noqa: PTH100 - resolve() would follow a link we must replace
-    _check_replaceable(destination)
     with _clear_errors(destination):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(destination)
-        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
-    lock = FileLock(staging / _LOCK)
-    try:
-        with _clear_errors(destination), _terminating(), lock:
-            yield staging
-            (staging / _LOCK).unlink(missing_ok=True)
-            _settle(staging)
-            _move(staging, destination)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        destination = Path(os.path.abspath(destination))  # noqa: PTH100 - resolve() would follow a link we must replace
+        with _staged(destination, _restore) as claim:
+            _check_replaceable(destination)
+            yield claim.folder
+            _settle(claim.folder)
+            _move(claim, destination)
 
 
 @contextmanager
 def staged_file(destination: Path) -> Iterator[Path]:
     """A path to write a file and its `.data` companion at; both move to ``destination`` when the block ends well."""
     with _clear_errors(destination):
+        destination = Path(os.path.abspath(destination))  # noqa: PTH100 - a link there is replaced, not what it leads to
         if destination.is_dir():
             raise BadInput("this is a folder", where=destination, advice="name the file that shall be written")
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
-            yield Path(scratch) / destination.name
-            for made in sorted(Path(scratch).iterdir(), reverse=True):  # `.data` before what refers to it
-                made.chmod(0o644)
-                made.replace(destination.parent / made.name)
+        with _staged(destination, _commit) as claim:
+            yield claim.folder / destination.name
+            _settle(claim.folder)
+            with interrupts.uninterrupted():
+                interrupts.moving(claim.folder / destination.name, destination)
+                (claim.folder / COMMITTED).touch()
+                _commit(claim, destination)
+
+
+def demand_apart(out: Path, read: Mapping[str, Path | None], written: Mapping[str, Path | None]) -> None:
+    """UsageError unless what is read and written beside it lies outside of the folder ``out``, and ``out`` of that.
+
+    The folder is replaced as a whole: what lies in it would be gone.
+    """
+    place = _real(out)
+    for name, path in {**read, **written}.items():
+        if path is None:
+            continue
+        real = _real(path)
+        if real.is_relative_to(place):
+            raise UsageError(
+                f"this lies inside the output folder {out}, which is replaced as a whole",
+                where=f"{name} {path}",
+                advice="choose another place for one of them",
+            )
+        if name in read and place.is_relative_to(real):
+            raise UsageError(
+                f"the output folder {out} lies inside this, which is only read",
+                where=f"{name} {path}",
+                advice="choose another output folder",
+            )
+    demand_not_read(read, written)
+
+
+def demand_not_read(read: Mapping[str, Path | None], written: Mapping[str, Path | None]) -> None:
+    """UsageError if a file would be written over one that is read."""
+    sources = {_real(path): f"{name} {path}" for name, path in read.items() if path is not None}
+    for name, path in written.items():
+        if path is not None and _real(path) in sources:
+            raise UsageError(
+                f"this would be written over {sources[_real(path)]}",
+                where=f"{name} {path}",
+                advice="name another file",
+            )
+
+
+def _real(path: Path) -> Path:
+    """Without links; the path itself if that cannot be told (too long, a link to itself)."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError):
+        return Path(path)
+
+
+@contextmanager
+def _staged(destination: Path, recover: Callable[..., None]) -> Iterator[Claim]:
+    """A claim beside ``destination``, behind those of killed runs."""
+    prefix = f".{destination.name}."
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    interrupts.report("output", str(destination), recover is _commit)
+    sweep(destination.parent, prefix, functools.partial(recover, destination=destination))
+    with interrupts.terminating(), claimed(destination.parent, prefix) as claim:
+        yield claim
+
+
+def sweep_up(destination: Path, *, is_file: bool) -> None:
+    """Finish, take back or remove what a killed run left beside ``destination``."""
+    recover = functools.partial(_commit if is_file else _restore, destination=destination)
+    sweep(destination.parent, f".{destination.name}.", recover)
 
 
 def _check_replaceable(destination: Path) -> None:
-    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+    """BadInput unless nothing is lost that the next build does not write again."""
+    try:
+        status = destination.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(status.st_mode):
         raise BadInput("this exists and is not a folder", where=destination, advice="choose another output folder")
-    if destination.is_dir() and any(destination.iterdir()) and not (destination / MANIFEST).is_file():
+    before = status.st_ino
+    try:
+        _check_content(destination)
+    except (BadInput, FileNotFoundError):
+        # Another run may have put a new folder there, and be removing the one that is being looked at.
+        if destination.exists() and destination.stat().st_ino != before:
+            _check_replaceable(destination)
+            return
+        raise
+
+
+def _check_content(folder: Path) -> None:
+    names = {path.relative_to(folder).as_posix() for path in _below(folder)}
+    if not names:
+        return
+    if MANIFEST not in names:
         raise BadInput(
-            "this folder exists and is not an output of planish",
-            where=destination,
-            advice="choose another, or remove it",
+            "this folder exists and is not an output of planish", where=folder, advice="choose another, or remove it"
         )
+    listed = read_object(folder / MANIFEST).get("files")
+    known = {MANIFEST, MEASUREMENTS, *(listed if isinstance(listed, dict) else ())}
+    strange = sorted(name for name in names - known if Path(name).name not in _MADE_LATER)
+    if strange:
+        more = f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""
+        raise BadInput(
+            f"planish did not write {', '.join(map(repr, strange[:_SHOWN]))}{more} in this folder, and would remove it",
+            where=folder,
+            advice="move it elsewhere, or choose another output folder",
+        )
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Everything in ``folder`` but its folders. BadInput if one of these could not be emptied by this user."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=fail):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise BadInput("this cannot be replaced: this user may not write there", where=place)
+        yield from (Path(place, name) for name in files)
+        yield from (Path(place, name) for name in folders if Path(place, name).is_symlink())
 
 
 @contextmanager
 def _clear_errors(destination: Path) -> Iterator[None]:
-    """Say plainly that the disk is full or that the place cannot be written."""
+    """Say plainly that the disk is full, that the place cannot be written, or which other file cannot be used."""
     try:
         yield
     except OSError as error:
-        if is_no_room(error):
-            raise OutOfResources(
-                f"there is no room to write ({error.strerror or error})",
-                where=destination,
-                advice="free some space and run again",
-            ) from error
-        if error.errno in _UNWRITABLE:
-            raise BadInput(f"this cannot be written ({error.strerror})", where=destination) from error
-        raise
-
-
-@contextmanager
-def _handling(handler: Callable[[int, object], None], *kinds: signal.Signals) -> Iterator[None]:
-    """Answer these signals with ``handler`` inside; in another thread than the main one, whoever runs us there does."""
-    before: dict[signal.Signals, Any] = {}
-    with suppress(ValueError):  # not in the main thread
-        before = {kind: signal.signal(kind, handler) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, old in before.items():
-            signal.signal(kind, old)
-
-
-def _terminating() -> AbstractContextManager[None]:
-    """Let a polite request to end (SIGTERM) unwind like Ctrl-C, so that nothing half-written stays."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    return _handling(interrupt, signal.SIGTERM)
-
-
-@contextmanager
-def holding_interrupts() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until the block ends: torch aborts the process if they come while it traces."""
-    caught: list[int] = []
-    with _handling(lambda number, _: caught.append(number), signal.SIGINT, signal.SIGTERM):
-        yield
-    if caught:
-        raise KeyboardInterrupt
-
-
-def _sweep(destination: Path) -> None:
-    """Remove what killed runs for the same destination left: those whose lock nobody holds."""
-    for left in destination.parent.glob(f".{destination.name}.*.partial"):
-        with suppress(Timeout, OSError), FileLock(left / _LOCK, timeout=0):
-            shutil.rmtree(left, ignore_errors=True)
+        clear = of_system(error, writing=destination)
+        if clear is None:
+            raise
+        raise clear from error
 
 
 def _settle(folder: Path) -> None:
@@ -145,14 +202,59 @@ def _settle(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _move(staging: Path, destination: Path) -> None:
-    if not destination.exists():
-        staging.rename(destination)
-    elif not _exchange(staging, destination):
-        old = staging.with_suffix(".old")
-        destination.rename(old)
-        staging.rename(destination)
-        shutil.rmtree(old, ignore_errors=True)
+def _move(claim: Claim, destination: Path) -> None:
+    """Give the new folder its name. What stood there before is then in the folder of the claim, or in its old one."""
+    with interrupts.uninterrupted():
+        interrupts.moving(claim.folder, destination)
+        while not _moved(claim, destination):
+            pass  # another run was quicker: what it put there is exchanged in turn
+
+
+def _moved(claim: Claim, destination: Path) -> bool:
+    if not os.path.lexists(destination):
+        try:
+            claim.folder.rename(destination)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise
+        return True
+    _check_replaceable(destination)
+    try:
+        exchanged = _exchange(claim.folder, destination)
+    except FileNotFoundError:
+        return False
+    if not exchanged:
+        return _replaced(claim, destination)
+    if _strange(claim.folder):
+        _exchange(claim.folder, destination)  # put there while we looked away
+        return False
+    return True
+
+
+def _replaced(claim: Claim, destination: Path) -> bool:
+    """In two steps, where paths cannot be exchanged; killed in between, the next run brings the old one back."""
+    try:
+        destination.rename(claim.old)
+    except FileNotFoundError:
+        return False
+    try:
+        claim.folder.rename(destination)
+    except OSError:
+        if not os.path.lexists(destination):
+            claim.old.rename(destination)
+            raise
+        shutil.rmtree(claim.old, ignore_errors=True)
+        return False
+    return True
+
+
+def _strange(folder: Path) -> bool:
+    try:
+        _check_content(folder)
+    except BadInput:
+        return True
+    return False
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -161,4 +263,30 @@ def _exchange(one: Path, other: Path) -> bool:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    return int(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)) == 0
+    if int(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def _restore(claim: Claim, destination: Path) -> None:
+    """Bring back what stood at ``destination`` if a run was killed between moving it away and moving the new one in."""
+    if claim.old.is_dir() and not os.path.lexists(destination):
+        claim.old.rename(destination)
+
+
+def _commit(claim: Claim, destination: Path) -> None:
+    """Move files that are complete to their names. A graph never stands beside the weights of another.
+
+    Names are a contract, so new weights must take the place of old ones. The old graph goes first: whoever is killed
+    in between leaves no graph rather than a wrong one, and the next run goes on here.
+    """
+    if not (claim.folder / COMMITTED).is_file():
+        return
+    files = sorted((path for path in claim.folder.iterdir() if path.name != COMMITTED), reverse=True)
+    if len(files) > 1 and (claim.folder / destination.name).exists():
+        destination.unlink(missing_ok=True)
+    for path in files:  # `.data` before what refers to it
+        path.replace(destination.parent / path.name)

@@ -9,7 +9,6 @@ and instruction sets. What is chosen stands as an option in the text of the pass
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from planish.optimizer.measure import EngineRef, Timing, race
 from planish.optimizer.output import staged_file
 from planish.optimizer.program import Program, Provenance, Signature
 from planish.optimizer.resources import cores
+from planish.optimizer.scratch import scratch_folder
 
 _SECONDS = 6.0
 """Longest time for one question."""
@@ -132,10 +132,10 @@ def _write(place: Path, table: Table) -> None:
 
 def _measure(target: Backend, step: Pass, question: Question) -> dict[str, Latency]:
     """Write the question's graph in every form and time them in alternation."""
-    with tempfile.TemporaryDirectory(prefix="planish-") as scratch:
+    with scratch_folder() as scratch:
         engines = []
         for number, value in enumerate(question.values):
-            place = Path(scratch) / str(number)
+            place = scratch / str(number)
             place.mkdir()
             model = question.graph()
             replace(step, **{question.option: value})(model)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from planish.optimizer.errors import OutOfResources
 
-_PR_SET_PDEATHSIG = 1
 _ROOT = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _FILES = {
@@ -92,12 +89,6 @@ def limit_memory(most: int) -> None:
     pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
     most += int(pages[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
-def die_with_parent() -> None:
-    """Let Linux end this process with the one that started it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def cores() -> int:

@@ -31,8 +31,10 @@ def command(
     """Time MODELS (outputs, engine folders, .onnx and .xml files) in alternation, each in a process of its own."""
     from planish.optimizer.benching import bench
     from planish.optimizer.cli.display import print_table, progress_bar
-    from planish.optimizer.output import staged_file
+    from planish.optimizer.output import demand_apart, staged_file
 
+    for model in (*models, *against):
+        demand_apart(model, {}, {"--json": json_file if str(json_file) != "-" else None})
     with progress_bar(quiet=str(json_file) == "-") as progress:
         rows = bench(models, against, parse_shapes(shapes), targets, progress=progress)
     figures = json.dumps([{"model": r.label, "shape": r.shape, **asdict(r.timing)} for r in rows], indent=1)

@@ -2,54 +2,101 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
-from planish.optimizer.errors import InternalError, OutOfResources, PlanishError, UsageError, is_no_room
+from planish.optimizer import interrupts
+from planish.optimizer.cli.supervising import INTERRUPTED
+from planish.optimizer.errors import InternalError, OutOfResources, PlanishError, UsageError, of_system, printable
 
-INTERRUPTED = 130
-"""What shells return for a command that Ctrl-C ended."""
+UNREAD = 141
+"""Nobody reads standard output any more: what shells return for a command that SIGPIPE ended."""
 
 
-def exit_code_of(error: Exception) -> int:
+def exit_code_of(error: BaseException) -> int:
     """Tell the user of ``error`` on stderr and return the exit code for it."""
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
-    if isinstance(error, click.Abort):  # what click makes of Ctrl-C
-        click.echo("planish: interrupted; nothing was written", err=True)
+    if interrupts.interrupted() or isinstance(error, click.Abort | KeyboardInterrupt):  # Abort: what click makes of it
+        if not interrupts.watched():
+            _tell(interrupts.farewell())
         return INTERRUPTED
     if isinstance(error, click.ClickException):
-        error.show(file=sys.stderr)
+        text = io.StringIO()
+        error.show(file=text)
+        _tell(printable(text.getvalue()).rstrip("\n"))
         return UsageError.exit_code
-    known = _as_ours(error)
-    if known.picture:
-        click.echo(known.picture, err=True)
-    click.echo(f"planish: error: {known}", err=True)
-    return known.exit_code
+    if isinstance(error, BrokenPipeError) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+    ):
+        return UNREAD
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    clear = _as_ours(error)
+    if clear.picture:
+        _tell(printable(clear.picture))
+    _tell(f"planish: error: {clear}")
+    return clear.exit_code
 
 
-def _as_ours(error: Exception) -> PlanishError:
+def finish(code: int) -> int:
+    """Write what is left in standard output; the exit code, which is another if nobody reads it or it is full."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # What Python could not write it would try to write again at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return exit_code_of(error)
+    return code
+
+
+def open_standard_streams() -> None:
+    """Give descriptors 0 to 2 something to stand for: the next file that is opened would be taken for them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - open until the end
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):  # nobody may be there any more to read it
+        click.echo(text, err=True)
+
+
+def _as_ours(error: BaseException) -> PlanishError:
     if isinstance(error, PlanishError):
         return error
     if isinstance(error, MemoryError):
         return OutOfResources("memory ran out", advice="close other programs or use a larger machine")
-    if isinstance(error, OSError) and is_no_room(error):
-        return OutOfResources(
-            f"there is no room to write ({error.strerror or error})", where=error.filename, advice="free some space"
-        )
-    return _bug(error)
+    if isinstance(error, ImportError) and "Too many open files" in str(error):
+        return OutOfResources("too many files are open", advice="raise the limit (ulimit -n)")
+    clear = of_system(error) if isinstance(error, OSError) else None
+    return clear or _bug(error)
 
 
-def _bug(error: Exception) -> PlanishError:
-    """Keep the traceback in a file, and name it."""
-    with tempfile.NamedTemporaryFile("w", prefix="planish-bug-", suffix=".txt", delete=False, encoding="utf-8") as file:
-        file.write(f"arguments: {sys.argv[1:]}\n")
-        file.writelines(traceback.format_exception(error))
-    return InternalError(
-        f"a bug of ours: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
-        advice=f"please report it with {Path(file.name)}",
-    )
+def _bug(error: BaseException) -> PlanishError:
+    """Keep the traceback in a file, and name it; say where it happened if there is no place for a file."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="planish-bug-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(f"arguments: {sys.argv[1:]}\n")
+            file.writelines(traceback.format_exception(error))
+        advice = f"please report it with {Path(file.name)}"
+    except OSError:
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else "an unknown place"
+        advice = f"please report it; it happened in {place}"
+    return InternalError(f"a bug of ours: {type(error).__name__}: {' '.join(str(error).split())[:200]}", advice=advice)

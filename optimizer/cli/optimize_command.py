@@ -81,8 +81,10 @@ def command(
     from planish.optimizer.depfile import escaped, write_depfile
     from planish.optimizer.driver import optimize
     from planish.optimizer.lock import LOCK, Lock
-    from planish.optimizer.output import MANIFEST
+    from planish.optimizer.output import MANIFEST, demand_apart, demand_not_read
 
+    demand_apart(out, {}, {"--depfile": depfile})
+    demand_not_read({"SOURCE": source, "--calibration": options["calibration"]}, {"--depfile": depfile})
     locked = lock is not None and lock.is_file()
     for name in (source, out, lock, options["calibration"], options["profile"]) if depfile is not None else ():
         escaped(name or Path())  # what cannot be written is refused before anything is built

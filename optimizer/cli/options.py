@@ -12,7 +12,7 @@ import click
 from planish.optimizer.cli.completion import complete_budget, complete_expectation
 from planish.optimizer.errors import UsageError
 
-existing = click.Path(path_type=Path)
+existing = click.Path(path_type=Path, readable=False)  # what cannot be read is bad input, and told as such
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 shapes_option = click.option(
     "--shape", "shapes", multiple=True, metavar="AXIS=N,…", help="Sizes at which to time; may be given several times."

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
-from planish.optimizer.cli.failures import INTERRUPTED
+from planish.optimizer import interrupts
 from planish.optimizer.cli.options import existing, json_flag, print_json
 from planish.optimizer.errors import UsageError
 
@@ -134,6 +133,7 @@ def _answer_lines(answerer: Any, source: Path, output: Path, kind: str, batch: i
     """Answer a file or standard input, into a file or standard output."""
     from planish.optimizer.answer_files import answer_lines
     from planish.optimizer.questions import parse_questions
+    from planish.optimizer.scratch import scratch_folder
 
     piped = str(source) == _STREAM
     if piped and hasattr(answerer, "signature"):
@@ -152,8 +152,8 @@ def _answer_lines(answerer: Any, source: Path, output: Path, kind: str, batch: i
     if not piped:
         count = _answer_file(answerer, source, output, batch)
     else:
-        with tempfile.TemporaryDirectory(prefix="planish-") as folder:  # a file is read twice, a pipe is not
-            copy = Path(folder) / f"input.{kind}"
+        with scratch_folder() as folder:  # a file is read twice, a pipe is not
+            copy = folder / f"input.{kind}"
             copy.write_bytes(sys.stdin.buffer.read())
             count = _answer_file(answerer, copy, output, batch)
     click.echo(json.dumps({"answered": count, "output": str(output)}) if as_json else f"{count} answers: {output}")
@@ -169,9 +169,8 @@ def _answer_file(answerer: Any, source: Path, output: Path, batch: int) -> int:
             return answer_file(answerer, source, output, batch, lambda done: report("answering", done - 1, total))
     except KeyboardInterrupt:
         partial = partial_file(answerer, source, output)
-        kept = f"{kept_answers(partial)} of {total} answers are kept in {partial}; run again to go on"
-        click.echo(f"planish: interrupted; {kept}", err=True)
-        raise click.exceptions.Exit(INTERRUPTED) from None
+        interrupts.keep(f"{kept_answers(partial)} of {total} answers are kept in {partial}; run again to go on")
+        raise
 
 
 def _lines(answer: dict[str, Any]) -> list[str]:

@@ -13,7 +13,6 @@ import logging
 import math
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,13 +23,14 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from planish.optimizer import errors, onnx_io, registry
+from planish.optimizer import errors, interrupts, onnx_io, registry
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput, InternalError, OutOfResources, PlanishError
 from planish.optimizer.graph import subgraphs_of, weight_bytes, without_weights
 from planish.optimizer.inference import follows_few, quiet_libraries
 from planish.optimizer.reference import load_cases, save_cases, thin
-from planish.optimizer.resources import available_memory, die_with_parent, limit_memory
+from planish.optimizer.resources import available_memory, limit_memory
+from planish.optimizer.scratch import scratch_folder
 
 SMALL_BYTES = 64 << 20
 """Of all values and weights of a graph that runs in this process."""
@@ -195,12 +195,11 @@ def _alike(wanted: np.ndarray, given: np.ndarray) -> bool:
 
 
 def _run_confined(path: Path, cases: Sequence[Case], precise: int, memory: int, seconds: float) -> Run:
-    with tempfile.TemporaryDirectory(prefix="planish-reference-") as scratch:
-        folder = Path(scratch)
+    with scratch_folder() as folder:
         save_cases(cases, folder / "inputs.safetensors")
         job = {"path": str(path), "precise": precise, "memory": memory}
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        command = [sys.executable, "-m", "planish.optimizer.lowering.confined", scratch]
+        command = [sys.executable, "-m", "planish.optimizer.lowering.confined", str(folder)]
         with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as child:
             try:
                 if child.stdout is not None:
@@ -216,6 +215,7 @@ def _run_confined(path: Path, cases: Sequence[Case], precise: int, memory: int, 
 
 
 def _collect(folder: Path, path: Path, code: int) -> Run:
+    interrupts.check_ended(code)
     complaint = folder / _COMPLAINT
     if complaint.is_file():
         said = json.loads(complaint.read_text(encoding="utf-8"))
@@ -238,7 +238,7 @@ def main() -> None:
     """What the process does: take its limit, run, write what came out step by step."""
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    die_with_parent()
+    interrupts.end_with_parent()
     registry.backend("onnxruntime").missing()  # imports it
     limit_memory(job["memory"])
     print("ready", flush=True)

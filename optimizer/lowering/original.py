@@ -7,9 +7,9 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 
-from planish.optimizer import errors
+from planish.optimizer import errors, interrupts
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput, InternalError, OutOfResources, PlanishError, is_no_room
 from planish.optimizer.lowering import rope
@@ -36,6 +36,7 @@ from planish.optimizer.reference import (
     save_continuations,
     thin,
 )
+from planish.optimizer.scratch import scratch_folder
 
 _WHOLE_LIMIT = 128 << 20
 """Models with at most this many bytes of parameters are turned to fp64 whole, larger ones layer by layer."""
@@ -161,42 +162,50 @@ class CheckpointOriginal(TorchOriginal):
     def __init__(self, folder: Path, task: str, adapter: Path | None = None) -> None:
         super().__init__(lambda: _KINDS[self.kind](open_checkpoint(folder, task, adapter)))
         self._where = [self.kind, str(folder), task, *([] if adapter is None else [str(adapter)])]
-        self._scratch = tempfile.TemporaryDirectory(prefix="planish-reference-")
+        scratch = ExitStack()
+        self._scratch = scratch.enter_context(scratch_folder())
+        self._child: subprocess.Popen[bytes] | None = None
+        self._end = weakref.finalize(self, scratch.close)
+        """Ends the process, if it lives, and removes its folder; called when nobody needs the original any more."""
+        self._stack = scratch
         self._begin()
 
     def _begin(self) -> None:
         """Start the process."""
-        with (Path(self._scratch.name) / "log").open("wb") as log:
+        with (self._scratch / "log").open("wb") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "planish.optimizer.lowering.original", self._scratch.name, *self._where],
+                [sys.executable, "-m", "planish.optimizer.lowering.original", str(self._scratch), *self._where],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **self.environment},
             )
+        self._stack.callback(_kill, self._child)
 
     def start(self, cases: Cases, precise: int, prompts: Sequence[Prompt] = ()) -> Callable[[], Answers]:
         """Hand the cases to the process."""
-        folder = Path(self._scratch.name)
+        folder, child = self._scratch, self._process()
         for name, own in cases.items():
             save_cases(own, folder / f"{name}.inputs.safetensors")
         save_cases([prompt for prompt, _ in prompts], folder / "prompts.safetensors")
         job = {"precise": precise, "calls": self._calls, "swaps": [swap for _, swap in prompts]}
         with suppress(BrokenPipeError):  # it died; `finish` says of what
-            _stdin(self._child).write(f"{json.dumps(job)}\n".encode())
-            _stdin(self._child).close()
+            _stdin(child).write(f"{json.dumps(job)}\n".encode())
+            _stdin(child).close()
 
         def finish() -> Answers:
-            with self._scratch:
-                try:
-                    self._child.wait()
-                except BaseException:
-                    self._child.kill()
-                    self._child.wait()
-                    raise
-                return _collect(folder, self._child.returncode, list(cases))
+            try:
+                child.wait()
+                return _collect(folder, child.returncode, list(cases))
+            finally:
+                self._end()
 
         return finish
+
+    def _process(self) -> subprocess.Popen[bytes]:
+        if self._child is None:
+            raise InternalError("the process of the original was not started")
+        return self._child
 
 
 class OffloadedOriginal(CheckpointOriginal):
@@ -223,6 +232,14 @@ _KINDS: Mapping[str, Callable[[Checkpoint], Any]] = {"loaded": loaded, "offloade
 """Ways to come by the module of a checkpoint."""
 
 
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+    if child.stdin is not None:
+        with suppress(BrokenPipeError):
+            child.stdin.close()
+
+
 def _stdin(child: subprocess.Popen[bytes]) -> IO[bytes]:
     if child.stdin is None:
         raise InternalError("the process of the original has no standard input")
@@ -230,6 +247,7 @@ def _stdin(child: subprocess.Popen[bytes]) -> IO[bytes]:
 
 
 def _collect(folder: Path, code: int, components: Sequence[str]) -> Answers:
+    interrupts.check_ended(code)
     if code:
         raise _failure(folder, code)
     found = {name: load_cases(folder / f"{name}.outputs.safetensors") for name in components}
@@ -293,6 +311,7 @@ def main() -> None:
     """What the process of a `CheckpointOriginal` does: load, wait for the word, answer, write."""
     scratch, kind, checkpoint, task, *adapters = sys.argv[1:]
     folder = Path(scratch)
+    interrupts.end_with_parent()
     try:
         module = _KINDS[kind](open_checkpoint(Path(checkpoint), task, *map(Path, adapters)))
         line = sys.stdin.readline()

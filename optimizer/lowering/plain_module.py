@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from planish.optimizer.lowering.checkpoint import quiet
 from planish.optimizer.lowering.onnx_file import normalize, signature_of
 from planish.optimizer.lowering.original import TorchOriginal
 from planish.optimizer.program import Axis, Program, Provenance, Signature
+from planish.optimizer.scratch import scratch_folder
 
 _RECORDED_OPSET = 17
 
@@ -64,9 +63,9 @@ def _by_running(
     import torch
 
     flat = exporter.wrap(module, calls.module, inputs, outputs)
-    with torch.no_grad(), quiet(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+    with torch.no_grad(), quiet(), warnings.catch_warnings(), scratch_folder() as folder:
         warnings.simplefilter("ignore")
-        path = Path(folder) / "recorded.onnx"
+        path = folder / "recorded.onnx"
         try:
             torch.onnx.export(
                 flat,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from planish.optimizer.lock import Lock
-from planish.optimizer.manifest import MEASUREMENTS, Manifest
+from planish.optimizer.manifest import Manifest
+from planish.optimizer.output import MEASUREMENTS
 
 
 def write_report(folder: Path, manifest: Manifest, lock: Lock) -> None:

@@ -25,8 +25,9 @@ from planish.optimizer.backend import Arrays
 from planish.optimizer.base import PassResult
 from planish.optimizer.driver import verify
 from planish.optimizer.lock import LOCK, Lock
-from planish.optimizer.manifest import MEASUREMENTS, Manifest
+from planish.optimizer.manifest import Manifest
 from planish.optimizer.measure import EngineRef, Timing
+from planish.optimizer.output import MEASUREMENTS
 from planish.passes.fusion.fuse_attention import FuseAttention
 from tests.conftest import Planish
 from tests.zoo import GENERATORS, build
@@ -306,8 +307,9 @@ def test_a_killed_run_leaves_the_previous_output_whole(seconds: float, built: Pa
 
 
 def test_the_next_run_sweeps_up_after_a_killed_one(built: Path, tiny: Path, tmp_path: Path) -> None:
-    left = tmp_path / ".out.abc.partial"
+    left = tmp_path / ".out.abcdefgh.partial"
     left.mkdir()
+    (tmp_path / ".out.abcdefgh.lock").touch()
     (left / "model.onnx").write_bytes(b"half")
     optimize(tiny, tmp_path / "out", shapes=[{"batch": 1, "sequence": 8}])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

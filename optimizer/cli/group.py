@@ -1,0 +1,77 @@
+"""The commands: each lives in a module of its own, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import click
+
+COMMANDS: Mapping[str, str] = {
+    "optimize": "Turn a checkpoint or an ONNX file into checked, measured engines.",
+    "verify": "Check the engines of an output again, on this machine.",
+    "bench": "Time engines and models side by side.",
+    "run": "Ask an engine: labels, embeddings, answers, texts.",
+    "opt": "Run a pipeline over one ONNX graph.",
+    "explain": "Say where each pass fired, where it refused, and why.",
+    "bisect": "Find the pass, and the site, that leaves the budget.",
+    "diff": "Say what changed between two models.",
+    "passes": "List the passes and their options.",
+    "backends": "List the targets and their options.",
+    "doctor": "Say what is installed, what this machine can do, and what is missing.",
+}
+"""Name of each command -> what it does; the module of a command has its name."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, so that help comes at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of the command."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"planish.optimizer.cli.{cmd_name}_command").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands in the help, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """As click does; but Ctrl-C, for which click prints an empty line, goes to `main`."""
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except KeyboardInterrupt:
+            raise click.Abort from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """The same while the command runs."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.Abort from None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, but an unknown name gets the nearest one."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from planish.optimizer.spec import did_you_mean
+
+            ctx.fail(f"No such command {args[0]!r}{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(metadata.version("planish"), "-V", "--version", prog_name="planish")
+def cli() -> None:
+    """Planish compiles trained Transformers into smaller, faster engines, each checked against the original."""
