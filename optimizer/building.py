@@ -467,6 +467,9 @@ class Builder:
     def _copy_companion(self, name: Path, place: Path) -> None:
         if self.lowered.folder is not None:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
+            if name in self.lowered.rewritten:
+                (place / name).write_text(self.lowered.rewritten[name], encoding="utf-8")
+                return
             onnx_io.copy_file(self.lowered.folder / name, place / name)
 
 

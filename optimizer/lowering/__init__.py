@@ -26,6 +26,8 @@ class Lowered:
     """Where the companions lie; None for a module."""
     companions: tuple[Path, ...] = field(default=())
     """Configuration and tokenizer files, relative to ``folder``."""
+    rewritten: Mapping[Path, str] = field(default_factory=dict)
+    """What some of them say beside an engine, where that is not what they say in the folder."""
 
     def with_fixed(self, sizes: Mapping[str, int]) -> Lowered:
         """The same, to be asked for one size of these axes only. UsageError if that cannot be asked of the program."""
@@ -98,13 +100,16 @@ def _lower_folder(
         raise _absent(path, "a checkpoint folder or an .onnx file")
     from planish.optimizer.lowering import assemble
     from planish.optimizer.lowering.checkpoint import open_checkpoint
+    from planish.optimizer.lowering.quantized import text_without_codes
     from planish.optimizer.lowering.weights import INDEX
 
     checkpoint = open_checkpoint(path, task, adapter, last_logits=last_logits)
     program, original = assemble.lower(checkpoint, kind)
     companions = tuple(checkpoint.companions())
+    settings = text_without_codes(path / "config.json")
+    rewritten = {} if settings is None else {Path("config.json"): settings}
     index = [name for name in (Path(INDEX),) if (path / name).is_file()]
-    return Lowered(_having_read(program, path, [*index, *companions]), original, path, companions)
+    return Lowered(_having_read(program, path, [*index, *companions]), original, path, companions, rewritten)
 
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")

@@ -16,6 +16,7 @@ Activations are computed in float: what a method says of them is left out. Every
 
 from __future__ import annotations
 
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -352,3 +353,10 @@ def without_codes(config: Any) -> Any:
         if getattr(config, key, None) is not None:
             delattr(config, key)
     return config
+
+
+def text_without_codes(path: Path) -> str | None:
+    """What a config.json says beside an engine, whose weights are no such codes; None if it says nothing of any."""
+    raw = read_object(path)
+    kept = {key: value for key, value in raw.items() if key not in _KEYS}
+    return None if kept.keys() == raw.keys() else json.dumps(kept, indent=2) + "\n"

@@ -15,7 +15,7 @@ import pytest
 
 from planish.optimizer import Pass, PassResult, Pipeline, onnx_io, registry
 from planish.optimizer.compare import Budget
-from planish.optimizer.errors import CheckFailed
+from planish.optimizer.errors import BadInput, CheckFailed, InternalError
 from planish.optimizer.instruments import CompareEach, Instrument, PrintIR, Reproducer, Step, Timing, VerifyEach
 from planish.optimizer.program import Axis, Signature, TensorSpec
 
@@ -131,3 +131,17 @@ def test_a_failure_leaves_the_graph_before_it_and_the_command(tmp_path: Path) ->
     kept = onnx_io.load(Path(words[2]))
     assert [node.op_type for node in kept.graph] == ["Relu", "Add"]
     assert sys.executable not in (tmp_path / "break" / "command.txt").read_text()
+
+
+@pytest.mark.parametrize("kind", [BadInput, InternalError, CheckFailed])
+def test_a_pass_is_not_blamed_for_the_original(kind: type[Exception], tmp_path: Path) -> None:
+    """The budget of a pass waits for the original, which may turn out not to run."""
+
+    def budget_of(_: Pass) -> Budget:
+        raise kind("the original cannot be read")
+
+    reproducer = Reproducer(tmp_path / "failed", onnx_io.save)
+    comparer = CompareEach(SIGNATURE, [CASE], budget_of, registry.backend("onnxruntime").load)
+    with pytest.raises(kind, match=r"^the original cannot be read$"):
+        Pipeline.parse("eliminate-identities").run(model(), [reproducer, comparer])
+    assert not (tmp_path / "failed").exists()

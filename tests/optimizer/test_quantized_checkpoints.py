@@ -198,6 +198,9 @@ def test_engines_equal_the_original(kind: str, floats: Path, tmp_path: Path) -> 
     checkpoint, _ = quantize(floats, tmp_path / "c", kind)
     result = optimize(checkpoint, tmp_path / "out", task="text-generation", pipeline="fold-constants")
     assert result.manifest.targets["onnxruntime"].comparison["generation.next token"]["greedy"] == 1
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["quantization_config"]
+    assert json.loads((tmp_path / "out" / "onnxruntime" / "config.json").read_text()) == config
 
 
 def test_experts_are_put_together_of_codes(tmp_path: Path) -> None:
