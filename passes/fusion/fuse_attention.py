@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.graph import SPELLED_OUT, made_by, rank_of, scalar_of
 from planish.optimizer.shapes import Followed, dims_of, rows_for
+from planish.passes._mask_values import ABOVE_LOWEST, LOWEST, MaskValues, mask_values, number
 from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, used_by
 
 _RANK = 4
@@ -49,6 +51,8 @@ class Attention:
     product: ir.Node
     scores: Scores | None
     """None if they are not one product of two matrices."""
+    guarded: bool
+    """Whether zeros stand where the softmax is NaN."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class FuseAttention(Fusion[Attention]):
             raise NearMiss("its probabilities are reshaped before they meet the values", probabilities)
         if not readers and scores is not None and scores.transposed.const_value is None:
             raise NearMiss("its probabilities are not multiplied, from the left, with a matrix", probabilities)
-        return Attention(node, probabilities, readers[0], scores) if readers else None
+        guarded = probabilities is not node.outputs[0]
+        return Attention(node, probabilities, readers[0], scores, guarded) if readers else None
 
     def check(self, match: Attention) -> None:
         """Four dimensions, softmax and transposition over the last ones, and nobody else who reads inside."""
@@ -114,9 +119,10 @@ class FuseAttention(Fusion[Attention]):
         inputs: list[ir.Value | None] = [match.scores.query, key, match.product.inputs[1]]
         if match.scores.masks:
             mask, adding = _sum(match.scores.masks)
+            mask, saying = _as_written(mask, mask_values(mask), match.guarded)
             mask, spreading = rows_for(match.scores.query, mask)
             inputs.append(mask)
-            nodes += [*adding, *spreading]
+            nodes += [*adding, *saying, *spreading]
         attributes = {"scale": match.scores.scale} | ({"softcap": match.scores.softcap} if match.scores.softcap else {})
         return match.product.outputs[0], [*nodes, ir.node("Attention", inputs, attributes)]
 
@@ -162,6 +168,30 @@ def _sum(masks: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Node]]:
         nodes.append(ir.node("Add", [total, mask]))
         total = nodes[-1].outputs[0]
     return total, nodes
+
+
+def _as_written(mask: ir.Value, held: MaskValues, guarded: bool) -> tuple[ir.Value, list[ir.Node]]:
+    """The mask with which Attention gives what the softmax gave for a row that sees no key (see `_mask_values`).
+
+    The lowest number becomes the next one, and a row of minus infinity that nothing guards becomes NaN.
+    """
+    if mask.dtype is not ir.DataType.FLOAT:
+        return mask, []
+    tape = ir.tape.Tape()
+    written = mask
+    hidden = (
+        tape.op("IsInf", [mask], {"detect_positive": 0}) if held.hides and (held.low <= LOWEST or not guarded) else None
+    )
+    if held.low <= LOWEST:
+        raised = tape.op("Max", [mask, number(tape, ABOVE_LOWEST)])
+        written = raised if hidden is None else tape.op("Where", [hidden, mask, raised])
+    if hidden is not None and not guarded:
+        last = tape.op("Constant", [], {"value": ir.tensor(np.array([-1], np.int64))})
+        flags = tape.op("Cast", [hidden], {"to": ir.DataType.FLOAT})
+        nothing = tape.op("Cast", [tape.op("ReduceMin", [flags, last], {"keepdims": 1})], {"to": ir.DataType.BOOL})
+        written = tape.op("Where", [nothing, number(tape, float("nan")), written])
+    written.shape, written.type = mask.shape, mask.type
+    return written, list(tape.nodes)
 
 
 def _terms(value: ir.Value) -> list[ir.Value]:

@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.optimizer.graph import SPELLED_OUT, copy_location, name_nodes
-from planish.passes.legalize._masks import number
+from planish.passes._mask_values import number
+from planish.passes.legalize._masks import line_of
 
 
 def softcap_of(node: ir.Node) -> float:
@@ -27,11 +28,13 @@ def size_of_heads(value: ir.Value | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def spell_out(graph: ir.Graph, node: ir.Node, added: ir.Value | None, author: str) -> None:
+def spell_out(
+    graph: ir.Graph, node: ir.Node, added: ir.Value | None, author: str, share: ir.Value | None = None
+) -> None:
     """Put softmax(cap(q · kᵀ · scale) + added) · v where an Attention of rank four stands; ``author`` is the pass.
 
     Queries in groups, whose heads are a multiple of those of the keys, get an axis for the groups meanwhile; ``added``
-    is then one for all heads.
+    is then one for all heads. With ``share`` each row of the result is multiplied by its number.
     """
     query, key, value = node.inputs[0], node.inputs[1], node.inputs[2]
     if query is None or key is None or value is None or query.shape is None or key.shape is None:
@@ -63,6 +66,9 @@ def spell_out(graph: ir.Graph, node: ir.Node, added: ir.Value | None, author: st
             made.shape, made.type = shapes.get(made, table), kind
     else:
         result = tape.op("Reshape", [result, line_of(tape, 0, heads, -1, depth)])
+    if share is not None:
+        result.shape, result.type = old.shape, kind
+        result = tape.op("Mul", [result, share])
     result.shape, result.type = old.shape, kind
     name_nodes(tape.nodes, f"{old.name}_spelled_out")
     for new in tape.nodes:
@@ -73,8 +79,3 @@ def spell_out(graph: ir.Graph, node: ir.Node, added: ir.Value | None, author: st
     graph.remove(node, safe=True)
     name = old.name
     old.name, result.name = f"{name}_whole", name
-
-
-def line_of(tape: ir.tape.Tape, *sizes: int) -> ir.Value:
-    """A constant of whole numbers, shape (sizes,)."""
-    return tape.op("Constant", [], {"value": ir.tensor(np.array(sizes, np.int64))})

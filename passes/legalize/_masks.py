@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import name_nodes
+from planish.optimizer.graph import copy_location, name_nodes, stand_in
+from planish.passes._mask_values import LOWEST, mask_values, number
 
 
 @dataclass
@@ -18,12 +19,16 @@ class AddedMasks:
     name: str
     """What the first is called; the others are numbered."""
     made: dict[int, ir.Value] = field(default_factory=dict)
+    rows: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def added(self, mask: ir.Value, reader: ir.Node) -> ir.Value:
-        """What is added to scores: 0 where a key is seen, else the lowest finite number."""
+        """What is added to scores: 0 where a key is seen, else the lowest finite number.
+
+        A row that sees nothing gets the mean of all values with it: `shares` makes zeros of that.
+        """
         if id(mask) not in self.made:
             tape = ir.tape.Tape()
-            lowest = number(tape, float(np.finfo(np.float32).min))
+            lowest = number(tape, LOWEST)
             if mask.dtype == ir.DataType.BOOL:
                 added = tape.op("Where", [mask, number(tape, 0.0), lowest])
             else:  # minus infinity may stand in it
@@ -36,7 +41,44 @@ class AddedMasks:
             self.made[id(mask)] = added
         return self.made[id(mask)]
 
+    def shares(self, mask: ir.Value, reader: ir.Node) -> ir.Value | None:
+        """What rows of results are multiplied by: 1, 0 for a query that sees no key, NaN where the mask is NaN.
 
-def number(tape: ir.tape.Tape, value: float) -> ir.Value:
-    """A constant of type FLOAT without axes."""
-    return tape.op("Constant", [], {"value": ir.tensor(np.array(value, np.float32))})
+        None if the mask holds numbers above the lowest only, which stands for minus infinity as in ONNX Runtime. The
+        shape is that of the mask with 1 for the keys.
+        """
+        held = mask_values(mask)
+        if mask.dtype != ir.DataType.BOOL and held.low > LOWEST and not held.hides and not held.nan:
+            return None
+        if mask not in self.rows:
+            tape = ir.tape.Tape()
+            last, one, zero = line_of(tape, -1), number(tape, 1.0), number(tape, 0.0)
+            if mask.dtype == ir.DataType.BOOL:
+                share = tape.op("ReduceMax", [tape.op("Where", [mask, one, zero]), last], {"keepdims": 1})
+            else:
+                highest = tape.op("ReduceMax", [mask, last], {"keepdims": 1})
+                share = tape.op("Where", [tape.op("Greater", [highest, number(tape, LOWEST)]), one, zero])
+            if held.nan:  # a row is NaN as a whole; the highest of NaN is another number on some processors
+                first = tape.op("Slice", [mask, line_of(tape, 0), line_of(tape, 1), last])
+                share = tape.op("Where", [tape.op("IsNaN", [first]), first, share])
+            name_nodes(tape.nodes, f"{self.name}_share_{len(self.rows)}")
+            share.type = ir.TensorType(ir.DataType.FLOAT)
+            share.shape = None if mask.shape is None else ir.Shape([*mask.shape[:-1], 1])
+            self.graph.insert_before(reader, tape.nodes)
+            self.rows[mask] = share
+        return self.rows[mask]
+
+
+def line_of(tape: ir.tape.Tape, *sizes: int) -> ir.Value:
+    """A constant of whole numbers, shape (sizes,)."""
+    return tape.op("Constant", [], {"value": ir.tensor(np.array(sizes, np.int64))})
+
+
+def scale_rows(graph: ir.Graph, node: ir.Node, share: ir.Value) -> None:
+    """Multiply the rows of what an attention gives."""
+    old = node.outputs[0]
+    product = ir.node("Mul", [old, share], name=f"{old.name}_shares")
+    stand_in(old, product.outputs[0], "of_all_rows")
+    product.replace_input_with(0, old)
+    copy_location(node, product)
+    graph.insert_after(node, product)

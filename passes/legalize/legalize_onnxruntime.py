@@ -28,7 +28,7 @@ from planish.optimizer.graph import add_initializer, location_of, rank_of, sole_
 from planish.optimizer.quantizing import products_of
 from planish.passes._flat_attention import flatten
 from planish.passes.legalize._forms import ask_about_attention, ask_about_sums
-from planish.passes.legalize._masks import AddedMasks
+from planish.passes.legalize._masks import AddedMasks, scale_rows
 
 _CONTRIB = "com.microsoft"
 _RANK = 4
@@ -153,8 +153,11 @@ def _multi_head(model: ir.Model, node: ir.Node, masks: AddedMasks) -> str | None
         return "its queries and keys differ in heads, which MultiHeadAttention does not know"
     if any(value is None or value.dtype != ir.DataType.FLOAT for value in node.inputs[:3]):
         return "its operands are not known to be of type FLOAT, as its mask would be"
-    if mask is not None and rank_of(mask) != _RANK:
+    if mask is not None and (mask.shape is None or len(mask.shape) != _RANK):
         return "its mask is not known to have rank four"
+    share = None if mask is None else masks.shares(mask, node)
+    if share is not None and (mask is None or mask.shape is None or mask.shape[1] != 1):
+        return "its mask is not one for all heads, and rows may see no key"
     added = [] if mask is None else [None, None, masks.added(mask, node)]
     scaled = {} if scale is None else {"scale": scale.as_float()}
     fused = ir.node(
@@ -166,5 +169,13 @@ def _multi_head(model: ir.Model, node: ir.Node, masks: AddedMasks) -> str | None
         metadata_props=dict(node.metadata_props),
     )
     _replace(model.graph, [node], fused)
+    if share is not None:  # of (batch, 1, queries, 1), for (batch, queries, hidden)
+        axis = ir.node("Constant", [], {"value": ir.tensor(np.array([1], np.int64))}, name=f"{fused.name}_heads")
+        squeezed = ir.node("Squeeze", [share, axis.outputs[0]], name=f"{fused.name}_share")
+        for made in (axis, squeezed):
+            made.outputs[0].name = made.name
+        squeezed.outputs[0].type = share.type
+        model.graph.insert_before(fused, [axis, squeezed])
+        scale_rows(model.graph, fused, squeezed.outputs[0])
     model.opset_imports.setdefault(_CONTRIB, 1)
     return None

@@ -1,14 +1,15 @@
 """Write what OpenVINO's CPU plugin runs fastest.
 
 Before:  o = Attention <scale=0.125> (q, k, v, mask)                                        mask: bool, shared by layers
-After:   m = Where (mask, 0, lowest);  s = Mul (q, 0.125);  t = Transpose (k);  a = MatMul (s, t);  b = Add (a, m)
-         p = Softmax (b);  o = MatMul (p, v)
-         m = Where (mask, 0, lowest);  o = Attention <scale=0.125> (q, k, v, m)             where k comes from a cache
+After:   m = Where (mask, 0, lowest);  h = ReduceMax <keepdims=1> (Where (mask, 1, 0), {-1})
+         s = Mul (q, 0.125);  t = Transpose (k);  a = MatMul (s, t);  b = Add (a, m);  p = Softmax (b)
+         o = Mul (MatMul (p, v), h)
+         m, h as above;  o = Mul (Attention <scale=0.125> (q, k, v, m), h)                  where k comes from a cache
 
 The frontend writes an Attention with a guard behind it, IsNaN and Select over the whole result, in case a query sees no
 key, and selects by a boolean mask anew in every layer; the kernel that keeps a cache takes more than three times as
-long with one. With the lowest finite number instead of minus infinity there is nothing to guard: a query that sees
-nothing gets the mean of what it must not see, and means as little as before. The plugin makes one kernel of the five
+long with one. With the lowest finite number instead of minus infinity there is nothing to guard, and a query that sees
+nothing gets its zeros from h, one number a row, which all layers share. The plugin makes one kernel of the five
 operators, and of an Attention behind a cache one that keeps it.
 """
 
@@ -21,8 +22,8 @@ import onnx_ir as ir
 
 from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.graph import FINITE_MASK, location_of, name_nodes, rank_of
-from planish.passes.legalize._attention import heads_of, line_of, size_of_heads, softcap_of, spell_out
-from planish.passes.legalize._masks import AddedMasks
+from planish.passes.legalize._attention import heads_of, size_of_heads, softcap_of, spell_out
+from planish.passes.legalize._masks import AddedMasks, line_of, scale_rows
 
 _KNOWN = frozenset({"scale", "is_causal", "qk_matmul_output_mode", "softcap"})
 _RANK = 4
@@ -37,7 +38,8 @@ class LegalizeOpenVino(Pass):
     2. Attention behind a cache, capped, with grouped heads, causal by attribute or of rank three stays one operator,
        and gets the mask of numbers. Heads of a cache that serve several queries are repeated by an Expand, which the
        plugin's kernel takes in; the frontend would repeat them by a Tile, which it does not.
-    3. A mask that is given, not computed from one of tokens, is left as it is: a row that hides everything may count.
+    3. A row of a mask that hides everything gives zeros, as before; one that is NaN gives NaN. A mask of finite numbers
+       hides nothing.
     """
 
     name: ClassVar[str] = "legalize-openvino"
@@ -50,20 +52,31 @@ class LegalizeOpenVino(Pass):
             reason, mask = _obstacle(node), node.inputs[3] if len(node.inputs) > 3 else None
             if any(value is not None and value.dtype != ir.DataType.FLOAT for value in node.inputs[:3]):
                 result.refusals.append(Refusal.at(node, "its operands are not of type FLOAT", node.outputs[0]))
-            elif mask is not None and mask.producer() is None:
-                result.refusals.append(Refusal.at(node, "its mask is given, rows that hide everything may count", mask))
-            elif reason is not None and (mask is None or mask.dtype != ir.DataType.BOOL or mask.shape is None):
+            elif reason is not None and not _takes_numbers(node, mask):
                 result.refusals.append(Refusal.at(node, reason, node.outputs[0]))
             elif admitted():
                 result.sites.append(location_of(node))
+                added, share = (None, None) if mask is None else (masks.added(mask, node), masks.shares(mask, node))
                 if reason is None:
-                    spell_out(model.graph, node, None if mask is None else masks.added(mask, node), self.name)
-                elif mask is not None:
-                    node.replace_input_with(3, masks.added(mask, node))
+                    spell_out(model.graph, node, added, self.name, share)
+                elif added is not None:
+                    node.replace_input_with(3, added)
                     node.metadata_props[FINITE_MASK] = self.name
                     _repeat_heads(model.graph, node)
+                    if share is not None:
+                        scale_rows(model.graph, node, share)
         result.modified = bool(result.sites)
         return result
+
+
+def _takes_numbers(node: ir.Node, mask: ir.Value | None) -> bool:
+    """Whether an attention that stays one operator gets its mask in numbers.
+
+    Not beside causal order, which may hide what the mask shows, nor of rank three, where rows are other than the mask's.
+    """
+    given = mask is not None and mask.dtype == ir.DataType.BOOL and mask.shape is not None
+    ordered = node.attributes.get_int("is_causal", 0)
+    return given and not ordered and all(rank_of(value) == _RANK for value in node.inputs[:3])
 
 
 def _repeat_heads(graph: ir.Graph, node: ir.Node) -> None:

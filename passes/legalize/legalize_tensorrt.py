@@ -48,7 +48,8 @@ class LegalizeTensorRt(Pass):
                 result.refusals.append(Refusal.at(node, reason, node.outputs[0]))
             elif softcap_of(node) and admitted():
                 result.sites.append(location_of(node))
-                spell_out(model.graph, node, None if mask is None else masks.added(mask, node), self.name)
+                added, share = (None, None) if mask is None else (masks.added(mask, node), masks.shares(mask, node))
+                spell_out(model.graph, node, added, self.name, share)
             elif not softcap_of(node) and mask is not None and _spread(model.graph, node, mask):
                 result.sites.append(location_of(node))
         result.modified = bool(result.sites)
