@@ -72,7 +72,7 @@ class LegalizeOpenVino(Pass):
 def _takes_numbers(node: ir.Node, mask: ir.Value | None) -> bool:
     """Whether an attention that stays one operator gets its mask in numbers.
 
-    Not beside causal order, which may hide what the mask shows, nor of rank three, where rows are other than the mask's.
+    Not beside causal order, which may hide what the mask shows, nor of rank three, whose rows are not the mask's.
     """
     given = mask is not None and mask.dtype == ir.DataType.BOOL and mask.shape is not None
     ordered = node.attributes.get_int("is_causal", 0)
