@@ -121,6 +121,7 @@ def request_of(
     reference: str = "full",
 ) -> Request:
     """The request, or UsageError: the preset is `exact` where nothing is said."""
+    targets, keep = _several(targets), _several(keep)
     _refuse_idle(reference, keep, shapes, evaluate, runs=pipeline is not None, calibrated=calibrated)
     if preset is not None and pipeline is not None:
         raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
@@ -152,6 +153,11 @@ def request_of(
         last_logits=logits == "last",
         profile=None if profile is None else Path(profile),
     )
+
+
+def _several(texts: Sequence[str]) -> Sequence[str]:
+    """The texts; a single one, which is a sequence of letters, as one."""
+    return (texts,) if isinstance(texts, str) else texts
 
 
 def _refuse_idle(

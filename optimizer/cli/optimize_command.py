@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
 from planish.optimizer.cli.completion import complete_pipeline, complete_presets, complete_targets, complete_tasks
 from planish.optimizer.cli.options import (
+    Sectioned,
     existing,
     expect_option,
     fix_option,
@@ -22,7 +23,16 @@ from planish.optimizer.cli.options import (
 )
 
 
-@click.command("optimize")
+class _Optimize(Sectioned):
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {
+        "What to build": ("out", "task", "targets", "preset", "pipeline", "adapter", "logits", "fix"),
+        "How close it must stay": ("keep", "evaluate", "expect", "calibration", "samples", "reference"),
+        "What is timed": ("shapes", "profile"),
+        "Building again": ("lock", "depfile"),
+    }
+
+
+@click.command("optimize", cls=_Optimize)
 @click.argument("source", type=existing)
 @click.option(
     "-o", "--output", "out", type=existing, required=True, help="The folder to make; appears complete or not at all."

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
 from planish.optimizer.cli.completion import complete_budget, complete_expectation
 from planish.optimizer.errors import UsageError
+
+
+class Sectioned(click.Command):
+    """A command whose help lists its options under headings."""
+
+    sections: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Heading -> names of the parameters below it; those without one come last."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each section; an option of a name that does not exist is a KeyError."""
+        helped = ((parameter.name, parameter.get_help_record(ctx)) for parameter in self.get_params(ctx))
+        records = {name: record for name, record in helped if record is not None}
+        headed = {name for names in self.sections.values() for name in names}
+        rest = [name for name in records if name not in headed]
+        for heading, names in {**self.sections, "Other options": rest}.items():
+            with formatter.section(heading):
+                formatter.write_dl([records[name] for name in names])
+
 
 existing = click.Path(path_type=Path, readable=False)  # what cannot be read is bad input, and told as such
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")

@@ -79,6 +79,10 @@ def lower(
         raise UsageError("an adapter is merged into a checkpoint folder", where="--adapter", advice="give its base")
     if last_logits and not (isinstance(source, str | Path) and Path(source).is_dir()):
         raise UsageError("only a checkpoint folder is lowered so", where="--logits last", advice="leave it out")
+    if isinstance(source, str | Path) and (sample_inputs is not None or dynamic_axes is not None):
+        raise UsageError("sample_inputs and dynamic_axes are for a module", where=source, advice="leave them out")
+    if not isinstance(source, str | Path) and task is not None:
+        raise UsageError("a module serves no named task", where=f"task {task!r}", advice="leave it out")
     if not isinstance(source, str | Path):
         return _lower_module(source, sample_inputs, dynamic_axes or {})
     path = Path(source)
@@ -129,10 +133,16 @@ def _absent(path: Path, wanted: str) -> BadInput:
 def _lower_file(path: Path, task: str | None) -> Lowered:
     from planish.optimizer.lowering import onnx_file
     from planish.optimizer.lowering.checkpoint import companions_in
-    from planish.optimizer.lowering.tasks import resolve
+    from planish.optimizer.lowering.tasks import TASKS, resolve
     from planish.optimizer.sentence_modules import read_modules
 
     program, original = onnx_file.lower(path, None if task is None else resolve(task))
+    outputs = [tensor.name for tensor in program.sole()[1].outputs]
+    absent = [name for name in (TASKS[program.task].outputs if task is not None else ()) if name not in outputs]
+    if absent:
+        raise UsageError(
+            f"this file has no output {absent[0]!r}", where=f"--task {task}", advice=f"it has: {', '.join(outputs)}"
+        )
     if program.task == "feature-extraction":
         read_modules(path.parent)
     companions = tuple(companions_in(path.parent))

@@ -141,3 +141,14 @@ def test_the_demo_ends_with_what_to_do_next() -> None:
     )
     assert f'export PATH="{ROOT / ".venv" / "bin"}:$PATH"' in said.stdout
     assert "planish run build/demo/fast --text" in said.stdout
+
+
+def test_the_help_of_optimize_has_every_option_under_one_heading(command: Planish) -> None:
+    from planish.optimizer.cli.optimize_command import command as optimize
+
+    told = command("optimize", "--help").stdout
+    for parameter in optimize.params:
+        for name in parameter.opts[-1:] if parameter.name != "source" else ():
+            assert len(re.findall(rf"^ +(-\w, )?{name}(\s|$)", told, re.MULTILINE)) == 1, name
+    headings = re.findall(r"^(\S.*):$", told, re.MULTILINE)
+    assert headings == [*type(optimize).sections, "Other options"]

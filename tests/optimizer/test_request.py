@@ -310,3 +310,19 @@ def test_options_of_run_that_do_not_apply(name: str) -> None:
     lines = command.make_context("run", ["engine", "--input", "a.txt", "--output", "b", "--pair", "a"])
     with pytest.raises(UsageError, match="every line of --input has its own"):
         refuse_idle(lines, answerer)
+
+
+def test_what_is_said_of_a_source_that_it_cannot_mean(graph: Path) -> None:
+    import torch
+
+    refused(USAGE, "this file has no output 'logits'; it has: y", "optimize", graph, "-o", "x", "--task", "fill-mask")
+    with pytest.raises(UsageError, match="are for a module"):
+        lower(graph, sample_inputs={"x": torch.ones(1, 4)})
+    with pytest.raises(UsageError, match="a module serves no named task"):
+        lower(torch.nn.ReLU(), "fill-mask", sample_inputs={"input": torch.ones(1, 4)})
+
+
+def test_a_single_text_is_one_target_and_one_budget() -> None:
+    request = request_of("openvino", "fast", None, "cosine>=0.5", [], None, None, None, "all", calibrated=False)
+    assert [target.name for target in request.targets] == ["openvino"]
+    assert str(request.asked) == "cosine>=0.5"
