@@ -119,8 +119,9 @@ def test_a_hub_id_is_answered_with_how_to_fetch_it(name: str, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     command = f"hf download {name} --local-dir {name.rpartition('/')[2]}"
     refused(BAD_INPUT, f"fetch it with `{command}` and give that folder", "optimize", name, "-o", "out")
-    refused(BAD_INPUT, command, "optimize", tmp_path, "-o", "out", "--adapter", name)
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "checkpoint").mkdir()
+    refused(BAD_INPUT, command, "optimize", "checkpoint", "-o", "out", "--adapter", name)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 @pytest.mark.parametrize("name", ["below/none", "model.onnx", "/none/of/it", "../none"])
