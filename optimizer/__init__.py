@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from planish.optimizer.driver import Result, optimize, verify
     from planish.optimizer.errors import PlanishError
     from planish.optimizer.generate import Decoding, Sampling
+    from planish.optimizer.loading import LoadedModel, load
     from planish.optimizer.pipeline import Pipeline
     from planish.optimizer.program import Program, Signature
     from planish.optimizer.stages import Progress
@@ -31,6 +32,7 @@ _HOMES = {
     "Comparison": "compare",
     "Decoding": "generate",
     "Engine": "backend",
+    "LoadedModel": "loading",
     "Pass": "base",
     "PassResult": "base",
     "Pipeline": "pipeline",
@@ -42,6 +44,7 @@ _HOMES = {
     "Sampling": "generate",
     "Signature": "program",
     "bench": "benching",
+    "load": "loading",
     "optimize": "driver",
     "verify": "driver",
 }
@@ -52,6 +55,7 @@ __all__ = [
     "Comparison",
     "Decoding",
     "Engine",
+    "LoadedModel",
     "Pass",
     "PassResult",
     "Pipeline",
@@ -63,13 +67,18 @@ __all__ = [
     "Sampling",
     "Signature",
     "bench",
+    "load",
     "optimize",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home."""
+    """Import a public name from its home; `__version__` is read from the installed distribution."""
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("planish")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

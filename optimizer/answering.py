@@ -144,14 +144,14 @@ def with_raw_scores(answerer: AnyAnswerer) -> AnyAnswerer:
     return replace(answerer, raw=True)
 
 
-def open_answerer(path: Path, target: str | None = None) -> AnyAnswerer:
+def open_answerer(path: Path, target: str | None = None, engine: Engine | None = None) -> AnyAnswerer:
     """Open an output (its first engine that runs here, or ``target``'s) or an engine folder, with its tokenizer.
 
     What opens is a `Writer` where the task is to generate (a `Transcriber` if it hears), and a `Perceiver` for images.
     """
     from planish.optimizer.lowering.tokenizer import load_tokenizer
 
-    folder, text = _engine_folder(path, target)
+    folder, text = engine_at(path, target)
     manifest = Manifest.read(folder.parent) if (folder.parent / MANIFEST).is_file() else None
     tokenizer = load_tokenizer(folder)
     signatures = [] if manifest is None else [record.signature() for record in manifest.signatures.values()]
@@ -159,7 +159,7 @@ def open_answerer(path: Path, target: str | None = None) -> AnyAnswerer:
     task = manifest.task if manifest is not None else _task(config, folder)
     if manifest is not None and any(signature.cached for signature in signatures):
         return _open_writer(folder, text, manifest, signatures[0], tokenizer)
-    engine = registry.backend(text).open(folder)
+    engine = engine or registry.backend(text).open(folder)
     signature = signatures[0] if signatures else Signature(engine.inputs, engine.outputs)
     if takes_arrays(signature.inputs):
         return perceiver(engine, signature, task, config, folder)
@@ -192,7 +192,8 @@ def _no_tokenizer(folder: Path) -> BadInput:
     )
 
 
-def _engine_folder(path: Path, target: str | None) -> tuple[Path, str]:
+def engine_at(path: Path, target: str | None) -> tuple[Path, str]:
+    """The folder of an engine of an output (the first that runs here, or ``target``'s), and what opens it."""
     if not (path / MANIFEST).is_file():
         return path, target or target_of(path)
     manifest = Manifest.read(path)

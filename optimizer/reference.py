@@ -87,7 +87,11 @@ class Reference:
         if not inputs:
             raise BadInput("this holds no cases", where=folder / "inputs.safetensors", advice="build it again")
         measured = noise.keys() - {CACHE}
-        if len(inputs) != len(outputs) or not all(measured <= case.keys() == outputs[0].keys() for case in outputs):
+        if (
+            not outputs
+            or len(inputs) != len(outputs)
+            or not all(measured <= case.keys() == outputs[0].keys() for case in outputs)
+        ):
             raise BadInput(
                 f"its {len(inputs)} inputs and {len(outputs)} outputs do not belong together, or some of "
                 f"{', '.join(sorted(measured))} are missing",
