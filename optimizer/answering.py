@@ -17,7 +17,16 @@ from planish.optimizer.fitting import Room
 from planish.optimizer.json_files import read_object
 from planish.optimizer.manifest import Manifest, engine_folder
 from planish.optimizer.output import MANIFEST
-from planish.optimizer.perceiving import Perceiver, classes, label, perceiver, softmax, takes_arrays, transcriber
+from planish.optimizer.perceiving import (
+    Perceiver,
+    classes,
+    label,
+    perceiver,
+    projected,
+    softmax,
+    takes_arrays,
+    transcriber,
+)
 from planish.optimizer.program import Signature
 from planish.optimizer.questions import Question, read_questions
 from planish.optimizer.sentence_modules import SentenceModules, read_modules
@@ -227,10 +236,15 @@ def _longest(manifest: Manifest | None, tokenizer: Any, folder: Path, asked: int
 def _embeddings(
     answerer: Answerer, _: Sequence[Question], encoded: Mapping[str, Any], outputs: Arrays
 ) -> list[dict[str, Any]]:
-    """Pooled and projected as the checkpoint's sentence-transformers files say; the mean of the tokens without any."""
+    """Pooled and projected as the checkpoint's sentence-transformers files say; the mean of the tokens without any.
+
+    Classes with a projection of their own give the vector itself.
+    """
     counted = np.asarray(encoded["attention_mask"])
     prompt_length = answerer.modules.prompt_length(answerer.prompt, answerer.tokenizer)
-    vectors = answerer.modules.embed(outputs["last_hidden_state"], counted, prompt_length)
+    vectors = projected(outputs)
+    if vectors is None:
+        vectors = answerer.modules.embed(outputs["last_hidden_state"], counted, prompt_length)
     return [{"embedding": [float(value) for value in row]} for row in vectors]
 
 

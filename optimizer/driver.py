@@ -399,6 +399,7 @@ def _write(folder: Path, builder: Builder, built: Sequence[Built], data: Samples
     manifest.write(folder)
     made_up = origin not in (NOTHING, GIVEN)
     told = [f"calibrated on inputs {origin}, which are not like yours: give --calibration"] if made_up else []
+    told += lowered.program.provenance.notes if lowered.program.provenance.kind == "checkpoint" else ()
     return Result(folder, manifest, measurements, [*builder.notes, *told])
 
 

@@ -129,10 +129,18 @@ def classes(config: Mapping[str, Any], outputs: Arrays, raw: bool = False) -> li
 
 
 def _embeddings(_: Mapping[str, Any], outputs: Arrays, __: bool) -> list[dict[str, Any]]:
-    """The mean over all places of an image: patches (batch, places, size), or a map (batch, size, height, width)."""
-    hidden = outputs["last_hidden_state"]
-    places = {3: (1,), 4: (2, 3)}.get(hidden.ndim, ())
-    return [{"embedding": [float(value) for value in row]} for row in hidden.mean(axis=places)]
+    """The model's own, or the mean of all places: patches (batch, places, size), a map (batch, size, height, width)."""
+    vectors = projected(outputs)
+    if vectors is None:
+        hidden = outputs["last_hidden_state"]
+        vectors = hidden.mean(axis={3: (1,), 4: (2, 3)}.get(hidden.ndim, ()))
+    return [{"embedding": [float(value) for value in row]} for row in vectors]
+
+
+def projected(outputs: Arrays) -> np.ndarray | None:
+    """One vector for each text or image, where the class of the model gives that itself: CLIP's projections, DPR."""
+    names = ["text_embeds", "image_embeds", *([] if "last_hidden_state" in outputs else ["pooler_output"])]
+    return next((np.asarray(outputs[name]) for name in names if name in outputs), None)
 
 
 _ANSWERS: Mapping[str, Callable[[Mapping[str, Any], Arrays, bool], list[dict[str, Any]]]] = {

@@ -131,9 +131,11 @@ GENERATORS = [
     _writer("gemma2", **_GROUPED, head_dim=10, sliding_window=8, query_pre_attn_scalar=10),
     _writer("stablelm", num_key_value_heads=3, partial_rotary_factor=0.25),
     _writer("olmo2", num_key_value_heads=3),
+    _writer("mpt", d_model=32, n_heads=4, n_layers=2, max_seq_len=48, expansion_ratio=2, max_position_embeddings=...),
+    _writer("xglm", d_model=24, num_layers=2, attention_heads=3, ffn_dim=40, pad_token_id=1, bos_token_id=0),
     Species("t5", "text2text-generation", _T5),
     Species("mt5", "text2text-generation", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-    *(Species(kind, "text2text-generation", _TRANSLATOR) for kind in ("bart", "mbart", "marian", "pegasus")),
+    *(Species(kind, "text2text-generation", _TRANSLATOR) for kind in ("bart", "mbart", "marian", "pegasus", "m2m_100")),
     Species("whisper", "automatic-speech-recognition", _HEARD),
 ]
 """Decoders and encoder-decoders: grouped and shared heads, windows, experts, tied and untied, odd head sizes."""

@@ -34,15 +34,26 @@ def lower(checkpoint: Checkpoint, kind: Literal["here", "background", "offload"]
     model = skeleton(checkpoint)
     rope.trace_frequencies(model)
     binding = bind(model, checkpoint)
-    provenance = Provenance("checkpoint", type(model).__name__, checkpoint.hashes(), rope.notes(model))
+    notes = (*_other_class(type(model).__name__, checkpoint), *rope.notes(model))
+    provenance = Provenance("checkpoint", type(model).__name__, checkpoint.hashes(), notes)
     program = Program({}, {}, checkpoint.task, provenance)
     for describe in _DESCRIPTIONS[TASKS[checkpoint.task].family]:
         component, graph, signature = lower_component(model, describe, binding, checkpoint)
         axes = limit_axes(signature.axes, model, checkpoint)
         program.components[component.name] = graph
         program.signatures[component.name] = replace(signature, axes=axes)
+        if component.left_out:
+            said = f"outputs of {type(model).__name__} that are not taken: {', '.join(component.left_out)}"
+            program.provenance = replace(program.provenance, notes=(*program.provenance.notes, said))
         original.ask_for(component.name, component.call, [tensor.name for tensor in signature.outputs])
     return program, original
+
+
+def _other_class(lowered: str, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """For the reader of a manifest: that the head is another than the checkpoint was saved with."""
+    named = checkpoint.architecture
+    said = f"config.json names {named}; lowered is {lowered}, which serves {checkpoint.task}"
+    return (said,) if named is not None and named != lowered else ()
 
 
 def _original(checkpoint: Checkpoint, kind: str) -> TorchOriginal:

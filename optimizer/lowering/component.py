@@ -29,8 +29,11 @@ class Component:
     call: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
+    """Every tensor that the call gives, if there are none."""
     role: Role
     """What the outputs mean that are not of the cache."""
+    left_out: tuple[str, ...] = ()
+    """Tensors that the traced call gave as well."""
 
 
 Describe = Callable[[Any, Checkpoint], Component]
@@ -70,12 +73,14 @@ def _trace(model: Any, describe: Describe, checkpoint: Checkpoint) -> tuple[Comp
                     axes = {
                         t.name: {i: d for i, d in enumerate(t.shape) if isinstance(d, str)} for t in component.inputs
                     }
-                    graph, ranges = exporter.export(model, CALLS[component.call], sample, axes, component.outputs)
+                    graph, ranges, given = exporter.export(
+                        model, CALLS[component.call], sample, axes, component.outputs
+                    )
                 except BadInput as error:
                     failure = error
                     continue
             if all(grow(graph, stack) for stack in cuts):
-                return component, graph, ranges
+                return replace(component, left_out=given.left_out), graph, ranges
     raise failure
 
 
@@ -119,7 +124,7 @@ def probing(model: Any, checkpoint: Checkpoint, failure: str | None = None) -> I
             yield
     except (AttributeError, TypeError, IndexError, ValueError, RuntimeError) as error:
         what = failure or f"the cache of {type(model).__name__} is not one of keys and values"
-        raise BadInput(f"{what}: {' '.join(str(error).split())[:300]}", where=checkpoint.folder) from error
+        raise BadInput(f"{what}: {exporter.cause_of(error)}", where=checkpoint.folder) from error
     finally:
         for module, buffers in kept:
             module._buffers.update(buffers)

@@ -12,15 +12,16 @@ from planish.optimizer.lowering import image
 from planish.optimizer.lowering.calls import required_parameters
 from planish.optimizer.lowering.checkpoint import Checkpoint
 from planish.optimizer.lowering.component import Component
-from planish.optimizer.lowering.tasks import TASKS
+from planish.optimizer.lowering.tasks import TASKS, is_in_no_table
 from planish.optimizer.program import Role, TensorSpec
 
 
 def describe(model: Any, checkpoint: Checkpoint) -> Component:
     """The one component of an encoder."""
     spec = TASKS[checkpoint.task]
+    outputs = () if is_in_no_table(type(model).__name__, checkpoint.task) else spec.outputs
     find = image.find_inputs if image.sees(model) else find_inputs
-    return Component("model", "plain", find(model, checkpoint), spec.outputs, spec.role)
+    return Component("model", "plain", find(model, checkpoint), outputs, spec.role)
 
 
 def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
@@ -31,9 +32,15 @@ def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
     """
     parameters = inspect.signature(type(model).forward).parameters
     config = checkpoint.config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
+    if "decoder_input_ids" in parameters:
         raise BadInput(
             f"{type(model).__name__} has a decoder, which this version does not lower", where=checkpoint.folder
+        )
+    if "pixel_values" in parameters:
+        raise BadInput(
+            f"{type(model).__name__} takes texts and images in one call, which this version does not lower",
+            where=checkpoint.folder,
+            advice="save the part that is needed, such as CLIPTextModelWithProjection, as a checkpoint of its own",
         )
     shape = (*TASKS[checkpoint.task].leading, "sequence")
     pad = getattr(config, "pad_token_id", None)

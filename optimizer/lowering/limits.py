@@ -15,6 +15,11 @@ from planish.optimizer.program import PAST, Axis
 
 _LONGEST = 1 << 20
 """Tokenizers that know no limit say so with a huge number; anything above this is no limit."""
+_LIMITS = (
+    "max_position_embeddings", "max_target_positions", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length",
+    "max_encoder_position_embeddings", "max_decoder_position_embeddings",
+)  # fmt: skip
+"""Names that configurations have for the longest sequence of tokens."""
 
 
 def limit_axes(axes: Mapping[str, Axis], model: Any, checkpoint: Checkpoint) -> dict[str, Axis]:
@@ -31,19 +36,34 @@ def _limited(axis: Axis, limits: list[int]) -> Axis:
 
 
 def _position_limit(model: Any, config: Any) -> int | None:
-    """Rows of the position table that a sequence can use: tables with a padding row start behind it."""
+    """Tokens that the positions of the model reach: the configuration's number, less where a table holds fewer rows.
+
+    Dynamic NTK scaling goes beyond the number of its configuration.
+    """
     config = config.get_text_config()
-    rows = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", None))
-    if not isinstance(rows, int) or rows <= 0:
-        return None
-    paddings = [
-        module.padding_idx
+    stretched = rope.longest(config)
+    configured = [getattr(config, name, None) for name in _names_of_limits(config)]
+    numbers = [number for number in configured if isinstance(number, int) and number > 0]
+    return min([stretched or min(numbers), *_table_limits(model)]) if numbers else None
+
+
+def _names_of_limits(config: Any) -> list[str]:
+    """What this class of configuration calls its longest sequence; a stray key of another name says nothing."""
+    names = [name for name in _LIMITS if hasattr(type(config), name) or name in config.attribute_map]
+    return names or [name for name in _LIMITS[:2] if hasattr(config, name)][:1]
+
+
+def _table_limits(model: Any) -> list[int]:
+    """Rows that tables of positions have behind their padding row, where the positions of tokens start.
+
+    Tables of sines may be buffers called `weights`, which grow while PyTorch runs and are of one size in a graph.
+    """
+    tables = [
+        (getattr(module, "weight", getattr(module, "weights", None)), module.padding_idx)
         for name, module in model.named_modules()
-        if "position" in name and hasattr(module, "padding_idx") and module.weight.shape[0] == rows
+        if "position" in name and isinstance(getattr(module, "padding_idx", None), int)
     ]
-    rows = rope.longest(config) or rows
-    offset = next((padding + 1 for padding in paddings if padding is not None), 0)
-    return rows - offset
+    return [table.shape[0] - padding - 1 for table, padding in tables if table is not None]
 
 
 def _tokenizer_limit(folder: Path) -> int | None:

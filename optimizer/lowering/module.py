@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,20 @@ Axes = Mapping[str, Mapping[int, str]]
 """For each input, the name of each dynamic axis by its position."""
 
 
+@dataclass
+class Given:
+    """Names of the tensors that a call gave: those that were kept, in order, and the others."""
+
+    chosen: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
 def wrap(module: Any, call: Call, names: Iterable[str], outputs: Sequence[str]) -> Any:
-    """A module that takes the inputs called ``names`` in order and gives the wanted outputs as a tuple."""
+    """A module that takes the inputs called ``names`` in order and gives the wanted outputs as a tuple.
+
+    It gives all where none are wanted, or others than it has (a projection has no hidden states). Its attribute
+    ``given`` says afterwards which these were.
+    """
     import torch
 
     keywords = list(names)
@@ -39,22 +53,27 @@ def wrap(module: Any, call: Call, names: Iterable[str], outputs: Sequence[str]) 
         def __init__(self) -> None:
             super().__init__()
             self.module = module
+            self.given = Given()
 
         def forward(self, *args: Any) -> tuple[Any, ...]:
             result = call(self.module, dict(zip(keywords, args, strict=True)))
-            return tuple(result[name] for name in outputs)
+            wanted = bool(outputs) and set(outputs) <= result.keys()
+            # Loaders take the first output where they know none by its name.
+            chosen = tuple(outputs) if wanted else tuple(sorted(result, key="last_hidden_state".__ne__))
+            self.given.chosen, self.given.left_out = chosen, tuple(name for name in result if name not in chosen)
+            return tuple(result[name] for name in chosen)
 
     return Flat()
 
 
 def export(
     module: Any, call: Call, inputs: Mapping[str, Any], axes: Axes, outputs: Sequence[str]
-) -> tuple[ir.Model, dict[str, Axis]]:
+) -> tuple[ir.Model, dict[str, Axis], Given]:
     """Lower one ``call`` of ``module`` with ``inputs`` (torch tensors by keyword) to an ONNX graph at opset 23.
 
-    ``axes`` names the dynamic axes, ``outputs`` the results to keep. Returns the graph, its initializers still those
-    of torch, and each axis with the sizes that the trace allows. BadInput if torch cannot capture the module with
-    these axes dynamic.
+    ``axes`` names the dynamic axes, ``outputs`` the results to keep (see `wrap`). Returns the graph, its
+    initializers still those of torch, each axis with the sizes that the trace allows, and the names of the outputs.
+    BadInput if torch cannot capture the module with these axes dynamic.
     """
     import torch
 
@@ -73,11 +92,11 @@ def export(
                 optimize=False,
                 verbose=False,
                 input_names=list(inputs),
-                output_names=list(outputs),
+                output_names=list(flat.given.chosen),
             )
         except Exception as error:
             raise BadInput(
-                f"torch cannot capture {type(module).__name__}: {' '.join(str(error).split())[:400]}",
+                f"torch cannot capture {type(module).__name__}: {cause_of(error)}",
                 advice="a module must trace with its batch and sequence axes dynamic",
             ) from error
     if program is None:
@@ -85,7 +104,26 @@ def export(
     model = program.model
     _drop_scalar_expands(model)
     spread_masks(model)
-    return model, _name_axes(model, axes, _limits(captured))
+    return model, _name_axes(model, axes, _limits(captured)), flat.given
+
+
+def cause_of(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom of an error, and the module of the model that it happened in.
+
+    torch's messages go on with pages of advice, stacks and addresses of objects.
+    """
+    bottom = error
+    while bottom.__cause__ is not None:
+        bottom = bottom.__cause__
+    lines = [line.strip() for line in str(bottom).splitlines() if line.strip()]
+    text = re.sub(r" at 0x[0-9a-f]+", "", lines[0] if lines else "")[:300]
+    owners = [
+        type(frame.f_locals["self"]).__name__
+        for frame, _ in traceback.walk_tb(bottom.__traceback__)
+        if "self" in frame.f_locals and frame.f_globals.get("__name__", "").startswith("transformers.models.")
+    ]
+    where = f" (in {owners[-1]})" if owners else ""
+    return f"{type(bottom).__name__}: {text}{where}" if text else f"{type(bottom).__name__}{where}"
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def lower(
         outputs = tuple(calls.module(module, inputs))
     notes: tuple[str, ...] = ()
     try:
-        graph, ranges = exporter.export(module, calls.module, inputs, axes, outputs)
+        graph, ranges, _ = exporter.export(module, calls.module, inputs, axes, outputs)
         tensors = {name: _tensor(name, value) for name, value in module.state_dict().items()}
         exporter.adopt_weights(graph, tensors, tensors.keys())
     except BadInput as refused:

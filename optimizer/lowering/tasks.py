@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.program import Role
@@ -49,6 +50,19 @@ TASKS: Mapping[str, TaskSpec] = {
 """Tasks that are lowered, by the names of optimum's taxonomy."""
 
 
+_NAMED: Mapping[str, str] = {
+    "EncoderModel": "feature-extraction",
+    "TextModel": "feature-extraction",
+    "VisionModel": "feature-extraction",
+    "WithProjection": "feature-extraction",
+    "ContextEncoder": "feature-extraction",
+    "QuestionEncoder": "feature-extraction",
+    "ForNextSentencePrediction": "text-classification",
+    "DPRReader": "question-answering",
+}
+"""Tasks of classes of transformers that are in no table of the taxonomy, by how their names end."""
+
+
 def resolve(name: str) -> str:
     """The name of a task, synonyms resolved; UsageError if this version does not lower it."""
     from optimum.exporters.tasks import TasksManager
@@ -73,11 +87,45 @@ def infer(architecture: str, where: object) -> str:
     for task, classes in sorted(tables.items()):
         if task in TASKS and architecture in _names(classes):
             return task
+    ending = next((ending for ending in _NAMED if architecture.endswith(ending)), None)
+    if ending is not None and _named_class(architecture) is not None:
+        return _NAMED[ending]
     other = next((task for task, classes in sorted(tables.items()) if architecture in _names(classes)), None)
     known = f"say which of {', '.join(TASKS)} it shall serve with --task"
     if other is not None:
         raise BadInput(f"{architecture} serves {other}, which this version does not lower", where=where, advice=known)
-    raise BadInput(f"the class {architecture!r} does not tell its task", where=where, advice=known)
+    outputs = _outputs_of(_named_class(architecture))
+    gives = f", which gives {', '.join(outputs)}," if outputs else ""
+    raise BadInput(f"the class {architecture!r}{gives} does not tell its task", where=where, advice=known)
+
+
+def _outputs_of(model_class: Any) -> list[str]:
+    """The outputs that the forward method of a class declares and not every class has; empty if it declares none."""
+    hint = inspect.signature(model_class.forward).return_annotation if model_class is not None else None
+    declared = next((part for part in (*get_args(hint), hint) if is_dataclass(part)), None)
+    names = [] if declared is None else [field.name for field in fields(declared)]
+    return [name for name in names if name not in _USUAL and not name.endswith("loss")]
+
+
+_USUAL = frozenset({"hidden_states", "attentions", "past_key_values", "cross_attentions"})
+"""Outputs that are asked for by flags, or belong to a cache."""
+
+
+def _named_class(architecture: str | None) -> Any:
+    """The model class of transformers that has this name; None if there is none."""
+    import transformers
+
+    named: Any = getattr(transformers, architecture or "", None)
+    is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    return named if is_model and named.config_class is not None else None
+
+
+def is_in_no_table(architecture: str, task: str) -> bool:
+    """Whether a class is served for its name alone: nobody has said which of its outputs count, so all do."""
+    from optimum.exporters.tasks import TasksManager
+
+    table: Mapping[str, Any] = TasksManager._TRANSFORMERS_TASKS_TO_MODEL_MAPPINGS[task]
+    return architecture.endswith(tuple(_NAMED)) and architecture not in _names(table)
 
 
 def _names(classes: Mapping[str, Any]) -> set[str]:
@@ -86,16 +134,22 @@ def _names(classes: Mapping[str, Any]) -> set[str]:
 
 
 def head_class(task: str, config: Any, architecture: str | None, where: object) -> type[Any]:
-    """The model class that serves ``task`` for ``config``; BadInput if the architecture has no such head."""
+    """The model class that serves ``task`` for ``config``: the one that it names, if that serves this task.
+
+    BadInput if the architecture has no such head.
+    """
     from optimum.exporters.tasks import TasksManager
 
     auto = TasksManager.get_model_class_for_task(task, model_class_name=TASKS[task].auto)
-    if type(config) not in auto._model_mapping:
+    listed = auto._model_mapping.get(type(config), ())
+    candidates = list(listed) if isinstance(listed, tuple | list) else [listed]
+    named = next((candidate for candidate in candidates if candidate.__name__ == architecture), None)
+    if named is None and task in (served for ending, served in _NAMED.items() if str(architecture).endswith(ending)):
+        other = _named_class(architecture)
+        named = other if other is not None and isinstance(config, other.config_class) else None
+    if named is None and not candidates:
         raise BadInput(
             f"{architecture or config.model_type} has no head for {task} in this version of transformers", where=where
         )
-    found = auto._model_mapping[type(config)]
-    candidates = found if isinstance(found, tuple | list) else (found,)
-    named = [candidate for candidate in candidates if candidate.__name__ == architecture]
-    chosen: type[Any] = (named or list(candidates))[0]
+    chosen: type[Any] = named or candidates[0]
     return chosen
