@@ -15,7 +15,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ def merge_adapter(bound: Mapping[str, Weight], folder: Path, model: Any) -> dict
     config = read_adapter(folder)
     hits = _check_patterns(config, [name for name, _ in model.named_modules()], folder)
     parts, replaced = _parts(folder)
+    _check_targets(config, parts, folder)
     merged = dict(bound)
     ties = {name: other for pair in model.all_tied_weights_keys.items() for name, other in (pair, pair[::-1])}
     for name, tensor in replaced.items():
@@ -209,6 +210,25 @@ def _check_patterns(config: Mapping[str, Any], modules: Sequence[str], folder: P
         for module in (name for name, hit in zip(modules, hits, strict=True) if hit):
             found.setdefault(module, alphas[key])
     return found
+
+
+def _check_targets(config: Mapping[str, Any], modules: Iterable[str], folder: Path) -> None:
+    """BadInput if the adapter has a part for a module that its configuration does not target: peft leaves that out."""
+    target = config.get("target_modules")
+    if target is None or str(target).lower() == "all-linear":
+        return
+    with told_as_bad_input("peft cannot read the adapter", folder):
+        from peft import PeftConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        settings = PeftConfig.from_pretrained(str(folder), local_files_only=True)
+        left = [module for module in modules if not check_target_module_exists(settings, module)]
+    if left:
+        raise BadInput(
+            f"it has weights for {left[0]!r}, which its target_modules do not name",
+            where=folder / FILES[0],
+            advice="configuration and weights are of different adapters",
+        )
 
 
 def _texts(value: object, folder: Path) -> list[str]:

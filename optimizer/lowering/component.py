@@ -15,6 +15,7 @@ from planish.optimizer.lowering import module as exporter
 from planish.optimizer.lowering.calls import CALLS
 from planish.optimizer.lowering.checkpoint import Binding, Checkpoint, initial, quiet, tensors_of
 from planish.optimizer.lowering.depth import cut, find_stacks, grow
+from planish.optimizer.lowering.failures import told_as_bad_input
 from planish.optimizer.program import PAST, SUM, Axis, Role, Signature, TensorSpec, guess_role
 
 _SAMPLE = {"batch": 2, "choices": 3, "sequence": 16, "encoder_sequence": 11, PAST: 7}
@@ -61,6 +62,7 @@ def _trace(model: Any, describe: Describe, checkpoint: Checkpoint) -> tuple[Comp
     that nobody writes or reads, which costs addresses only; one that generates gets it at once, for its cache is found
     by running it. One that counts its layers is traced whole.
     """
+    folder = checkpoint.folder
     stacks = find_stacks(model, sharing=model.can_generate())
     for cuts in [stacks, []] if stacks else [[]]:
         for addresses in (True,) if model.can_generate() else (False, True):
@@ -68,7 +70,8 @@ def _trace(model: Any, describe: Describe, checkpoint: Checkpoint) -> tuple[Comp
                 if addresses:
                     _give_addresses(model)
                 try:
-                    component = describe(model, checkpoint)
+                    with told_as_bad_input(f"{type(model).__name__} cannot be called as it is configured", folder):
+                        component = describe(model, checkpoint)
                     sample = exporter.to_torch(sample_of(component.inputs))
                     axes = {
                         t.name: {i: d for i, d in enumerate(t.shape) if isinstance(d, str)} for t in component.inputs

@@ -106,6 +106,7 @@ GREEDY: dict[str, tuple[dict[str, Any], str]] = {
     "labels": ({"num_labels": 10**9}, "it asks for 1000000000 num_labels"),
     "nested layers": ({"text_config": {"n_layers": 10**9}}, "it asks for 1000000000 n_layers"),
     "positions": ({"max_position_embeddings": 1 << 40}, "it asks for a table of"),
+    "segments of a word": ({"type_vocab_size": "gelu"}, "transformers refuses it"),
     "words": ({"vocab_size": 1 << 40}, "it asks for a table of"),
     "width": ({"intermediate_size": 1 << 40}, "it asks for a table of"),
 }
@@ -242,6 +243,11 @@ ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
     "parameters of a number": ({"target_parameters": 5}, "target_parameters=5 is not supported"),
     "eva of a number": ({"eva_config": 5}, "eva_config=5 is not supported"),
     "a base that is decomposed": ({"init_lora_weights": "corda"}, "init_lora_weights='corda' is not supported"),
+    "other modules": (
+        {"target_modules": ["o_proj"]},
+        "it has weights for 'model.layers.0.self_attn.q_proj', which its",
+    ),
+    "excluded modules": ({"exclude_modules": ["q_proj"]}, "which its target_modules do not name"),
     "modules of numbers": ({"modules_to_save": [5]}, "a name of modules in it is no text"),
     "a kind of a list": ({"peft_type": ["LORA"]}, "are not supported"),
     "no kind": ({"peft_type": None}, "it names no peft_type"),
@@ -271,7 +277,7 @@ def test_an_adapter_of_deep_lists(pair: tuple[Path, Path], tmp_path: Path) -> No
 def test_what_peft_refuses_is_bad_input(changes: dict[str, Any], pair: tuple[Path, Path], tmp_path: Path) -> None:
     made = copied(pair, tmp_path)
     edited(made, **changes)
-    with pytest.raises(BadInput, match="peft cannot merge the adapter"):
+    with pytest.raises(BadInput, match=r"peft cannot merge the adapter|do not name"):
         loaded(open_checkpoint(pair[0], "text-generation", made))
 
 
