@@ -92,12 +92,14 @@ class CompareEach(Instrument):
         inputs: Sequence[Arrays],
         budget_of: Callable[[Pass], Budget],
         load: Callable[[ir.Model], Engine],
+        outputs: Sequence[Arrays] | None = None,
     ) -> None:
+        """``outputs`` are those of the model before the first pass, if they are known already."""
         self.signature = signature
         self.inputs = inputs
         self.budget_of = budget_of
         self.load = load
-        self._outputs: Sequence[Arrays] | None = None
+        self._outputs = outputs
         self._engine: Engine | None = None
 
     def after(self, step: Step) -> None:

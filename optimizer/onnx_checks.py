@@ -33,6 +33,7 @@ _VALUE_OF = {
     onnx.AttributeProto.TYPE_PROTO: "tp",
 }
 """Kinds of attributes that are nothing without their field; numbers and strings have a default."""
+_TYPED_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 _SPARSE = (onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.SPARSE_TENSORS)
 
 
@@ -136,11 +137,14 @@ def _check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
 def _check_content(tensor: onnx.TensorProto, dtype: ir.DataType, where: str) -> None:
     """The bytes, or the numbers of the typed fields, must be as many as the shape asks for."""
     count = math.prod(tensor.dims)
-    if dtype is not ir.DataType.STRING and (tensor.HasField("raw_data") or not count):
+    fields = [name for name in _TYPED_FIELDS if len(getattr(tensor, name))]
+    if dtype is not ir.DataType.STRING and not fields and (tensor.HasField("raw_data") or not count):
         given, needed, unit = len(tensor.raw_data), (count * dtype.bitwidth + 7) // 8, "bytes"
     else:
         field, needed = _field_of(dtype, count)
         given, unit = len(getattr(tensor, field)), f"entries in {field}"
+        if set(fields) - {field} or tensor.HasField("raw_data"):
+            raise BadInput(f"it holds {dtype} in {', '.join(fields) or 'raw_data'}, not in {field} alone", where=where)
     if given != needed:
         raise BadInput(
             f"it holds {given} {unit}, its type and shape {list(tensor.dims)} need {needed}",

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from planish.optimizer.annotations import strip_annotations
 from planish.optimizer.errors import BadInput
 from planish.optimizer.graph import embedded, graphs_of, weight_bytes
+from planish.optimizer.inference import quiet_libraries
 from planish.optimizer.onnx_checks import check_model
 from planish.optimizer.tensors import origin_of
 
@@ -129,7 +130,8 @@ def load(path: Path) -> ir.Model:
         raise BadInput("this file holds no graph", where=path, advice="export it again, or copy it again whole")
     check_model(proto, path)
     try:
-        model: ir.Model = ir.from_proto(proto)
+        with quiet_libraries():
+            model: ir.Model = ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ir.serde.SerdeError) as error:
         raise BadInput(f"this graph cannot be read: {error}", where=path) from error
     for graph in model.graphs():

@@ -9,15 +9,15 @@ from planish.optimizer import instruments, onnx_io, presets, registry
 from planish.optimizer.base import Pass
 from planish.optimizer.calibration import NOT_OBSERVED, Given, Samples
 from planish.optimizer.checking import CHECKER
-from planish.optimizer.compare import Budget, measured_metrics
-from planish.optimizer.errors import UsageError
+from planish.optimizer.compare import Budget, compare, measured_metrics
+from planish.optimizer.errors import CheckFailed, UsageError
 from planish.optimizer.instruments import Instrument
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.observing import Observe
 from planish.optimizer.output import staged_file
 from planish.optimizer.pipeline import PassReport, Pipeline
-from planish.optimizer.reference import Reference, make_inputs, noise_floor, quick
+from planish.optimizer.reference import Reference, make_inputs, noise_floor, quick, thin
 from planish.optimizer.sites import Expectation, Rewritten, check_expectations, read_sites, refuse_absent
 
 
@@ -153,5 +153,13 @@ def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:
         return Budget((*exact.clauses, *asked.clauses)) if step.exact else asked
 
     signature = lowered.program.sole()[1]
-    compare = instruments.CompareEach(signature, reference.inputs, budget_of, registry.backend(CHECKER).load)
-    return [compare, instruments.VerifyEach()]
+    load = registry.backend(CHECKER).load
+    engine = load(lowered.program.sole()[0])
+    outputs = [engine.run(case) for case in reference.inputs]
+    moved = compare(signature, reference.inputs, reference.outputs, list(map(thin, outputs)))
+    violations = exact.violations(moved)
+    if violations:  # converters of opsets have errors as well
+        notes = "; ".join(lowered.program.provenance.notes)
+        raise CheckFailed(f"reading the file moved its outputs ({notes or 'inlined'}): {'; '.join(violations)}")
+    comparing = instruments.CompareEach(signature, reference.inputs, budget_of, load, outputs)
+    return [comparing, instruments.VerifyEach()]

@@ -1,22 +1,28 @@
-"""Running an ONNX file that nobody vouches for: here if it is provably small, else in a process with limits.
+"""Running an ONNX file that nobody vouches for: in a fork if it is provably small, else in a process with limits.
 
 A file of 300 bytes can ask for all memory (`ConstantOfShape`) or all time (`Loop`). It is small if the standard's shape
 inference, which believes nothing that the file declares, finds a size for every value, and sizes and work stay below
-`SMALL_BYTES` and `SMALL_WORK`: then it runs here, in milliseconds. All else costs the start of a process, which gets as
-much memory and time as weights and known sizes account for, and a base on top; beyond that OutOfResources is raised.
+`SMALL_BYTES` and `SMALL_WORK`: then a fork of this process runs it, in milliseconds, since runtimes also crash (a group
+of no heads divides by zero). All else costs the start of a process, which gets as much memory and time as weights and
+known sizes account for, and a base on top; beyond that OutOfResources is raised.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import onnx
@@ -40,6 +46,7 @@ _BASE_BYTES = 2 << 30
 _BASE_SECONDS = 10.0
 _BYTES_A_SECOND = 1 << 20
 """Weights and values that are surely worked through in a second, on a slow and busy machine."""
+_POLL_SECONDS = 0.002
 _WEIGHT_COPIES = 8
 _CHANGED = 1e-2
 """Relative difference that another order of summation does not explain."""
@@ -84,10 +91,12 @@ def run(path: Path, cases: Sequence[Case], precise: int) -> Run:
     """
     model = _repaired(path)
     sizes = [size_at(model, case) for case in cases]
-    if all(size.small for size in sizes):
-        return _run_here(path, model, cases, precise)
-    if weight_bytes(model) <= SMALL_BYTES and follows_few(model):
-        _plain(path, model, ())  # what is refused is refused when it is loaded, mostly: no process is needed for that
+    small = all(size.small for size in sizes)
+    if small or (weight_bytes(model) <= SMALL_BYTES and follows_few(model)):
+        # what is refused is refused when it is loaded, mostly: no process is started for that
+        answered = _run_forked(path, model, cases if small else (), precise)
+        if answered is not None and small:
+            return answered
     most = _BASE_BYTES + _WEIGHT_COPIES * weight_bytes(model) + 2 * max(size.bytes for size in sizes)
     largest, available = max(size.largest for size in sizes), available_memory()
     if largest > available:
@@ -149,10 +158,48 @@ def _repaired(path: Path) -> ir.Model:
     return model
 
 
-def _run_here(path: Path, model: ir.Model, cases: Sequence[Case], precise: int) -> Run:
-    outputs = _plain(path, model, cases)
-    reordered, note = _reordered(path, cases[:precise], outputs)
-    return Run(outputs, reordered, note)
+def _run_forked(path: Path, model: ir.Model, cases: Sequence[Case], precise: int) -> Run | None:
+    """Run it in a copy of this process, or here where a system has none; None if the copy does not come to an end.
+
+    A fork inherits locks that other threads hold at that moment: what hangs is run again in a process of its own.
+    """
+    if sys.platform != "linux":
+        outputs = _plain(path, model, cases)
+        return Run(outputs, *_reordered(path, cases[:precise], outputs))
+    with scratch_folder() as folder:
+        child = os.fork()
+        if child == 0:
+            _work_and_exit(folder, path, model, cases, precise)
+        status, deadline = None, time.monotonic() + _BASE_SECONDS
+        try:
+            while status is None and time.monotonic() < deadline:
+                ended, code = os.waitpid(child, os.WNOHANG)
+                status = os.waitstatus_to_exitcode(code) if ended else None
+                if status is None:
+                    time.sleep(_POLL_SECONDS)
+        finally:
+            if status is None:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        return None if status is None else _collect(folder, path, status)
+
+
+def _work_and_exit(folder: Path, path: Path, model: ir.Model, cases: Sequence[Case], precise: int) -> NoReturn:
+    """In the fork: work, and leave without what a process does at its end, which is the parent's to do."""
+    code = 1
+    faulthandler.disable()  # its descriptor is the parent's
+    try:
+        with (folder / "log").open("wb") as log:
+            for number in (1, 2):
+                os.dup2(log.fileno(), number)
+            interrupts.end_with_parent()
+            _work(folder, path, model, cases, precise)
+            code = 0
+    except Exception as error:
+        (folder / "log").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        raise
+    finally:
+        os._exit(code)
 
 
 def _plain(path: Path, model: ir.Model, cases: Sequence[Case]) -> list[dict[str, np.ndarray]]:
@@ -197,7 +244,7 @@ def _alike(wanted: np.ndarray, given: np.ndarray) -> bool:
 def _run_confined(path: Path, cases: Sequence[Case], precise: int, memory: int, seconds: float) -> Run:
     with scratch_folder() as folder:
         save_cases(cases, folder / "inputs.safetensors")
-        job = {"path": str(path), "precise": precise, "memory": memory}
+        job = {"path": str(path), "precise": precise, "memory": memory, "cases": len(cases), "inputs": any(cases)}
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         command = [sys.executable, "-m", "planish.optimizer.lowering.confined", str(folder)]
         with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as child:
@@ -215,6 +262,7 @@ def _run_confined(path: Path, cases: Sequence[Case], precise: int, memory: int, 
 
 
 def _collect(folder: Path, path: Path, code: int) -> Run:
+    """What the process wrote down, or raise what it complained of."""
     interrupts.check_ended(code)
     complaint = folder / _COMPLAINT
     if complaint.is_file():
@@ -230,6 +278,8 @@ def _collect(folder: Path, path: Path, code: int) -> Run:
         note: str | None = f"ONNX Runtime does not survive it with its own optimizations (signal {-code})"
     else:
         note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
+    if not (folder / _OUTPUTS).is_file():
+        return Run([], None, note)  # it was only loaded
     reordered = load_cases(folder / _REORDERED) if (folder / _REORDERED).is_file() and note is None else None
     return Run(load_cases(folder / _OUTPUTS), reordered, note)
 
@@ -243,11 +293,19 @@ def main() -> None:
     limit_memory(job["memory"])
     print("ready", flush=True)
     path = Path(job["path"])
-    cases = load_cases(folder / "inputs.safetensors")
+    cases: list[dict[str, np.ndarray]] = [{} for _ in range(job["cases"])]
+    if job["inputs"]:
+        cases = load_cases(folder / "inputs.safetensors")
+    _work(folder, path, None, cases, job["precise"])
+
+
+def _work(folder: Path, path: Path, model: ir.Model | None, cases: Sequence[Case], precise: int) -> None:
+    """Run the file, and write what comes out, or the complaint, step by step: the next step may end the process."""
     try:
-        outputs = _plain(path, _repaired(path), cases)
-        save_cases(outputs, folder / _OUTPUTS)
-        reordered, note = _reordered(path, cases[: job["precise"]], outputs)
+        outputs = _plain(path, model or _repaired(path), cases)
+        if cases:
+            save_cases(outputs, folder / _OUTPUTS)
+        reordered, note = _reordered(path, cases[:precise], outputs) if cases else (None, None)
         if reordered is not None:
             save_cases(reordered, folder / _REORDERED)
         (folder / "note.json").write_text(json.dumps(note), encoding="utf-8")

@@ -10,11 +10,11 @@ from typing import Any
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from planish.optimizer import onnx_io
+from planish.optimizer import onnx_io, registry
 from planish.optimizer.annotations import Annotations
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, CheckFailed
 from planish.optimizer.graph import opset_of, sizes_of
-from planish.optimizer.inference import infer_shapes, quiet_libraries
+from planish.optimizer.inference import follows_few, infer_shapes, quiet_libraries
 from planish.optimizer.json_files import read_object
 from planish.optimizer.lowering import confined
 from planish.optimizer.lowering.checkpoint import quiet, sha256
@@ -71,6 +71,10 @@ def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
         raise BadInput(f"the graph is not valid: {faults[0]}", where=path, picture=picture(model, faults))
     _check_border(model, path)
     notes = normalize(model, path.parent, path)
+    if opset_of(model) != version and not _loads(model):
+        model = onnx_io.load(path)
+        normalize(model, path.parent, path, raising=False)
+        notes = (f"left at opset {version}: ONNX Runtime does not know all of its operators at {OPSET}",)
     signature = signature_of(model)
     config = _config_beside(path)
     program = Program(
@@ -96,7 +100,19 @@ def _check_border(model: ir.Model, path: Path) -> None:
                 raise BadInput(f"no tensor has the shape {value.shape}", where=where)
 
 
-def normalize(model: ir.Model, folder: Path | None, where: object = None) -> tuple[str, ...]:
+def _loads(model: ir.Model) -> bool:
+    """Whether ONNX Runtime, if it is here, opens a graph; its kernels come later than the standard."""
+    backend = registry.backend("onnxruntime")
+    if backend.missing() is not None or not follows_few(model):
+        return True
+    try:
+        backend.load(model)
+    except CheckFailed:
+        return False
+    return True
+
+
+def normalize(model: ir.Model, folder: Path | None, where: object = None, *, raising: bool = True) -> tuple[str, ...]:
     """Bring a graph that somebody else wrote to the canonical opset, inlined, with unique names and known shapes.
 
     Returns notes on what was done. ``folder`` is where its external data lies. BadInput if a function calls itself, is
@@ -109,7 +125,7 @@ def normalize(model: ir.Model, folder: Path | None, where: object = None) -> tup
             common.InlinePass()(model)
         except (ir.passes.PassError, ir.passes.PreconditionError, ValueError) as error:
             raise BadInput(f"its functions cannot be inlined: {error}", where=where) from error
-        notes = _upgrade(model, folder)
+        notes = _upgrade(model, folder) if raising else ()
         common.NameFixPass()(model)
     correct_shapes(model)
     infer_shapes(model)

@@ -13,11 +13,12 @@ import numpy as np
 import onnx
 import onnx.helper as oh
 import onnx.numpy_helper as nh
+import onnx_ir as ir
 import pytest
 
 from planish.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
 from planish.optimizer.errors import BadInput
-from planish.optimizer.lowering import confined, lower
+from planish.optimizer.lowering import confined, lower, onnx_file
 from planish.optimizer.reference import make_inputs, quick
 from planish.optimizer.single import file_reference
 from tests.optimizer.test_bad_input import BAD_INPUT, refused, run
@@ -102,7 +103,7 @@ FILES: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "fewer bytes than the shape needs": (lambda: with_weight(tensor(raw_data=b"1234")), "holds 4 bytes, its type and shape [2, 4] need 32"),
     "more bytes": (lambda: with_weight(tensor(raw_data=bytes(33))), "holds 33 bytes"),
     "fewer numbers": (lambda: with_weight(tensor(float_data=[1.0])), "holds 1 entries in float_data"),
-    "numbers of another type": (lambda: with_weight(tensor(onnx.TensorProto.INT8, float_data=[1.0] * 8)), "holds 0 entries in int32_data"),
+    "numbers of another type": (lambda: with_weight(tensor(onnx.TensorProto.INT8, float_data=[1.0] * 8)), "in float_data, not in int32_data alone"),
     "no element type": (lambda: with_weight(tensor(0, raw_data=b"")), "its element type is not said"),
     "an element type that is none": (lambda: with_weight(tensor(99, raw_data=b"")), "there is no element type 99"),
     "a negative size": (lambda: with_weight(tensor(dims=(-2, -4), raw_data=bytes(32))), "has a negative size"),
@@ -258,6 +259,52 @@ def test_what_is_small_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     well("opt", path, "-o", tmp_path / "out.onnx", "--preset", "exact")
 
 
+def test_an_operator_that_the_runtime_has_in_older_opsets_only(tmp_path: Path) -> None:
+    """ONNX Runtime 1.31 has no kernel for the Bernoulli of opset 22: such a file is not raised."""
+    path = saved(
+        tmp_path, model(node("Bernoulli", "p", "b"), node("Mul", "x b"), opset=16, p=np.ones((2, 4), np.float32))
+    )
+    assert "left at opset 16" in lower(path).program.provenance.notes[0]
+    well("opt", path, "-o", tmp_path / "out.onnx", "--preset", "exact")
+    assert [each.version for each in onnx.load(tmp_path / "out.onnx").opset_import] == [16]
+
+
+def test_what_the_converter_of_opsets_gets_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(proto: ir.Model, *_: object) -> tuple[str, ...]:
+        next(iter(proto.graph)).op_type = "Abs"
+        return ("raised from opset 13 to 23",)
+
+    monkeypatch.setattr(onnx_file, "_upgrade", wrong)
+    path = saved(tmp_path, model(opset=13))
+    refused(
+        1,
+        "reading the file moved its outputs (raised from opset 13 to 23)",
+        "opt",
+        path,
+        "-o",
+        tmp_path / "o.onnx",
+        "--preset",
+        "exact",
+    )
+
+
+def test_a_file_that_ends_the_runtime(tmp_path: Path) -> None:
+    """A group of no heads is a division by zero in ONNX Runtime 1.31."""
+    inputs = tuple(info(name, 1, 3, 4) for name in "qkv")
+    attention = node("Attention", "q k v", q_num_heads=2, kv_num_heads=0)
+    path = saved(tmp_path, model(attention, inputs=inputs, outputs=(info("y", 1, 3, 4),)))
+    refused(
+        BAD_INPUT,
+        "does not survive this file (signal 8)",
+        "opt",
+        path,
+        "-o",
+        tmp_path / "out.onnx",
+        "--preset",
+        "exact",
+    )
+
+
 def test_a_file_may_lie_about_its_shapes(tmp_path: Path) -> None:
     """Passes believe what is written down: what inference contradicts is corrected first."""
     proto = model(
@@ -339,3 +386,45 @@ def test_a_file_that_the_runtime_breaks(
     assert told in reference.origin
     assert reference.noise["y"] < 1e-5  # not what the runtime makes of it
     assert run("opt", path, "-o", tmp_path / "out.onnx", "--preset", "exact")[0] == 0
+
+
+def gated() -> onnx.ModelProto:
+    """A gated layer as torch writes chunk: a sequence inside, tensors at the border."""
+    nodes = [
+        node("SplitToSequence", "x half", "s", axis=-1), node("SequenceAt", "s i", "a"), node("SequenceAt", "s j", "b"),
+        node("Sigmoid", "b", "c"), node("Mul", "a c"),
+    ]  # fmt: skip
+    return model(*nodes, outputs=(info("y", 2, 2),), half=np.array(2), i=np.array(0), j=np.array(1))
+
+
+def optional() -> onnx.ModelProto:
+    return model(node("Optional", "x", "o"), node("OptionalGetElement", "o", "e"), node("Neg", "e"))
+
+
+@pytest.mark.parametrize(
+    ("make", "right"),
+    [(gated, lambda x: x[:, :2] / (1 + np.exp(-x[:, 2:]))), (optional, lambda x: -x)],
+    ids=["sequence", "optional"],
+)
+def test_values_that_are_no_tensors_pass_through(
+    make: Callable[[], onnx.ModelProto], right: Callable[[np.ndarray], np.ndarray], tmp_path: Path
+) -> None:
+    well("opt", saved(tmp_path, make()), "-o", tmp_path / "out.onnx", "--preset", "exact")
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    given = OnnxRuntime().open(tmp_path / "out.onnx").run({"x": x})
+    np.testing.assert_allclose(given["y"], right(x), rtol=1e-6)
+
+
+def test_an_output_that_is_a_sequence_is_refused_by_name(tmp_path: Path) -> None:
+    sequence = oh.make_tensor_sequence_value_info("s", FLOAT, None)
+    path = saved(tmp_path, model(node("SplitToSequence", "x", "s"), outputs=(sequence,)))
+    refused(
+        BAD_INPUT,
+        "output 's': this is no tensor but Sequence",
+        "opt",
+        path,
+        "-o",
+        tmp_path / "out.onnx",
+        "--preset",
+        "exact",
+    )
