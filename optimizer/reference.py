@@ -84,14 +84,9 @@ class Reference:
     def load(cls, folder: Path, noise: Mapping[str, float], origin: str) -> Reference:
         """Read what `save` wrote; BadInput if it is not there or broken."""
         inputs, outputs = (tuple(load_cases(folder / f"{kind}.safetensors")) for kind in ("inputs", "outputs"))
-        if not inputs:
-            raise BadInput("this holds no cases", where=folder / "inputs.safetensors", advice="build it again")
         measured = noise.keys() - {CACHE}
-        if (
-            not outputs
-            or len(inputs) != len(outputs)
-            or not all(measured <= case.keys() == outputs[0].keys() for case in outputs)
-        ):
+        whole = all(measured <= case.keys() == outputs[0].keys() for case in outputs)
+        if not inputs or len(inputs) != len(outputs) or not whole:
             raise BadInput(
                 f"its {len(inputs)} inputs and {len(outputs)} outputs do not belong together, or some of "
                 f"{', '.join(sorted(measured))} are missing",

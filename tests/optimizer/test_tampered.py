@@ -20,7 +20,7 @@ from planish.optimizer.errors import BadInput
 from planish.optimizer.generate import Decoding
 from planish.optimizer.manifest import Manifest, digest_of
 from planish.optimizer.measure import EngineRef, Timing
-from planish.optimizer.reference import Continuation, References, thin
+from planish.optimizer.reference import Continuation, References, load_cases, save_cases, thin
 from tests.conftest import with_tokenizer
 from tests.optimizer.test_bad_input import run
 from tests.zoo import Species, build
@@ -358,6 +358,11 @@ def test_a_tokenizer_without_the_unknown_word(out: Path) -> None:
     path.write_text(json.dumps(tokenizer))
     code, said = run("run", out, "--text", "unheard of")
     assert (code, "its tokenizer cannot" in said) == (BAD_INPUT, True), said
+
+
+def test_no_cases_are_written_and_read(tmp_path: Path) -> None:
+    save_cases([], tmp_path / "prompts.safetensors")  # of a program that writes nothing
+    assert load_cases(tmp_path / "prompts.safetensors") == []
 
 
 def test_infinite_figures_are_read_again(outputs: Outputs, tmp_path: Path) -> None:
