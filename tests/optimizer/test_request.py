@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx.helper as oh
 import onnx.numpy_helper as nh
+import onnx_ir as ir
 import pytest
 
 from planish.optimizer import bench, optimize
@@ -20,13 +21,12 @@ from planish.optimizer.compare import METRICS, Budget, measured_metrics, metrics
 from planish.optimizer.errors import CheckFailed, UsageError
 from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.lowering import lower
-from planish.optimizer.program import Axis, Program, Provenance, Signature
+from planish.optimizer.program import Axis, Program, Provenance, Role, Signature, TensorSpec
 from planish.optimizer.reference import refuse_other_sizes
 from planish.optimizer.request import request_of
 from planish.optimizer.single import optimize_file
 from tests.optimizer.test_bad_input import USAGE, refused
-from tests.train import MODELS
-from tests.zoo import GENERATORS, Species, build
+from tests.zoo import Species, build
 
 ENCODER = "max_abs, max_rel, cosine, cosine_min"
 
@@ -37,15 +37,33 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(Species("bert", "feature-extraction"), tmp_path_factory.mktemp("encoder"))
 
 
-@pytest.fixture(scope="module")
+def component(outputs: tuple[TensorSpec, ...], *, cached: bool = False) -> Signature:
+    """What a component of a decoder or an encoder-decoder takes and gives, as checkpoints are lowered."""
+    ids = TensorSpec("input_ids", ir.DataType.INT64, ("batch", "sequence"), Role.TOKENS, 99)
+    past = TensorSpec("past_key_values.0.key", ir.DataType.FLOAT, ("batch", 3, "past", 8), Role.CACHE)
+    axes = {"batch": Axis("batch"), "sequence": Axis("sequence", 1, 48)} | (
+        {"past": Axis("past", 0, 47)} if cached else {}
+    )
+    return Signature((ids, *([past] if cached else [])), outputs, axes)
+
+
+LOGITS = TensorSpec("logits", ir.DataType.FLOAT, ("batch", "sequence", 99), Role.LOGITS)
+HIDDEN = TensorSpec("last_hidden_state", ir.DataType.FLOAT, ("batch", "sequence", 24), Role.HIDDEN)
+
+
+@pytest.fixture
 def writer() -> Program:
-    return lower(MODELS / "writer").program
+    return Program({}, {"model": component((LOGITS,), cached=True)}, "text-generation", Provenance("checkpoint", "W"))
 
 
-@pytest.fixture(scope="module")
-def translator(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    species = next(species for species in GENERATORS if species.model_type == "t5")
-    return lower(build(species, tmp_path_factory.mktemp("t5"))).program
+@pytest.fixture
+def translator() -> Program:
+    signatures = {
+        "encoder_model": component((HIDDEN,)),
+        "decoder_model": component((LOGITS,)),
+        "decoder_with_past_model": component((LOGITS,), cached=True),
+    }
+    return Program({}, signatures, "text2text-generation", Provenance("checkpoint", "T"))
 
 
 @pytest.fixture(scope="module")
