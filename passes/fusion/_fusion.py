@@ -131,6 +131,11 @@ def used_by(value: ir.Value, *op_types: str) -> ir.Node | None:
     return node if node is not None and node.domain == "" and node.op_type in op_types else None
 
 
+def is_plain_constant(value: ir.Value | None) -> bool:
+    """Whether a value is the same in every run: an input with a value for when nobody gives one is not."""
+    return value is not None and value.const_value is not None and not value.is_graph_input()
+
+
 def other_operand(node: ir.Node, value: ir.Value) -> ir.Value | None:
     """The operand of a binary node that is not ``value`` (``value`` itself if both are)."""
     left, right = node.inputs[0], node.inputs[1]
@@ -187,6 +192,28 @@ def check_mean(mean: ir.Node, x: ir.Value) -> None:
         raise Declined(f"its mean is over axes {axes}, not the last one", mean)
     if keeps is not None and not keeps.as_int():
         raise Declined("its mean drops the axis", mean)
+
+
+def check_rank(result: ir.Value, x: ir.Value) -> None:
+    """Raise Declined if a computation gives its result more axes than it was given: constants of one entry may."""
+    ranks = rank_of(result), rank_of(x)
+    if None not in ranks and ranks[0] != ranks[1]:
+        raise Declined(f"its constants make {ranks[0]} axes of {ranks[1]}", result)
+
+
+def check_vector(name: str, vector: ir.Value, x: ir.Value) -> None:
+    """Raise Declined unless a scale or bias has one number for each entry of the last axis of ``x``.
+
+    Another size is spread by a Mul or an Add (one number over all, or a line over what is one entry wide), which the
+    operators of the standard do not promise, and runtimes do not do.
+    """
+    size = 0 if vector.shape is None or len(vector.shape) != 1 else vector.shape[0]
+    if vector.shape is None or len(vector.shape) != 1:
+        raise Declined(f"its {name} is not of one dimension", vector)
+    width = x.shape[-1] if x.shape is not None and len(x.shape) else None
+    if not isinstance(width, int) or size != width:
+        known = width if isinstance(width, int) else "an unknown number of"
+        raise Declined(f"its {name} has {size} entries, the axis {known}", vector)
 
 
 def axes_of(reduction: ir.Node) -> list[int] | None:

@@ -110,6 +110,9 @@ class FuseAttention(Fusion[Attention]):
         for name, value in (("queries", match.scores.query), ("values", match.product.inputs[1])):
             if rank_of(value) not in (None, _RANK):
                 raise Declined(f"its {name} have rank {rank_of(value)}, attention is written for {_RANK}", value)
+        if rank_of(match.product.outputs[0]) not in (None, _RANK):
+            raise Declined("its mask or its scale adds axes to its scores", match.product.outputs[0])
+        _check_spread(match, match.scores.query, match.scores.key)
 
     def rewrite(self, match: Attention) -> tuple[ir.Value, list[ir.Node]]:
         """Keys the right way round, one mask with a row for each query, and one node."""
@@ -125,6 +128,27 @@ class FuseAttention(Fusion[Attention]):
             nodes += [*adding, *saying, *spreading]
         attributes = {"scale": match.scores.scale} | ({"softcap": match.scores.softcap} if match.scores.softcap else {})
         return match.product.outputs[0], [*nodes, ir.node("Attention", inputs, attributes)]
+
+
+def _check_spread(match: Attention, query: ir.Value, key: Turned) -> None:
+    """Raise Declined if texts or heads of one operand are repeated for another: a MatMul does that, attention does not.
+
+    One head of keys and values may serve all queries.
+    """
+    keys = dims_of(key.source.shape)
+    shapes = [
+        dims_of(query.shape),
+        [keys[axis] for axis in key.perm] if len(keys) == len(key.perm) else [],
+        dims_of(None if match.product.inputs[1] is None else match.product.inputs[1].shape),
+        dims_of(match.softmax.outputs[0].shape),
+    ]
+    for axis, what in enumerate(("texts", "heads")):
+        sizes = [shape[axis] if len(shape) == _RANK else None for shape in shapes]
+        if what == "heads" and sizes[1] == sizes[2] == 1:
+            sizes = [sizes[0], sizes[3]]
+        known = {size for size in sizes if size is not None}
+        if len(known) > 1 and (1 in known or len({size for size in known if isinstance(size, int)}) > 1):
+            raise Declined(f"its {what} are repeated along axis {axis}", match.softmax)
 
 
 def _guarded(probabilities: ir.Value) -> ir.Value:

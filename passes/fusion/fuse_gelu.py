@@ -16,7 +16,15 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from planish.optimizer.graph import made_by, scalar_of
-from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, other_operand, used_by, with_constant
+from planish.passes.fusion._fusion import (
+    Declined,
+    Fusion,
+    NearMiss,
+    check_rank,
+    other_operand,
+    used_by,
+    with_constant,
+)
 
 _TOLERANCE = 1e-4
 _CUBE = 0.044715
@@ -56,7 +64,8 @@ class FuseGelu(Fusion[Gelu]):
         raise NearMiss("the argument of its curve is none of a Gelu", curve.inputs[0])
 
     def check(self, match: Gelu) -> None:
-        """The operator takes floating-point numbers only; nothing else can be wrong with a match."""
+        """The operator takes floating-point numbers only, and gives as many axes as it takes."""
+        check_rank(match.result, match.x)
         if match.x.dtype is not None and not match.x.dtype.is_floating_point():
             raise Declined(f"Gelu is not defined for {match.x.dtype}", match.x)
 

@@ -16,10 +16,12 @@ import onnx_ir as ir
 
 from planish.optimizer.graph import made_by, rank_of
 from planish.passes.fusion._fusion import (
-    Declined,
     Fusion,
     NearMiss,
     check_mean,
+    check_rank,
+    check_vector,
+    is_plain_constant,
     other_operand,
     quotient_by,
     squared,
@@ -69,9 +71,10 @@ class FuseLayerNorm(Fusion[LayerNorm]):
         """Means over the last axis that keep it; a scale and a bias of one dimension."""
         for mean in match.means:
             check_mean(mean, match.x)
+        check_rank(match.result, match.x)
         for name, value in (("scale", match.scale), ("bias", match.bias)):
-            if value is not None and rank_of(value) != 1:
-                raise Declined(f"its {name} is not of one dimension", value)
+            if value is not None:
+                check_vector(name, value, match.x)
 
     def rewrite(self, match: LayerNorm) -> tuple[ir.Value, list[ir.Node]]:
         """One node."""
@@ -96,10 +99,11 @@ def _affine(quotient: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value] | 
     """Scale, bias and result of quotient · scale + bias; the bias may be missing."""
     product = used_by(quotient, "Mul")
     scale = None if product is None else other_operand(product, quotient)
-    if product is None or scale is None or scale.const_value is None:
+    if product is None or scale is None or not is_plain_constant(scale):
         return None
     total = used_by(product.outputs[0], "Add")
     bias = None if total is None else other_operand(total, product.outputs[0])
-    if total is not None and bias is not None and bias.const_value is not None and rank_of(bias) == 1:
+    fits = is_plain_constant(bias) and bias is not None and bias.shape == scale.shape and rank_of(bias) == 1
+    if total is not None and fits:
         return scale, bias, total.outputs[0]
     return scale, None, product.outputs[0]

@@ -21,6 +21,9 @@ from planish.passes.fusion._fusion import (
     Fusion,
     NearMiss,
     check_mean,
+    check_rank,
+    check_vector,
+    is_plain_constant,
     other_operand,
     quotient_by,
     squared,
@@ -63,8 +66,10 @@ class FuseRmsNorm(Fusion[RmsNorm]):
     def check(self, match: RmsNorm) -> None:
         """A mean over the last axis that keeps it, and a constant scale of one dimension."""
         check_mean(match.mean, match.x)
+        check_rank(match.result, match.x)
         if match.scale is None:
             raise Declined("it has no constant scale of one dimension", match.normalized)
+        check_vector("scale", match.scale, match.x)
         if match.scale.dtype is not None and match.x.dtype is not None and match.scale.dtype != match.x.dtype:
             raise Declined(f"its scale is {match.scale.dtype}, what it scales is {match.x.dtype}", match.scale)
 
@@ -87,6 +92,6 @@ def _scaled(normalized: ir.Value) -> tuple[ir.Value | None, ir.Value]:
     """The scale of one dimension and what it gives; no scale, and the quotient itself, if there is none."""
     product = used_by(normalized, "Mul")
     scale = None if product is None else other_operand(product, normalized)
-    if product is None or scale is None or scale.const_value is None or rank_of(scale) != 1:
+    if product is None or scale is None or not is_plain_constant(scale) or rank_of(scale) != 1:
         return None, normalized
     return scale, product.outputs[0]

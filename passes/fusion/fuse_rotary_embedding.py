@@ -96,6 +96,11 @@ class FuseRotaryEmbedding(Fusion[Rotary]):
             raise Declined(f"its angles are not repeated over the heads, but along axis {match.cos.axis}", match.x)
         if rank_of(match.cos.value) != 3 or rank_of(match.sin.value) != 3:
             raise Declined("its angles are not of three dimensions", match.cos.value)
+        sequence = match.x.shape[1 if _HEADS[match.cos.axis] else 2]
+        for angles in (match.cos.value, match.sin.value):
+            texts, tokens = (None, None) if angles.shape is None else angles.shape[:2]
+            if (tokens == 1 and sequence != 1) or (match.x.shape[0] == 1 and texts is not None and texts != 1):
+                raise Declined("its angles are repeated along the tokens, or what is rotated along the texts", angles)
 
     def rewrite(self, match: Rotary) -> tuple[ir.Value, list[ir.Node]]:
         """Each angle once, one row of them for each text, heads before the sequence, and one node."""

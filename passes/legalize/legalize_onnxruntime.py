@@ -87,7 +87,11 @@ class LegalizeOnnxRuntime(Pass):
         scale = scaling.inputs[1] if scaling.inputs[0] is cast.outputs[0] else scaling.inputs[0]
         if cast.attributes.get_int("to", 0) != ir.DataType.FLOAT or {cast.graph, scaling.graph} != {graph}:
             return None
-        if scale is None or rank_of(scale) != 1 or scale.const_value is None or graph is None or not admitted():
+        weight = node.inputs[1]
+        columns = None if weight is None or weight.shape is None else weight.shape[-1]
+        if scale is None or rank_of(scale) != 1 or scale.const_value is None or graph is None:
+            return None
+        if scale.const_value.size not in (1, columns) or not admitted():
             return None
         location = location_of(node)
         fused = ir.node(
