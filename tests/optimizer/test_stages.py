@@ -75,5 +75,5 @@ def test_a_process_of_the_original_may_be_asked_for_no_prompts(tmp_path: Path) -
     assert load_cases(tmp_path / "prompts.safetensors") == []
     for kind in ("inputs", "outputs"):
         save_cases([], tmp_path / f"{kind}.safetensors")
-    with pytest.raises(BadInput, match="this holds no cases"):
+    with pytest.raises(BadInput, match="its 0 inputs and 0 outputs do not belong together"):
         Reference.load(tmp_path, {}, "nobody")
