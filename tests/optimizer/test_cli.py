@@ -41,44 +41,44 @@ def test_help_comes_without_any_runtime() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(name: str, planish: Planish) -> None:
-    done = planish(name, "--help")
+def test_every_command_has_help(name: str, command: Planish) -> None:
+    done = command(name, "--help")
     assert done.returncode == 0
     assert done.stdout.startswith(f"Usage: planish {name}")
 
 
 @pytest.mark.parametrize("group", ["passes", "backends"])
-def test_tables_are_complete(group: str, planish: Planish) -> None:
+def test_tables_are_complete(group: str, command: Planish) -> None:
     names = list(registry.table(f"planish.{group}"))
-    found = json.loads(planish(group, "--json").stdout)
+    found = json.loads(command(group, "--json").stdout)
     assert [entry["name"] for entry in found] == names
     assert all(option["help"] for entry in found for option in entry["options"].values())
-    markdown = planish(group, "--markdown").stdout
+    markdown = command(group, "--markdown").stdout
     assert all(f"\n| {name} | " in markdown for name in names)
 
 
-def test_doctor_says_what_would_run(planish: Planish) -> None:
-    findings = json.loads(planish("doctor", "--json").stdout)
+def test_doctor_says_what_would_run(command: Planish) -> None:
+    findings = json.loads(command("doctor", "--json").stdout)
     subjects = " ".join(finding["subject"] for finding in findings)
     assert all(name in subjects for name in ("onnxruntime", "openvino", "tensorrt"))
-    assert planish("doctor").returncode == 0
+    assert command("doctor").returncode == 0
 
 
-def test_opt_writes_one_graph(graph: Path, tmp_path: Path, planish: Planish) -> None:
-    done = planish("opt", graph, "--pipeline", "eliminate-identities", "-o", tmp_path / "out.onnx", "--json")
+def test_opt_writes_one_graph(graph: Path, tmp_path: Path, command: Planish) -> None:
+    done = command("opt", graph, "--pipeline", "eliminate-identities", "-o", tmp_path / "out.onnx", "--json")
     assert done.returncode == 0, done.stderr
     (report,) = json.loads(done.stdout)
     assert (report["text"], report["sites"], report["nodes"]) == ("eliminate-identities", 1, [3, 2])
     assert [node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node] == ["Relu", "Add"]
 
 
-def test_opt_prints_graphs_that_changed(graph: Path, tmp_path: Path, planish: Planish) -> None:
+def test_opt_prints_graphs_that_changed(graph: Path, tmp_path: Path, command: Planish) -> None:
     pipeline = "fuse-gelu,eliminate-identities"
     out = ["-o", tmp_path / "out.onnx"]
-    changed = planish("opt", graph, "--pipeline", pipeline, *out, "--print-after-change").stderr
+    changed = command("opt", graph, "--pipeline", pipeline, *out, "--print-after-change").stderr
     assert "// after eliminate-identities" in changed
     assert "// after fuse-gelu" not in changed
-    before = planish("opt", graph, "--pipeline", pipeline, *out, "--print-before").stderr
+    before = command("opt", graph, "--pipeline", pipeline, *out, "--print-before").stderr
     assert before.index("// before fuse-gelu") < before.index("// before eliminate-identities")
 
 
@@ -94,16 +94,16 @@ def test_opt_prints_graphs_that_changed(graph: Path, tmp_path: Path, planish: Pl
         (["--pipeline", "fuse-gelu", "--keep", "cosin>=1"], 2, "did you mean"),
     ],
 )
-def test_bad_use(arguments: list[str], code: int, message: str, graph: Path, tmp_path: Path, planish: Planish) -> None:
-    done = planish("opt", graph, "-o", tmp_path / "out.onnx", *arguments)
+def test_bad_use(arguments: list[str], code: int, message: str, graph: Path, tmp_path: Path, command: Planish) -> None:
+    done = command("opt", graph, "-o", tmp_path / "out.onnx", *arguments)
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out.onnx").exists()
 
 
-def test_an_unknown_command_gets_the_nearest_one(planish: Planish) -> None:
-    done = planish("optimise")
+def test_an_unknown_command_gets_the_nearest_one(command: Planish) -> None:
+    done = command("optimise")
     assert (done.returncode, "did you mean" in done.stderr) == (2, True)
 
 
