@@ -104,7 +104,7 @@ def _lower_folder(
         raise _absent(path, "a checkpoint folder or an .onnx file")
     from planish.optimizer.lowering import assemble
     from planish.optimizer.lowering.checkpoint import open_checkpoint
-    from planish.optimizer.lowering.quantized import text_without_codes
+    from planish.optimizer.lowering.quantized import BESIDE, text_without_codes
     from planish.optimizer.lowering.weights import INDEX
 
     checkpoint = open_checkpoint(path, task, adapter, last_logits=last_logits)
@@ -112,7 +112,7 @@ def _lower_folder(
     companions = tuple(checkpoint.companions())
     settings = text_without_codes(path / "config.json")
     rewritten = {} if settings is None else {Path("config.json"): settings}
-    index = [name for name in (Path(INDEX),) if (path / name).is_file()]
+    index = [name for name in (Path(INDEX), Path(BESIDE)) if (path / name).is_file()]
     return Lowered(_having_read(program, path, [*index, *companions]), original, path, companions, rewritten)
 
 

@@ -34,7 +34,7 @@ from planish.optimizer.lowering.weights import Stored, Weight, numpy_type
 
 _ADVICE = "give the float checkpoint that it was made of; presets quantize by themselves"
 _KEYS = ("quantization_config", "compression_config")
-_BESIDE = "quantize_config.json"
+BESIDE = "quantize_config.json"
 """Where AutoGPTQ wrote what config.json says today."""
 _STRIP = 1 << 22
 """Elements that are unpacked at a time."""
@@ -182,8 +182,8 @@ def scheme(raw: Mapping[str, Any], folder: Path) -> tuple[str, Mapping[str, Any]
     path = folder / "config.json"
     nested = [part for part in raw.values() if isinstance(part, dict)]
     configs = [part[key] for part in (raw, *nested) for key in _KEYS if part.get(key) is not None]
-    if not configs and file_in(folder, _BESIDE) is not None:
-        path = folder / _BESIDE
+    if not configs and file_in(folder, BESIDE) is not None:
+        path = folder / BESIDE
         configs = [{"quant_method": "gptq", **read_object(path)}]
     if not configs:
         return None
