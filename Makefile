@@ -33,22 +33,27 @@ test: $(READY)  ## style, types and tests
 breadth: $(READY)  ## more of the same: rare architectures; CI runs them after the tests
 	$(VENV)/bin/python -m pytest -n $(JOBS) -m breadth
 
-# Loaders that cannot be installed beside transformers 5 get environments of their own. torchvision is removed from
-# the second: its CUDA build breaks a CPU torch.
+# Loaders that cannot be installed beside transformers 5 get environments of their own, from the index; ONNX Runtime's
+# is there twice, with the release that we pin and with the newest that we know. torchvision is removed from OpenVINO's:
+# its CUDA build breaks a CPU torch. SAMPLE=3 takes three architectures only, others for each commit.
 INTEROP := build/interop
-interop: $(READY) $(INTEROP)/onnxruntime-env $(INTEROP)/openvino-env  ## our engine folders in the ecosystem's loaders
-	$(VENV)/bin/python -m tests.interop build $(INTEROP)/engines
-	HF_HUB_OFFLINE=1 $(INTEROP)/onnxruntime-env/bin/python tests/interop.py check $(INTEROP)/engines onnxruntime
-	HF_HUB_OFFLINE=1 $(INTEROP)/openvino-env/bin/python tests/interop.py check $(INTEROP)/engines openvino
+SAMPLE  ?=
+ENGINES := $(INTEROP)/$(if $(SAMPLE),sample,engines)
+LOADERS := onnxruntime-1.31.1 onnxruntime-1.32.0 openvino-2026.4.1
+interop: $(READY) $(LOADERS:%=$(INTEROP)/%-env)  ## our engine folders in the ecosystem's loaders: before a release
+	$(if $(SAMPLE),rm -rf $(ENGINES))
+	$(VENV)/bin/python -m tests.interop build $(ENGINES) $(if $(SAMPLE),--sample $(SAMPLE))
+	status=0; for loader in $(LOADERS); do echo "$$loader:"; HF_HUB_OFFLINE=1 \
+	  $(INTEROP)/$$loader-env/bin/python tests/interop.py check $(ENGINES) $${loader%-*} || status=1; done; exit $$status
 
-$(INTEROP)/onnxruntime-env:
+$(INTEROP)/onnxruntime-%-env:
 	$(PYTHON) -m venv $@.making
-	$@.making/bin/python -m pip install -q $(PIP_ARGS) torch==2.13.0 optimum-onnx==0.1.0 onnxruntime==1.31.1 requests
+	$@.making/bin/python -m pip install -q $(PIP_ARGS) torch==2.13.0 optimum-onnx==0.1.0 onnxruntime==$* requests
 	mv $@.making $@
 
-$(INTEROP)/openvino-env:
+$(INTEROP)/openvino-%-env:
 	$(PYTHON) -m venv $@.making
-	$@.making/bin/python -m pip install -q $(PIP_ARGS) torch==2.13.0 optimum-intel==2.2.0 openvino==2026.4.1 requests
+	$@.making/bin/python -m pip install -q $(PIP_ARGS) torch==2.13.0 optimum-intel==2.2.0 openvino==$* requests
 	$@.making/bin/python -m pip uninstall -q -y torchvision
 	mv $@.making $@
 
