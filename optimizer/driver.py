@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from planish.optimizer import interrupts, registry
 from planish.optimizer import manifest as records
-from planish.optimizer import registry
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.building import EVALUATION, NOT_CHECKED, Builder, Built
 from planish.optimizer.calibration import NOT_OBSERVED, Given, Samples, one_behind_the_other
@@ -44,7 +45,7 @@ from planish.optimizer.reference import Reference, References, make_inputs, make
 from planish.optimizer.rehearsal import Rehearsal
 from planish.optimizer.report import write_report
 from planish.optimizer.request import Request, request_of
-from planish.optimizer.scratch import scratch_folder
+from planish.optimizer.scratch import scratch_folder, temporary
 from planish.optimizer.sites import Expectation, refuse_absent, write_sites
 from planish.optimizer.stages import LOGGER, Progress, Stages, silent
 
@@ -228,6 +229,10 @@ def _lowered(
     dynamic_axes: Mapping[str, Mapping[int, str]] | None,
 ) -> Lowered:
     """Lower, and spare the collector the objects of torch: few die meanwhile, and a million stay as they are after."""
+    if (
+        interrupts.watched()
+    ):  # torch makes a folder for what it compiles as soon as it is imported, and we compile nothing
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(temporary()))
     usual = gc.get_threshold()
     gc.set_threshold(*_COLLECT_SELDOM)
     with holding_interrupts():  # also while the collector runs below, out of which no exception gets

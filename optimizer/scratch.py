@@ -130,7 +130,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
     Those of killed runs are removed before. BadInput if there is no such folder, OutOfResources if it is full.
     """
-    place = _temporary() if parent is None else parent
+    place = temporary() if parent is None else parent
     interrupts.report("scratch", str(place))
     with ExitStack() as stack:
         with _telling(place):
@@ -141,11 +141,12 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
 def scratch_file() -> IO[Any]:
     """A file without a name, gone when it is closed."""
-    with _telling(_temporary()):
+    with _telling(temporary()):
         return tempfile.TemporaryFile()
 
 
-def _temporary() -> Path:
+def temporary() -> Path:
+    """The folder for temporary files. BadInput if there is none, OutOfResources if none has room."""
     try:
         return Path(os.path.abspath(tempfile.gettempdir()))  # noqa: PTH100 - a link is as good as a folder here
     except OSError as error:  # tempfile has tried TMPDIR, /tmp, /var/tmp, /usr/tmp and this folder

@@ -242,6 +242,8 @@ def _whole(kind: Kind, out: Path) -> bool:
 
 def run(count: int, seed: int, *, quiet: bool = False) -> list[str]:
     """Faults of ``count`` rounds, each with the seed of its round."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&`; commands would ignore it as well
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     faults = []
     codes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
