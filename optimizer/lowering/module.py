@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +84,10 @@ def export(
     with torch.no_grad(), quiet(), _shared_heads(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            captured = torch.export.export(
-                flat, tuple(inputs.values()), dynamic_shapes=(tuple(dynamic.values()),), strict=False
-            )
+            with _speechless():
+                captured = torch.export.export(
+                    flat, tuple(inputs.values()), dynamic_shapes=(tuple(dynamic.values()),), strict=False
+                )
             program = torch.onnx.export(
                 captured,
                 dynamo=True,
@@ -96,7 +99,7 @@ def export(
             )
         except Exception as error:
             raise BadInput(
-                f"torch cannot capture {type(module).__name__}: {cause_of(error)}",
+                f"torch cannot capture {type(module).__name__}: {_named_axes(cause_of(error), inputs, axes)}",
                 advice="a module must trace with its batch and sequence axes dynamic",
             ) from error
     if program is None:
@@ -108,7 +111,7 @@ def export(
 
 
 def cause_of(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom of an error, and the module of the model that it happened in.
+    """What went wrong at the bottom of an error in one line, and the module of the model that it happened in.
 
     torch's messages go on with pages of advice, stacks and addresses of objects.
     """
@@ -116,14 +119,53 @@ def cause_of(error: BaseException) -> str:
     while bottom.__cause__ is not None:
         bottom = bottom.__cause__
     lines = [line.strip() for line in str(bottom).splitlines() if line.strip()]
-    text = re.sub(r" at 0x[0-9a-f]+", "", lines[0] if lines else "")[:300]
+    text = re.sub(
+        r" at 0x[0-9a-f]+| For more information, run with .*", "", " ".join(lines[: _TOLD.get(_kind(bottom), 1)])
+    )
+    branch = re.search(r"data-dependent expression (.+?)(?: \(unhinted|\.|$)", text)
+    if branch is not None:
+        text = f"a branch depends on computed values ({branch[1]})"
     owners = [
         type(frame.f_locals["self"]).__name__
         for frame, _ in traceback.walk_tb(bottom.__traceback__)
         if "self" in frame.f_locals and frame.f_globals.get("__name__", "").startswith("transformers.models.")
     ]
     where = f" (in {owners[-1]})" if owners else ""
-    return f"{type(bottom).__name__}: {text}{where}" if text else f"{type(bottom).__name__}{where}"
+    return f"{_kind(bottom)}: {text[:300]}{where}"
+
+
+_TOLD = {"UserError": 2}
+"""Lines of a message that say something, where that is not the first alone: constraints are listed in the second."""
+
+
+def _kind(error: BaseException) -> str:
+    return type(error).__name__
+
+
+def _named_axes(text: str, inputs: Mapping[str, Any], axes: Axes) -> str:
+    """A message of torch.export, axes called as we call them."""
+    names = list(inputs)
+
+    def name_of(match: re.Match[str]) -> str:
+        name, index = names[int(match[1])], int(match[2])
+        return f"{axes.get(name, {}).get(index, f'axis {index}')} of {name}"
+
+    return re.sub(r"L\['args'\]\[(\d+)\]\.size\(\)\[(\d+)\]", name_of, text)
+
+
+@contextmanager
+def _speechless() -> Iterator[None]:
+    """Inside, torch.export does not print the graph that it got to, or log what its exception says as well."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -44,6 +44,8 @@ CONFIGS = {
     "CLIPVisionModelWithProjection": _config("CLIPVisionConfig", **CLIP, image_size=30, patch_size=6),
     "CLIPModel": _config("CLIPConfig", text_config={**TEXTS, **ENDS}, vision_config=CLIP),
     "SiglipTextModel": _config("SiglipTextConfig", **TEXTS),
+    "LongformerModel": _config("LongformerConfig", **TEXTS, attention_window=8),
+    "CanineModel": _config("CanineConfig", **SIZES, downsampling_rate=4, num_hash_buckets=50),
     "T5EncoderModel": _config("T5Config", **T5),
     "MT5EncoderModel": _config("MT5Config", **T5),
     "UMT5EncoderModel": _config("UMT5Config", **T5),
@@ -150,3 +152,21 @@ def test_embeddings_are_those_of_the_class() -> None:
     assert projected({"last_hidden_state": hidden, "text_embeds": vector}) is vector
     assert projected({"pooler_output": vector}) is vector
     assert projected({"last_hidden_state": hidden, "pooler_output": vector}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("LongformerModel", "a branch depends on computed values"),
+        pytest.param("CanineModel", "sequence of input_ids", marks=pytest.mark.breadth),
+    ],
+)
+def test_what_torch_cannot_capture_is_told_in_one_line(name: str, words: str, tmp_path: Path) -> None:
+    """torch prints the graph that it got to: pages of it."""
+    saved(name, tmp_path)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(BadInput, match=words) as refused:
+        lower(tmp_path)
+    assert f"torch cannot capture {name}" in str(refused.value)
+    assert len(str(refused.value)) < 600
+    assert len(said.getvalue().splitlines()) < 3, said.getvalue()
