@@ -15,7 +15,7 @@ from planish.optimizer.benching import target_of
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.fitting import Room
 from planish.optimizer.json_files import read_object
-from planish.optimizer.manifest import Manifest, engine_folder
+from planish.optimizer.manifest import Manifest, digest_of, engine_folder
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.perceiving import (
     Perceiver,
@@ -30,7 +30,7 @@ from planish.optimizer.perceiving import (
 from planish.optimizer.program import Signature
 from planish.optimizer.questions import Question, read_questions
 from planish.optimizer.sentence_modules import SentenceModules, read_modules
-from planish.optimizer.tokenizing import encode, length_limit
+from planish.optimizer.tokenizing import LIGHT_TASKS, LightTokenizer, encode, length_limit
 from planish.optimizer.writing import Writer, open_writer
 
 _TOP = 5
@@ -158,11 +158,9 @@ def open_answerer(path: Path, target: str | None = None, engine: Engine | None =
 
     What opens is a `Writer` where the task is to generate (a `Transcriber` if it hears), and a `Perceiver` for images.
     """
-    from planish.optimizer.lowering.tokenizer import load_tokenizer
-
     folder, text = engine_at(path, target)
     manifest = Manifest.read(folder.parent) if (folder.parent / MANIFEST).is_file() else None
-    tokenizer = load_tokenizer(folder)
+    tokenizer = _tokenizer(folder, manifest)
     signatures = [] if manifest is None else [record.signature() for record in manifest.signatures.values()]
     config = _json(folder / "config.json")
     task = manifest.task if manifest is not None else _task(config, folder)
@@ -184,6 +182,20 @@ def open_answerer(path: Path, target: str | None = None, engine: Engine | None =
     return Answerer(
         engine, tokenizer, task, config, folder, longest, room, modules=modules, prompt=modules.prompt(None)
     )
+
+
+def _tokenizer(folder: Path, manifest: Manifest | None) -> Any | None:
+    """The tokenizer of an engine folder, None if it has none; without transformers where that is known to be the same.
+
+    What a build found of the files holds as long as they are those that it wrote.
+    """
+    if manifest is not None and manifest.tokenizer is not None and manifest.task in LIGHT_TASKS:
+        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
+        if all(digest_of(folder / name) == manifest.files.get(f"{folder.name}/{name}") for name in names):
+            return LightTokenizer(folder, manifest.tokenizer)
+    from planish.optimizer.lowering.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder)
 
 
 def _open_writer(folder: Path, target: str, manifest: Manifest, first: Signature, tokenizer: Any | None) -> Writer:

@@ -22,7 +22,7 @@ from planish.optimizer.building import EVALUATION, NOT_CHECKED, Builder, Built
 from planish.optimizer.calibration import NOT_OBSERVED, Given, Samples, one_behind_the_other
 from planish.optimizer.checking import CHECKER, check_engines, demand_room
 from planish.optimizer.compare import Comparison
-from planish.optimizer.errors import UsageError
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.generate import Decoding
 from planish.optimizer.graph import weight_bytes
 from planish.optimizer.interrupts import holding_interrupts
@@ -48,6 +48,7 @@ from planish.optimizer.request import Request, request_of
 from planish.optimizer.scratch import scratch_folder, temporary
 from planish.optimizer.sites import Expectation, refuse_absent, write_sites
 from planish.optimizer.stages import LOGGER, Progress, Stages, silent
+from planish.optimizer.tokenizing import LIGHT_TASKS, TokenizerRecord, light_record
 
 _PRECISE_CASES = 1
 """The noise floor is estimated on this many of the first reference cases: made ones begin with a small padded batch."""
@@ -294,6 +295,17 @@ def _tokenizer(lowered: Lowered) -> Any | None:
     return None if lowered.folder is None else load_tokenizer(lowered.folder)
 
 
+def _light(lowered: Lowered) -> TokenizerRecord | None:
+    """How `run` reads the tokenizer without transformers, if it can."""
+    if lowered.folder is None or lowered.program.task not in LIGHT_TASKS:
+        return None
+    try:
+        tokenizer = _tokenizer(lowered)
+    except BadInput:  # engines are built without a tokenizer too; `run` says what is wrong with it
+        return None
+    return None if tokenizer is None else light_record(tokenizer, lowered.folder)
+
+
 def _batches(
     lowered: Lowered,
     data: Samples | None,
@@ -397,6 +409,7 @@ def _write(folder: Path, builder: Builder, built: Sequence[Built], data: Samples
         reference=reference_record(lowered, references, origin, data, mode),
         targets={engine.target.name: target_record(engine, folder) for engine in built},
         files={},
+        tokenizer=_light(lowered),
     )
     write_sites(folder, [record for engine in built for record in engine.rewritten.sites])
     write_report(folder, manifest, locked)

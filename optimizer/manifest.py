@@ -19,6 +19,7 @@ from planish.optimizer.json_files import read_json
 from planish.optimizer.output import MANIFEST, MEASUREMENTS
 from planish.optimizer.pipeline import PassReport
 from planish.optimizer.program import SUM, Axis, Program, Role, Signature, TensorSpec
+from planish.optimizer.tokenizing import TokenizerRecord
 
 _LIBRARIES = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "optimum", "torch", "transformers")
 _FLAGS = (
@@ -255,6 +256,8 @@ class Manifest(Record):
     """By the name of the engine's folder."""
     files: dict[InnerPath, str]
     """SHA-256 of every other file but the measurements."""
+    tokenizer: TokenizerRecord | None = None
+    """How tokenizer.json is read by itself; None if only transformers does what the checkpoint's tokenizer does."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
