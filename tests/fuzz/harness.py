@@ -28,7 +28,9 @@ import psutil
 from planish.optimizer.cli.failures import exit_code_of
 
 SECONDS = 20.0
-"""A case that takes longer hangs."""
+"""A case that takes more time of processors hangs: on a busy machine the clock says little."""
+_WAITING_FACTOR = 8
+"""A case that waits this many times longer, by the clock, hangs as well."""
 BYTES = 4 << 30
 """A case that makes its process, children included, larger than this takes the machine."""
 _WATCH_SECONDS = 0.1
@@ -175,23 +177,26 @@ class Worker:
 
     def _watch(self, start: float) -> str:
         """Wait for an answer or the end of the process; the reason if it must be stopped."""
+        _, spent = _use_of(self._process.pid)
         while not select.select([self._replies], [], [], _WATCH_SECONDS)[0]:
-            if time.perf_counter() - start > SECONDS:
+            memory, seconds = _use_of(self._process.pid)
+            if seconds - spent > SECONDS or time.perf_counter() - start > SECONDS * _WAITING_FACTOR:
                 return f"longer than {SECONDS:.0f} s"
-            if _memory_of(self._process.pid) > BYTES:
+            if memory > BYTES:
                 return f"more than {BYTES >> 30} GB"
         return ""
 
 
-def _memory_of(pid: int) -> int:
-    """Resident bytes of a process and of what it started."""
-    total = 0
+def _use_of(pid: int) -> tuple[int, float]:
+    """Resident bytes of a process and of what it started, and the time that they have worked."""
+    memory, seconds = 0, 0.0
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for member in (process, *process.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
-                total += member.memory_info().rss
-    return total
+                memory += member.memory_info().rss
+                seconds += sum(member.cpu_times()[:4])  # of children that ended as well
+    return memory, seconds
 
 
 def serve(kind: str, descriptor: int) -> None:
