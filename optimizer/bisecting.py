@@ -23,7 +23,7 @@ from planish.optimizer.errors import BadInput, CheckFailed, PlanishError, UsageE
 from planish.optimizer.lowering import lower
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.observing import Observe
-from planish.optimizer.output import staged_file
+from planish.optimizer.output import demand_not_read, staged_file
 from planish.optimizer.pipeline import Pipeline
 from planish.optimizer.program import Signature
 from planish.optimizer.reference import QUICK, Reference, References, size_of_case
@@ -148,6 +148,7 @@ def bisect(source: Path, pipeline: str, repro: Path, *, keep: Sequence[str] = ()
     model that the pass alone breaks is written to ``repro``, if any does.
     """
     steps, asked = Pipeline.parse(pipeline), Budget.parse(keep)
+    demand_not_read({"SOURCE": source}, {"-o": repro})
     bent = next((step for step in steps.passes if not step.exact), None)
     if keep and bent is None:
         raise UsageError(

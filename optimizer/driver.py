@@ -148,6 +148,9 @@ def optimize(
     with staged_folder(_apart(out, source, adapter, calibration, profile, lock)) as folder, scratch_folder() as scratch:
         with stages.stage("lowering"):
             lowered = _lowered(request, source, task, adapter, reference, sample_inputs, dynamic_axes)
+        if lowered.folder is not None:  # a file beside an `.onnx` may lie in OUT though the file itself does not
+            files = lowered.program.provenance.files
+            demand_apart(Path(out), {name: lowered.folder / name for name in files}, {})
         _check_lock(known, lock, lowered, request, data)
         request.check_fits(lowered.program)
         builder = _builder(request, lowered, data, reference, (folder, scratch, Path(f"{out}.failed")), stages)

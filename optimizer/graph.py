@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from planish.optimizer.annotations import NAME_SCOPES as NAME_SCOPES
-from planish.optimizer.inference import follows_few
+from planish.optimizer.shape_inference import follows_few
 
 _PLAIN_INITIALIZERS = 4
 

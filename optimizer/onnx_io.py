@@ -14,8 +14,8 @@ from google.protobuf.message import DecodeError
 from planish.optimizer.annotations import strip_annotations
 from planish.optimizer.errors import BadInput
 from planish.optimizer.graph import embedded, graphs_of, weight_bytes
-from planish.optimizer.inference import quiet_libraries
 from planish.optimizer.onnx_checks import check_model
+from planish.optimizer.shape_inference import quiet_libraries
 from planish.optimizer.tensors import origin_of
 
 EXTERNAL_FROM = 1 << 20

@@ -16,8 +16,8 @@ import onnx
 import onnx_ir as ir
 
 from planish.optimizer.graph import constant_of, without_weights
-from planish.optimizer.inference import follows_few, quiet_libraries
 from planish.optimizer.program import SUM
+from planish.optimizer.shape_inference import follows_few, quiet_libraries
 
 Entry = int | str | None
 """One entry of an integer tensor: a number, the name of an axis, or unknown."""

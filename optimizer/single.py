@@ -15,7 +15,7 @@ from planish.optimizer.instruments import Instrument
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.observing import Observe
-from planish.optimizer.output import staged_file
+from planish.optimizer.output import demand_not_read, staged_file
 from planish.optimizer.pipeline import PassReport, Pipeline
 from planish.optimizer.reference import Reference, make_inputs, noise_floor, quick, thin
 from planish.optimizer.sites import Expectation, Rewritten, check_expectations, read_sites, refuse_absent
@@ -54,6 +54,7 @@ def optimize_file(
     asked = Budget.parse(keep) if keep else presets.budget(preset)
     lowered = lower(source).with_fixed(steps.fixed)
     asked.refuse_unmeasured(measured_metrics(lowered.program))
+    _refuse_overwriting(source, out, lowered)
     watchers: list[Instrument] = [
         instruments.Reproducer(Path(f"{out}.failed"), onnx_io.save, [f"--keep '{k}'" for k in keep])
     ]
@@ -68,6 +69,16 @@ def optimize_file(
     with staged_file(out) as path:
         onnx_io.save(outcome.model, path)
     return outcome.reports
+
+
+def _refuse_overwriting(source: Path, out: Path, lowered: Lowered) -> None:
+    """UsageError if ``out`` or its weights would take the place of another file's that ``source`` keeps its own in.
+
+    A file may be replaced by what is made of it: all of it is written before any of it is moved.
+    """
+    if out.resolve() != source.resolve():
+        files = {name: source.parent / name for name in lowered.program.provenance.files if name != source.name}
+        demand_not_read(files, {"-o": out, "weights of -o": out.with_name(f"{out.name}.data")})
 
 
 def explain(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from planish.optimizer.errors import printable
 from planish.optimizer.lock import Choice, Speed
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.stages import Progress
@@ -50,6 +51,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A table: drawn on a terminal, as wide as that is; as Markdown; else plain, a line for each row."""
     import shutil
 
+    # Names in a file of somebody else must not steer a terminal.
+    title, rows = printable(title), [[printable(cell) for cell in row] for row in rows]
     if markdown:
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
         print("\n".join(f"| {' | '.join(cell.replace(chr(10), '<br>') for cell in row)} |" for row in rows))

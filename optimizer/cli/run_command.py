@@ -11,7 +11,7 @@ import click
 
 from planish.optimizer import interrupts
 from planish.optimizer.cli.options import existing, json_flag, print_json
-from planish.optimizer.errors import UsageError
+from planish.optimizer.errors import UsageError, printable
 
 _SHOWN = 6
 _STREAM = "-"
@@ -188,7 +188,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
+        return ", ".join(f"{printable(str(key))} {_text(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return "".join(f"\n  {_text(inner)}" for inner in value)
-    return str(value)
+    return printable(str(value))

@@ -33,10 +33,10 @@ from planish.optimizer import errors, interrupts, onnx_io, registry
 from planish.optimizer.compare import Case
 from planish.optimizer.errors import BadInput, InternalError, OutOfResources, PlanishError
 from planish.optimizer.graph import subgraphs_of, weight_bytes, without_weights
-from planish.optimizer.inference import follows_few, quiet_libraries
 from planish.optimizer.reference import load_cases, save_cases, thin
 from planish.optimizer.resources import available_memory, limit_memory
 from planish.optimizer.scratch import scratch_folder
+from planish.optimizer.shape_inference import follows_few, quiet_libraries
 
 SMALL_BYTES = 64 << 20
 """Of all values and weights of a graph that runs in this process."""

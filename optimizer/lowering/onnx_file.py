@@ -14,7 +14,6 @@ from planish.optimizer import onnx_io, registry
 from planish.optimizer.annotations import Annotations
 from planish.optimizer.errors import BadInput, CheckFailed
 from planish.optimizer.graph import opset_of, sizes_of
-from planish.optimizer.inference import follows_few, infer_shapes, quiet_libraries
 from planish.optimizer.json_files import read_object
 from planish.optimizer.lowering import confined
 from planish.optimizer.lowering.checkpoint import quiet, sha256
@@ -35,6 +34,7 @@ from planish.optimizer.program import (
     in_float,
 )
 from planish.optimizer.reference import Prompt
+from planish.optimizer.shape_inference import follows_few, infer_shapes, quiet_libraries
 from planish.optimizer.shapes import correct_shapes
 from planish.optimizer.verifier import picture, structural_faults
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from planish.optimizer.base import PassResult
 from planish.optimizer.graph import allow_plain_initializers, constant_of, graphs_of, location_of
-from planish.optimizer.inference import infer_shapes, quiet_libraries
+from planish.optimizer.shape_inference import infer_shapes, quiet_libraries
 
 _MADE_UP = "unk__"
 """How the inference of ONNX begins the names of dimensions that it knows nothing of."""
