@@ -148,9 +148,7 @@ def optimize(
     with staged_folder(_apart(out, source, adapter, calibration, profile, lock)) as folder, scratch_folder() as scratch:
         with stages.stage("lowering"):
             lowered = _lowered(request, source, task, adapter, reference, sample_inputs, dynamic_axes)
-        if lowered.folder is not None:  # a file beside an `.onnx` may lie in OUT though the file itself does not
-            files = lowered.program.provenance.files
-            demand_apart(Path(out), {name: lowered.folder / name for name in files}, {})
+        demand_apart(Path(out), lowered.files(), {})  # weights of an `.onnx` may lie in OUT though the graph does not
         _check_lock(known, lock, lowered, request, data)
         request.check_fits(lowered.program)
         builder = _builder(request, lowered, data, reference, (folder, scratch, Path(f"{out}.failed")), stages)
@@ -160,9 +158,14 @@ def optimize(
             result = _write(folder, builder, built, data, reference)
     if lock is not None and known is None:
         _copy_text(Path(out) / LOCK, Path(lock))
+    return _told(replace(result, folder=Path(out)))
+
+
+def _told(result: Result) -> Result:
+    """The same, when its notes are in the log."""
     for note in result.notes:
         LOGGER.info(note)
-    return replace(result, folder=Path(out))
+    return result
 
 
 def _apart(out: str | Path, source: object, *others: object) -> Path:

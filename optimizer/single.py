@@ -77,7 +77,7 @@ def _refuse_overwriting(source: Path, out: Path, lowered: Lowered) -> None:
     A file may be replaced by what is made of it: all of it is written before any of it is moved.
     """
     if out.resolve() != source.resolve():
-        files = {name: source.parent / name for name in lowered.program.provenance.files if name != source.name}
+        files = {name: path for name, path in lowered.files().items() if name != source.name}
         demand_not_read(files, {"-o": out, "weights of -o": out.with_name(f"{out.name}.data")})
 
 

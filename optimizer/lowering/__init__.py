@@ -29,6 +29,10 @@ class Lowered:
     rewritten: Mapping[Path, str] = field(default_factory=dict)
     """What some of them say beside an engine, where that is not what they say in the folder."""
 
+    def files(self) -> dict[str, Path]:
+        """What was read, by its name in ``folder``."""
+        return {} if self.folder is None else {name: self.folder / name for name in self.program.provenance.files}
+
     def with_fixed(self, sizes: Mapping[str, int]) -> Lowered:
         """The same, to be asked for one size of these axes only. UsageError if that cannot be asked of the program."""
         signatures = self.program.signatures
