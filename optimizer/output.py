@@ -129,21 +129,32 @@ def sweep_up(destination: Path, *, is_file: bool) -> None:
 
 def _check_replaceable(destination: Path) -> None:
     """BadInput unless nothing is lost that the next build does not write again."""
+    before = _identity(destination)
+    while before is not None:
+        try:
+            _check_content(destination)
+        except (BadInput, FileNotFoundError):
+            # Another run may have put a new folder there, or be about to, and be removing the one that was looked at.
+            after = _identity(destination)
+            if after == before:
+                raise
+            before = after
+        else:
+            return
+
+
+def _identity(destination: Path) -> tuple[int, int] | None:
+    """What tells a folder from another that takes its name later, which may get its inode; None if nothing is there.
+
+    BadInput if something else is there.
+    """
     try:
         status = destination.lstat()
     except FileNotFoundError:
-        return
+        return None
     if not stat.S_ISDIR(status.st_mode):
         raise BadInput("this exists and is not a folder", where=destination, advice="choose another output folder")
-    before = status.st_ino
-    try:
-        _check_content(destination)
-    except (BadInput, FileNotFoundError):
-        # Another run may have put a new folder there, and be removing the one that is being looked at.
-        if destination.exists() and destination.stat().st_ino != before:
-            _check_replaceable(destination)
-            return
-        raise
+    return status.st_ino, status.st_ctime_ns
 
 
 def _check_content(folder: Path) -> None:

@@ -415,7 +415,7 @@ def test_calibration_files(tiny: Path, tmp_path: Path) -> None:
     assert "texts need a tokenizer" in failure("empty.txt")
     assert "this file holds no text" in failure("empty.txt", object())
     assert "line 2: this is not JSON" in failure("bad.jsonl", object())
-    assert "this is not text in UTF-8" in failure("latin.txt", object())
+    assert "line 1: byte 4 of this line (0xe9) is not UTF-8" in failure("latin.txt", object())
     assert "line 1: this is nested deeper than 64 levels" in failure("deep.jsonl", object())
     assert "line 1: this line has no field 'text'" in failure("keys.jsonl", object())
     assert "it has no array 'x'; it has ['y']" in failure("keys.npz")

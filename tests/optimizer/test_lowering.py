@@ -240,7 +240,7 @@ def test_files_with_external_data(exported: Path, tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="data.bin", size_threshold=64)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "model_type": "bert"}))
     lowered = lower(tmp_path / "model.onnx")
-    assert set(lowered.program.provenance.files) == {"model.onnx", "data.bin"}
+    assert set(lowered.program.provenance.files) == {"model.onnx", "data.bin", "config.json"}
     assert lowered.program.task == "feature-extraction"
     found = fidelity(lowered, reference_of(lowered), "onnxruntime", tmp_path / "engine")
     assert (found.worst("max_rel") or 0) < 1e-5
