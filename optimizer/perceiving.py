@@ -93,9 +93,10 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(scores: np.ndarray) -> np.ndarray:
-    """The logistic function, without overflow at either end."""
-    smaller = np.exp(-np.abs(scores))
-    return np.asarray(np.where(scores >= 0, 1, smaller) / (1 + smaller))
+    """The logistic function of logits, without overflow at either end."""
+    from scipy.special import expit
+
+    return np.asarray(expit(scores))
 
 
 def label(config: Mapping[str, Any], index: int) -> str:

@@ -89,8 +89,9 @@ def _gelu(values: np.ndarray) -> np.ndarray:
 
 
 def _logistic(values: np.ndarray) -> np.ndarray:
-    smaller = np.exp(-np.abs(values))
-    return np.asarray(np.where(values >= 0, 1, smaller) / (1 + smaller))
+    from scipy.special import expit
+
+    return np.asarray(expit(values))
 
 
 _ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
