@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -46,7 +46,8 @@ import openvino as ov
 
 with open("openvino_properties.json") as file:
     properties = json.load(file)
-model = ov.Core().compile_model("{file}", "{device}", properties)
+core = ov.Core()
+{calls}
 ```
 
 With optimum-intel: `OVModelFor….from_pretrained(folder, ov_config=properties)`.
@@ -96,7 +97,7 @@ class OpenVino(Backend):
         loaders must give, and a page that says so.
         """
         ov = self._import()
-        self._write_properties(folder)
+        self._write_properties(folder, [self.file_of(name) for name in program.components])
         for name, model in program.components.items():
             with scratch_folder(folder.parent) as scratch:
                 source = scratch / "model.onnx"
@@ -155,11 +156,12 @@ class OpenVino(Backend):
         preferred = core.get_property(self.device, "INFERENCE_PRECISION_HINT").get_type_name()
         return None if preferred == self.precision else replace(self, precision="default", threads=0, buckets=())
 
-    def _write_properties(self, folder: Path) -> None:
+    def _write_properties(self, folder: Path, files: Sequence[str]) -> None:
         properties = self._precision()
         if properties:
             (folder / PROPERTIES).write_text(json.dumps(properties) + "\n", encoding="utf-8")
-            page = _PAGE.format(properties=json.dumps(properties), file=self.model_file, device=self.device)
+            calls = [f'{Path(name).stem} = core.compile_model("{name}", "{self.device}", properties)' for name in files]
+            page = _PAGE.format(properties=json.dumps(properties), calls="\n".join(calls))
             (folder / "README.md").write_text(page, encoding="utf-8")
 
     def _precision(self) -> dict[str, object]:

@@ -17,7 +17,8 @@ NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _KEPT = frozenset({NAME_SCOPES, "pkg.torch.onnx.class_hierarchy"})
 _OF_TOOLS = ("pkg.", "planish.")
 """How keys begin that exporters (stack traces, names of their own) and our passes write for themselves."""
-_ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'(=,:\[])(?:/[^\s/]+/|[A-Za-z]:\\)")
+_ABSOLUTE_PATH = re.compile(r"(^|[\s\"'(=,:\[])(?:/(?:[^\s/\"']+/)+|[A-Za-z]:\\(?:[^\s\\\"']+\\)*)")
+"""The folders of an absolute path, behind whatever stands before it."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ def _named(now: int | ir.SymbolicDim, then: int | ir.SymbolicDim) -> int | ir.Sy
 
 
 def strip_annotations(part: ir.Model | ir.Graph | ir.Function | ir.Node | ir.Value) -> None:
-    """Drop what tools wrote for themselves, and documentation with absolute paths of the building machine."""
+    """Drop what tools wrote for themselves, and in documentation the folders of the machine that exported the file."""
     for key in [key for key in part.metadata_props if key.startswith(_OF_TOOLS) and key not in _KEPT]:
         del part.metadata_props[key]
-    if part.doc_string is not None and (not part.doc_string or _ABSOLUTE_PATH.search(part.doc_string)):
-        part.doc_string = None
+    part.doc_string = _ABSOLUTE_PATH.sub(r"\1", part.doc_string or "") or None

@@ -175,7 +175,7 @@ def _answer_faults(
         return ["it does not end"]
     faults = ["it shows a traceback"] if "Traceback" in line and not early else []
     if hit == "below":  # it may have done its part already
-        allowed = (0, 3, 5) if sent is signal.SIGKILL else (0, 130)
+        allowed = (0, 5) if sent is signal.SIGKILL else (0, 130)
         return [*faults, *([] if code in allowed else [f"exit code {code}: {line.splitlines()[-1:]}"])]
     if sent is signal.SIGKILL:
         return faults

@@ -94,7 +94,8 @@ def command(
     from planish.optimizer.output import MANIFEST, demand_apart, demand_not_read
 
     demand_apart(out, {}, {"--depfile": depfile})
-    demand_not_read({"SOURCE": source, "--calibration": options["calibration"]}, {"--depfile": depfile})
+    read = {f"--{name}": options[name] for name in ("calibration", "profile")} | {"SOURCE": source, "--lock": lock}
+    demand_not_read(read, {"--depfile": depfile})
     locked = lock is not None and lock.is_file()
     for name in (source, out, lock, options["calibration"], options["profile"]) if depfile is not None else ():
         escaped(name or Path())  # what cannot be written is refused before anything is built
@@ -107,6 +108,7 @@ def command(
         made = [lock] if lock is not None and not locked else []
         made += [path for path in (options["profile"],) if path and path.is_file()]  # what it lacked was added
         inputs = _inputs(source, [*result.manifest.source.files], options)
+        demand_not_read({str(path): path for path in inputs}, {"--depfile": depfile})
         write_depfile(depfile, out / MANIFEST, [*inputs, *([lock] if lock else [])], made)
     if as_json:
         print_json(

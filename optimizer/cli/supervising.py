@@ -149,7 +149,8 @@ class _Work:
         _end_children()
         while self.listen() and select.select([self._reading], [], [], 0)[0]:
             pass
-        lines = [json.loads(line) for line in self._said.split(b"\n") if line]
+        # Whoever is killed while it writes leaves half a line behind the last one.
+        lines = [json.loads(line) for line in self._said.split(b"\n")[:-1] if line]
         if self.asked or self.code in (INTERRUPTED, *(-number for number in interrupts.ENDING)):
             _sweep(lines)
             kept = [str(line[1]) for line in lines if line[0] == "kept"]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, OutOfResources
 from planish.optimizer.json_files import read_object
 from planish.optimizer.lowering.failures import told_as_bad_input
 from planish.optimizer.lowering.links import file_in
@@ -254,6 +254,10 @@ def _matches(patterns: Sequence[str], names: Sequence[str], path: Path, *, here:
             where=path,
             advice="write them without repetitions inside repetitions",
         ) from None
+    except subprocess.CalledProcessError as error:
+        raise OutOfResources(
+            f"the process that matches its patterns ended with code {error.returncode}", where=path, advice="run again"
+        ) from error
     hits = json.loads(done.stdout)
     if isinstance(hits, str):
         raise BadInput(f"a pattern in it is no regular expression ({hits})", where=path)

@@ -51,12 +51,12 @@ def bounded(weights: Mapping[str, Weight], path: Path) -> Iterator[None]:
     count = 0
     register = torch.nn.Module.register_parameter
 
-    def counted(module: Any, name: str, parameter: Any) -> None:
+    def counted(module: Any, name: str, param: Any) -> None:
         nonlocal count
         count += 1
         if count > most:
             raise _too_many(f"more than {most} parameters", weights, path)
-        register(module, name, parameter)
+        register(module, name, param)
 
     torch.nn.Module.register_parameter = counted  # type: ignore[method-assign, assignment]
     try:

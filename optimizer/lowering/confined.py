@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -44,6 +45,8 @@ SMALL_WORK = 10_000_000_000
 """Multiplications of such a graph at most: entries of each result times those of the operator's largest input."""
 _BASE_BYTES = 2 << 30
 _BASE_SECONDS = 10.0
+_IMPORT_SECONDS = 120.0
+"""For importing ONNX Runtime, which takes one on an idle machine."""
 _BYTES_A_SECOND = 1 << 20
 """Weights and values that are surely worked through in a second, on a slow and busy machine."""
 _POLL_SECONDS = 0.002
@@ -249,8 +252,10 @@ def _run_confined(path: Path, cases: Sequence[Case], precise: int, memory: int, 
         command = [sys.executable, "-m", "planish.optimizer.lowering.confined", str(folder)]
         with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as child:
             try:
-                if child.stdout is not None:
-                    child.stdout.readline()  # what is imported does not count as time of the file
+                # What is imported does not count as time of the file.
+                if child.stdout is None or not select.select([child.stdout], [], [], _IMPORT_SECONDS)[0]:
+                    raise OutOfResources("the process that runs this file does not start", where=path)
+                child.stdout.readline()
                 code = child.wait(seconds)
             except subprocess.TimeoutExpired:
                 raise OutOfResources(
@@ -264,13 +269,15 @@ def _run_confined(path: Path, cases: Sequence[Case], precise: int, memory: int, 
 def _collect(folder: Path, path: Path, code: int) -> Run:
     """What the process wrote down, or raise what it complained of."""
     interrupts.check_ended(code)
+    if -code == signal.SIGKILL:  # by the kernel, when memory ran out, or by somebody: the file is not to blame
+        raise OutOfResources("the process that runs this file was killed", where=path, advice=_ADVICE)
     complaint = folder / _COMPLAINT
     if complaint.is_file():
         said = json.loads(complaint.read_text(encoding="utf-8"))
         kind: type[PlanishError] = getattr(errors, said.pop("kind"))
         raise kind(**said)
     if not (folder / "note.json").is_file():
-        if code < 0 and not (folder / _OUTPUTS).is_file():  # a crash of the runtime, or the kernel's killer
+        if code < 0 and not (folder / _OUTPUTS).is_file():  # a crash of the runtime
             raise BadInput(f"ONNX Runtime does not survive this file (signal {-code})", where=path)
         if code >= 0:
             last = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
