@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from planish.optimizer import interrupts
 from planish.optimizer.answering import AnyAnswerer
 from planish.optimizer.errors import BadInput
+from planish.optimizer.manifest import digest_of, hash_files
+from planish.optimizer.output import MANIFEST
 
 BATCH = 16
 T = TypeVar("T")
@@ -21,15 +24,17 @@ def answer_file(
     output: Path,
     batch: int = BATCH,
     progress: Callable[[int], None] = lambda _: None,
+    partial: Path | None = None,
 ) -> int:
     """Answer every question of ``source`` into the `.jsonl` file ``output``; returns how many were answered now.
 
     Answers gather in a hidden file beside it, which becomes ``output`` when all are there. An interrupted run goes on
-    where it stopped: the hidden file's name tells for which input and engine it is. BadInput if ``output`` exists.
+    where it stopped: the hidden file's name (``partial``, if `partial_file` has been asked already) tells for which
+    input and engine it is. ``progress`` gets the number of answers that are kept. BadInput if ``output`` exists.
     """
     if output.exists():
         raise BadInput("this file exists", where=output, advice="remove it, or choose another output")
-    partial = partial_file(answerer, source, output)
+    partial = partial or partial_file(answerer, source, output)
     done = kept_answers(partial)
     answered = 0
     with partial.open("a", encoding="utf-8") as file:
@@ -41,7 +46,9 @@ def answer_file(
     if not done + answered:
         partial.unlink()
         raise BadInput("this file holds no text", where=source)
-    partial.replace(output)
+    with interrupts.uninterrupted():
+        interrupts.moving(partial, output)
+        partial.replace(output)
     return answered
 
 
@@ -66,12 +73,17 @@ def _named(question: Any) -> dict[str, Any]:
 
 
 def partial_file(answerer: AnyAnswerer, source: Path, output: Path) -> Path:
-    """Where answers gather: named for the output, the input's content and the engine."""
+    """Where answers gather: named for the output, the content of the input and of the engine, and what is asked.
+
+    An output's content is what its manifest says of it.
+    """
     if not source.is_file():
         raise BadInput("there is no such file", where=source)
-    digest = hashlib.sha256(source.read_bytes())
+    folder = answerer.folder.resolve()
     asked = [getattr(answerer, name, None) for name in ("most", "sampling", "raw", "prompt")]
-    digest.update(f"{answerer.folder.resolve()} {answerer.task} {answerer.longest} {asked}".encode())
+    content = digest_of(folder.parent / MANIFEST) or sorted(hash_files(folder).items())
+    named = f"{digest_of(source)} {folder} {content} {answerer.task} {answerer.longest} {asked}"
+    digest = hashlib.sha256(named.encode("utf-8", "surrogatepass"))
     return output.with_name(f".{output.name}.{digest.hexdigest()[:16]}.partial")
 
 

@@ -78,7 +78,11 @@ class Answerer:
     def _check(self, outputs: Arrays, encoded: Mapping[str, Any]) -> None:
         """BadInput if the engine's outputs are not those of the task: its files are of several models."""
         rows, tokens = np.asarray(encoded["input_ids"]).shape[:2]
-        for name, axes in _OUTPUTS[self.task].items():
+        needed = _OUTPUTS[self.task]
+        vectors = projected(outputs) if self.task == "feature-extraction" else None
+        if vectors is not None:  # the class has a projection of its own: DPR's gives nothing else
+            needed = {next(name for name, array in outputs.items() if array is vectors): ("batch", "size")}
+        for name, axes in needed.items():
             shape = outputs[name].shape if name in outputs else ()
             known = {"batch": rows, "tokens": tokens, "choices": tokens}
             if len(shape) != len(axes) or any(known.get(a, n) != n for a, n in zip(axes, shape, strict=True)):
@@ -253,7 +257,10 @@ def _embeddings(
     Classes with a projection of their own give the vector itself.
     """
     counted = np.asarray(encoded["attention_mask"])
-    prompt_length = answerer.modules.prompt_length(answerer.prompt, answerer.tokenizer)
+    special = answerer.tokenizer.all_special_ids
+    prompt_length = answerer.modules.prompt_length(
+        answerer.prompt, lambda text: answerer._tokens(text)["input_ids"], special
+    )
     vectors = projected(outputs)
     if vectors is None:
         vectors = answerer.modules.embed(outputs["last_hidden_state"], counted, prompt_length)

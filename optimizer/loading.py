@@ -66,15 +66,18 @@ class LoadedModel:
             raise UsageError("this engine has several components", advice="use model.decoding()")
         return registry.backend(self.target).open(self._place)
 
-    @property
+    @functools.cached_property
     def engines(self) -> dict[str, Engine]:
-        """Every engine of the output that this machine can open, by the name of its folder."""
-        name = self._place.name
+        """Every engine of the output that this machine can open, by the name of its folder; they stay open.
+
+        UsageError if they have several components.
+        """
+        name, first = self._place.name, self.engine  # first: it refuses what no other needs to be opened for
         if self.manifest is None or self._output is None:
-            return {name: self.engine}
+            return {name: first}
         here = [other for other in self.manifest.targets if self.manifest.backend(other).missing() is None]
         opened = {o: self.manifest.backend(o).open(engine_folder(self._output, o)) for o in here if o != name}
-        return {**opened, name: self.engine}
+        return {**opened, name: first}
 
     def decoding(self, name: str | None = None) -> Decoding:
         """The engine, or the one in the folder ``name``, ready to go on with texts token by token."""
@@ -161,9 +164,9 @@ class LoadedModel:
         return answerer
 
     def close(self) -> None:
-        """Let go of the engine and its memory; what is asked afterwards is a UsageError."""
+        """Let go of the engines and their memory; what is asked afterwards is a UsageError."""
         self._closed = True
-        for name in ("engine", "_answerer"):
+        for name in ("engine", "engines", "_answerer"):
             self.__dict__.pop(name, None)
 
     def _refuse_closed(self) -> None:

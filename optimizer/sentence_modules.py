@@ -8,7 +8,7 @@ dropped layer gives vectors that look right and are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
@@ -250,12 +250,12 @@ class SentenceModules:
         text = (prompt + text).strip() if self.stripped else prompt + text
         return text.lower() if self.lower_case else text
 
-    def prompt_length(self, prompt: str, tokenizer: Any) -> int:
+    def prompt_length(self, prompt: str, tokens: Callable[[str], Sequence[int]], special: Container[int]) -> int:
         """How many tokens at the beginning of each text are not pooled."""
         if self.include_prompt or not prompt:
             return 0
-        ids = list(tokenizer(self.prepared(prompt, ""))["input_ids"])
-        return len(ids) - (ids[-1:] != [] and ids[-1] in tokenizer.all_special_ids)  # the end of the text comes later
+        ids = list(tokens(self.prepared(prompt, "")))
+        return len(ids) - (ids[-1:] != [] and ids[-1] in special)  # the end of the text comes later
 
     def embed(self, hidden: np.ndarray, mask: np.ndarray, prompt_length: int = 0) -> np.ndarray:
         """Embeddings (batch, size) of hidden states (batch, tokens, size) behind a mask (batch, tokens)."""

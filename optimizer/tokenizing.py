@@ -7,7 +7,9 @@ some tokenizers anew from their vocabulary and other files. A build compares the
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,8 @@ LIGHT_TASKS = frozenset(
 """Tasks that only encode: what decodes texts takes the tokenizer of transformers."""
 _PROBES = ("", "a", "Naïve  CAFÉ, 日本語 \U0001f600\n\tw1 w2 [MASK] <s>", "word " * 40)
 _PAIR = "Second text: isn't it?"
+_THEIRS = threading.Lock()
+"""Held while a tokenizer of transformers encodes: it, too, sets padding and truncation on its core at each call."""
 Id = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
@@ -66,6 +70,7 @@ class LightTokenizer:
         except Exception as error:  # the library raises nothing more particular
             said = " ".join(str(error).split())[:200]
             raise BadInput(f"its tokenizer cannot be loaded: {said}", where=folder / FILE) from error
+        self._setting = threading.Lock()
         self.record = record
         self.model_max_length: float = float("inf") if record.limit is None else record.limit
         self.all_special_ids = record.special_ids
@@ -82,25 +87,15 @@ class LightTokenizer:
         return_offsets_mapping: bool = False,
     ) -> LightEncoded:
         """The tokens of a text (lists) or of several (arrays)."""
-        record = self.record
-        if truncation and max_length is not None:
-            self._core.enable_truncation(max_length, direction=record.truncation_side)
-        else:
-            self._core.no_truncation()
-        if padding:
-            length = max_length if padding == "max_length" else None
-            self._core.enable_padding(
-                length=length, direction=record.padding_side, pad_id=record.pad_id,
-                pad_type_id=record.pad_type_id, pad_token=record.pad_token,
-            )  # fmt: skip
-        else:
-            self._core.no_padding()
         single = isinstance(texts, str)
         firsts = [texts] if isinstance(texts, str) else list(texts)
         seconds = [pairs] if isinstance(pairs, str) else pairs
-        encodings = self._core.encode_batch(firsts if seconds is None else list(zip(firsts, seconds, strict=True)))
+        asked = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
+        with self._setting:  # another thread's call must not set the core before this one has encoded
+            self._set(padding, max_length if truncation else None, max_length if padding == "max_length" else None)
+            encodings = self._core.encode_batch(asked)
         parts = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
-        kept = {name: parts[name] for name in parts if name in record.inputs}
+        kept = {name: parts[name] for name in parts if name in self.record.inputs}
         kept |= {"offset_mapping": "offsets"} if return_offsets_mapping else {}
         found: dict[str, Any] = {name: [getattr(e, part) for e in encodings] for name, part in kept.items()}
         if return_tensors is not None:
@@ -108,6 +103,21 @@ class LightTokenizer:
         elif single:
             found = {name: rows[0] for name, rows in found.items()}
         return LightEncoded(found, [list(encoding.sequence_ids) for encoding in encodings])
+
+    def _set(self, padding: bool | str, longest: int | None, length: int | None) -> None:
+        """Cut at ``longest`` tokens, and pad to ``length`` or else to the longest text."""
+        record = self.record
+        if longest is not None:
+            self._core.enable_truncation(longest, direction=record.truncation_side)
+        else:
+            self._core.no_truncation()
+        if padding:
+            self._core.enable_padding(
+                length=length, direction=record.padding_side, pad_id=record.pad_id,
+                pad_type_id=record.pad_type_id, pad_token=record.pad_token,
+            )  # fmt: skip
+        else:
+            self._core.no_padding()
 
 
 def light_record(tokenizer: Any, folder: Path) -> TokenizerRecord | None:
@@ -145,13 +155,14 @@ def _agree(light: LightTokenizer, tokenizer: Any, pair: str | None) -> bool:
 
 
 def encode(tokenizer: Any, folder: Path, *texts: Any, **options: Any) -> Any:
-    """The tokens of a text or several, as the tokenizer in ``folder`` gives them.
+    """The tokens of a text or several, as the tokenizer in ``folder`` gives them; threads may share a tokenizer.
 
     BadInput if it cannot: the library raises bare exceptions of its own, say for a vocabulary without the token that
     stands for unknown words.
     """
     try:
-        return tokenizer(*texts, **options)
+        with nullcontext() if isinstance(tokenizer, LightTokenizer) else _THEIRS:
+            return tokenizer(*texts, **options)
     except Exception as error:
         said = " ".join(str(error).split())[:200]
         raise BadInput(f"its tokenizer cannot read this text ({said})", where=folder) from error

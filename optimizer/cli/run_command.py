@@ -164,13 +164,20 @@ def _answer_file(answerer: Any, source: Path, output: Path, batch: int) -> int:
     from planish.optimizer.cli.display import progress_bar
 
     total = sum(1 for _ in answerer.questions(source))
-    try:
-        with progress_bar() as report:
-            return answer_file(answerer, source, output, batch, lambda done: report("answering", done - 1, total))
-    except KeyboardInterrupt:
-        partial = partial_file(answerer, source, output)
-        interrupts.keep(f"{kept_answers(partial)} of {total} answers are kept in {partial}; run again to go on")
-        raise
+    partial = partial_file(answerer, source, output)
+
+    def keep(done: int) -> None:
+        interrupts.keep(f"{done} of {total} answers are kept in {partial}; run again to go on")
+
+    if earlier := kept_answers(partial):
+        keep(earlier)
+    with progress_bar() as report:
+
+        def answered(done: int) -> None:
+            keep(done)
+            report("answering", done - 1, total)
+
+        return answer_file(answerer, source, output, batch, answered, partial)
 
 
 def _lines(answer: dict[str, Any]) -> list[str]:

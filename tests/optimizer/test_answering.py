@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
-from planish.optimizer import optimize
-from planish.optimizer.answer_files import answer_file
+from planish.optimizer import interrupts, optimize
+from planish.optimizer.answer_files import answer_file, partial_file
 from planish.optimizer.answering import Answerer, open_answerer, with_raw_scores
+from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.measure import Timing
 from planish.optimizer.perceiving import classes
+from planish.optimizer.program import TensorSpec
 from planish.optimizer.questions import Question, read_questions
 from tests.conftest import Planish, with_tokenizer
 from tests.optimizer.test_bad_input import run
@@ -280,13 +285,60 @@ def test_an_interrupted_run_says_what_is_kept(made: Made, tmp_path: Path, monkey
         return answer(self, questions)
 
     monkeypatch.setattr(Answerer, "answer", interrupted)
+    told: list[str] = []
+    monkeypatch.setattr(interrupts, "report", lambda kind, text, *_: told.append(text) if kind == "kept" else None)
     files = ["--input", tmp_path / "texts.txt", "--output", tmp_path / "answers.jsonl", "--batch", 1]
     code, said = run("run", out, *files)
     (partial,) = tmp_path.glob(".answers.jsonl.*.partial")
     assert code == 130
     assert f"planish: interrupted; 2 of 3 answers are kept in {partial}; run again to go on" in said
+    # A process that watches this one is told at once: one that is killed tells nothing any more.
+    assert told == [f"{count} of 3 answers are kept in {partial}; run again to go on" for count in (1, 2)]
     assert run("run", out, *files)[0] == 0
+    assert [text.split()[0] for text in told] == ["1", "2", "2", "3"]
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("changed", ["planish.json", "onnxruntime/model.onnx"])
+def test_answers_of_another_engine_are_not_gone_on_with(changed: str, made: Made, tmp_path: Path) -> None:
+    """The same folder with another engine in it: its manifest tells, and the files where there is none."""
+    out = Path(shutil.copytree(made("text-classification")[0].folder.parent, tmp_path / "out"))
+    if changed != "planish.json":
+        (out / "planish.json").unlink()
+    answerer = open_answerer(out / "onnxruntime")
+    (tmp_path / "texts.txt").write_text("w1\n")
+    files = tmp_path / "texts.txt", tmp_path / "answers.jsonl"
+    before = partial_file(answerer, *files)
+    assert partial_file(answerer, *files) == before
+    (out / changed).write_bytes((out / changed).read_bytes() + b"\n")
+    assert partial_file(answerer, *files) != before
+
+
+class Projecting(Engine):
+    """An encoder that gives one vector for each text and nothing else, as those of DPR do."""
+
+    inputs = (TensorSpec("input_ids", ir.DataType.INT64, ("batch", "sequence")),)
+
+    def __init__(self, name: str, axes: int) -> None:
+        self.outputs = (TensorSpec(name, ir.DataType.FLOAT, ("batch", 4)),)
+        self._axes = axes
+
+    def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        counts = np.asarray(feeds["input_ids"]).sum(axis=1).astype(np.float32)
+        vectors = counts.reshape(-1, *[1] * (self._axes - 1)) * np.arange(4, dtype=np.float32)
+        return {self.outputs[0].name: vectors}
+
+
+def test_encoders_with_a_projection_of_their_own(made: Made) -> None:
+    answerer = replace(made("text-classification")[0], task="feature-extraction")
+    for name in ("pooler_output", "text_embeds"):
+        first, second = replace(answerer, engine=Projecting(name, 2)).answer([Question("w1"), Question("w2 w3")])
+        assert first["embedding"] == [first["embedding"][1] * place for place in range(4)]
+        assert second["embedding"][1] > first["embedding"][1] > 0
+    with pytest.raises(BadInput, match=r"needs an output pooler_output of shape \(batch, size\)"):
+        replace(answerer, engine=Projecting("pooler_output", 3)).answer([Question("w1")])
+    with pytest.raises(BadInput, match="needs an output last_hidden_state"):
+        replace(answerer, engine=Projecting("logits", 2)).answer([Question("w1")])
 
 
 def test_what_stands_there_is_not_overwritten(made: Made, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,11 @@ import pytest
 
 import planish.optimizer
 from planish.optimizer import LoadedModel, load, optimize
-from planish.optimizer.answering import open_answerer
+from planish.optimizer.answering import Answerer, open_answerer
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.measure import Timing
 from planish.optimizer.questions import Question
+from planish.optimizer.tokenizing import LightTokenizer
 from tests.conftest import with_tokenizer
 from tests.zoo import GENERATORS, IMAGES, Species, build
 
@@ -64,6 +68,36 @@ def test_texts_are_answered_as_run_answers_them(built: Built) -> None:
     assert load(str(out / "onnxruntime"))("w1 w2") == expected
 
 
+@pytest.mark.parametrize("light", [True, False])
+def test_threads_share_a_model(light: bool, built: Built, tmp_path: Path) -> None:
+    """A tokenizer keeps what each call sets: another thread's call would be cut or padded by it."""
+    folder = built("labels") / "onnxruntime"
+    if not light:  # without a manifest nothing is known of the tokenizer: transformers' is taken
+        folder = Path(shutil.copytree(folder, tmp_path / "engine"))
+    model = load(folder)
+    assert isinstance(model._answerer, Answerer)
+    assert isinstance(model._answerer.tokenizer, LightTokenizer) == light
+    asked = ["w1", " ".join(["w2"] * 400), ["w3", "w4 w5"], [" ".join(["w6"] * 300), "w7"]] * 25
+    expected = [model(texts) for texts in asked[:4]]
+    assert [expected[1].get("truncated"), expected[3][0].get("truncated")] == [True, True]
+    with ThreadPoolExecutor(4) as pool:
+        for index, answers in enumerate(pool.map(model, asked)):
+            assert answers == expected[index % 4]
+
+
+def test_engines_stay_open_until_the_model_is_closed(built: Built) -> None:
+    model = load(built("labels"))
+    engines = model.engines
+    assert model.engines is engines
+    kept = weakref.ref(engines["onnxruntime"])
+    del engines
+    model.close()
+    gc.collect()
+    assert kept() is None
+    with pytest.raises(UsageError, match="this model is closed; load it again"):
+        model.engines  # noqa: B018
+
+
 def test_embeddings_are_arrays(built: Built) -> None:
     model = load(built("vectors"))
     several = model(["w1 w2", "w3"])
@@ -107,6 +141,8 @@ def test_an_encoder_decoder(built: Built) -> None:
     assert isinstance(model("w1 w2", max_new_tokens=3), str)
     with pytest.raises(UsageError, match="several components"):
         model.engine  # noqa: B018
+    with pytest.raises(UsageError, match=r"several components; use model.decoding\(\)"):
+        model.engines  # noqa: B018
     with pytest.raises(UsageError, match="there is no engine 'openvino'; there are: onnxruntime"):
         model.decoding("openvino")
 
