@@ -318,7 +318,7 @@ def fold_stored_transposes(model: ir.Model) -> None:
 
 
 def to_torch(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Arrays as torch tensors, sharing memory where that is safe."""
+    """Copies of arrays as torch tensors, row by row: models call `view` on what they are given."""
     import torch
 
-    return {name: torch.from_numpy(np.array(array)) for name, array in inputs.items()}
+    return {name: torch.from_numpy(np.array(array, order="C")) for name, array in inputs.items()}
