@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from planish.optimizer.cli.failures import UNREAD
+
 COMMANDS: Mapping[str, str] = {
     "optimize": "Turn a checkpoint or an ONNX file into checked, measured engines.",
     "verify": "Check the engines of an output again, on this machine.",
@@ -54,9 +56,11 @@ class LazyGroup(click.Group):
             raise click.Abort from None
 
     def invoke(self, ctx: click.Context) -> Any:
-        """The same while the command runs."""
+        """The same while the command runs. What nobody reads is no failed check: click would end with 1."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise click.exceptions.Exit(UNREAD) from None
         except KeyboardInterrupt:
             raise click.Abort from None
 

@@ -109,3 +109,35 @@ def test_tables_print_no_control_characters(capsys: pytest.CaptureFixture[str]) 
     assert "\\x1b[31m" in said
     assert "\\x07bell\\x00" in said
     assert said.replace("\n", "").isprintable()
+
+
+def test_output_that_nobody_reads_is_no_failed_check() -> None:
+    command = f"{sys.executable} -m planish.optimizer.cli passes | head -c 0; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.strip() == "141", done.stderr
+
+
+@pytest.mark.parametrize("operator", ["Range", "ConstantOfShape", "Tile"])
+def test_a_long_vector_of_integers_is_not_followed(operator: str, tmp_path: Path) -> None:
+    """Inference would hold each of 2^33 numbers as a message: the file is refused in little memory instead."""
+    import resource
+
+    inputs: dict[str, list[int | list[int]]]
+    inputs = {"Range": [0, 2**33, 1], "ConstantOfShape": [[2**33]], "Tile": [[1], [2**33]]}
+    constants = [
+        nh.from_array(np.array(number, np.int64), f"c{index}") for index, number in enumerate(inputs[operator])
+    ]
+    zero = {"value": nh.from_array(np.zeros(1, np.int64))} if operator == "ConstantOfShape" else {}
+    nodes = [
+        oh.make_node(operator, [constant.name for constant in constants], ["many"], **zero),
+        oh.make_node("Cast", ["many"], ["floats"], to=onnx.TensorProto.FLOAT),
+        oh.make_node("ReduceMax", ["floats"], ["largest"], keepdims=0),
+        oh.make_node("Add", ["x", "largest"], ["y"]),
+    ]
+    border = [oh.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch"]) for name in "xy"]
+    graph = oh.make_graph(nodes, "bomb", border[:1], border[1:], constants)
+    path = tmp_path / "bomb.onnx"
+    onnx.save(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=8), path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(5, "", "opt", path, "--preset", "exact", "-o", tmp_path / "out.onnx")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # kilobytes
