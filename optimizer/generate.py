@@ -72,7 +72,9 @@ class Decoding:
         self._mask = None if mask is None else np.asarray(mask, np.int64)
         self._cache = None
         if self._sole:
-            return self._behind(np.asarray(prompt["input_ids"], np.int64))
+            if ids is None:
+                raise BadInput("the prompt has no input_ids, which a decoder goes on with")
+            return self._behind(np.asarray(ids, np.int64))
         if start_tokens is None:
             raise BadInput("the decoder of an encoder-decoder needs a token to start with")
         encoded = self._engines[ENCODER].run(prompt)
