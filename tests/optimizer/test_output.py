@@ -361,7 +361,8 @@ def _as_nobody(work: Callable[[], None]) -> str:
 
 
 def test_an_output_of_another_user_is_left_alone(tmp_path: Path) -> None:
-    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+    ours = [folder for folder in (tmp_path, *tmp_path.parents) if "pytest-" in folder.name or "popen-" in folder.name]
+    for folder in (tmp_path, *ours):  # pytest lets nobody else in
         folder.chmod(0o755)
     place = tmp_path / "shared"
     place.mkdir()
