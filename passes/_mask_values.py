@@ -22,15 +22,21 @@ import onnx_ir as ir
 from planish.optimizer.graph import constant_of
 
 LOWEST = float(np.finfo(np.float32).min)
-ABOVE_LOWEST = float(np.nextafter(np.float32(LOWEST), np.float32(0)))
 _WIDE = 1e30
 """What is computed from activations stays far below the lowest number, or the model is broken anyway."""
-_BEYOND = LOWEST * (1 + 2**-25)
-"""From here on a sum in float is minus infinity."""
 _MOVES = frozenset({
-    "Cast", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice", "Split",
-    "Squeeze", "Tile", "Transpose", "Unsqueeze",
+    "Cast", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "ReduceMax", "ReduceMin",
+    "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
 })  # fmt: skip
+_JOINS = frozenset({"Add", "Concat", "Max", "Min", "Mul", "Sub", "Sum"})
+_SCATTERS = frozenset({"Scatter", "ScatterElements", "ScatterND"})
+_WITHIN_ONE = frozenset({"Cos", "Erf", "HardSigmoid", "Sigmoid", "Sign", "Sin", "Softmax", "Softsign", "Tanh"})
+_ACTIVATIONS = frozenset({
+    "Attention", "BatchNormalization", "Conv", "DequantizeLinear", "Einsum", "Gelu", "Gemm", "GroupNormalization",
+    "InstanceNormalization", "LayerNormalization", "MatMul", "MatMulInteger", "QLinearMatMul", "RMSNormalization",
+    "RotaryEmbedding",
+})  # fmt: skip
+"""Results of layers: nobody sums minus infinity with weights, zeros among them would make NaN of it."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,28 @@ class MaskValues:
 
 
 _FLAGS = MaskValues(0, 1)
-_COMPUTED = MaskValues(-_WIDE, _WIDE)
-_GIVEN = MaskValues(LOWEST, -LOWEST, hides=True, rises=True)
+
+
+def lowest(dtype: ir.DataType | None) -> float:
+    """The lowest finite number of a type; that of FLOAT if the type is not known."""
+    return -_largest(dtype)[0]
+
+
+def _largest(dtype: ir.DataType | None) -> tuple[float, float]:
+    """The largest finite number, and the one beyond which a result is rounded to infinity."""
+    kind = dtype if dtype is not None and dtype.is_floating_point() else ir.DataType.FLOAT
+    largest = float(kind.max)
+    return largest, largest * (1 + float(kind.eps) / 4)
+
+
+def _given(dtype: ir.DataType | None) -> MaskValues:
+    """Anything that a caller may hand in, or an operator make that is not followed."""
+    return MaskValues(lowest(dtype), -lowest(dtype), hides=True, rises=True)
+
+
+def _computed(dtype: ir.DataType | None) -> MaskValues:
+    bound = min(_WIDE, -lowest(dtype) / 4)
+    return MaskValues(-bound, bound)
 
 
 def mask_values(mask: ir.Value) -> MaskValues:
@@ -66,71 +92,103 @@ def _values(value: ir.Value | None, known: dict[ir.Value, MaskValues]) -> MaskVa
     if value is None:
         return _FLAGS
     if value not in known:
-        known[value] = _COMPUTED  # meanwhile: subgraphs may not lead in a circle, but nothing here depends on it
+        known[value] = _given(value.dtype)  # meanwhile: subgraphs may not lead in a circle, but nothing depends on it
         known[value] = _found(value, known)
     return known[value]
 
 
 def _found(value: ir.Value, known: dict[ir.Value, MaskValues]) -> MaskValues:
     array = constant_of(value)
-    if array is not None and array.dtype.kind in "biuf":
+    if array is not None and array.dtype.kind in "biufV":  # V: bfloat16 and the like
         return _of_array(array)
     if value.dtype is not None and not value.dtype.is_floating_point():
         return _FLAGS
     node = value.producer()
-    if node is None:
-        return _GIVEN if value.is_graph_input() else _COMPUTED
-    if node.domain != "":
-        return _COMPUTED
-    operands = [_values(operand, known) for operand in _operands(node)]
-    if node.op_type == "ConstantOfShape":
-        filled = node.attributes.get("value")
-        return MaskValues(0, 0) if filled is None or filled.is_ref() else _of_array(filled.as_tensor().numpy())
-    return _combined(node.op_type, operands)
+    if node is None or node.domain != "":
+        return _given(value.dtype)
+    match node.op_type:
+        case "ConstantOfShape":
+            filled = node.attributes.get("value")
+            return MaskValues(0, 0) if filled is None or filled.is_ref() else _of_array(filled.as_tensor().numpy())
+        case "If":
+            branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+            then, other = (_values(branch.outputs[value.index() or 0], known) for branch in branches)
+            return then.joined(other)
+        case kind if kind in _WITHIN_ONE:
+            return MaskValues(-1, 1)
+        case kind if kind in _ACTIVATIONS:
+            return _computed(value.dtype)
+    return _combined(node, [_values(operand, known) for operand in _operands(node)], value.dtype)
 
 
 def _operands(node: ir.Node) -> Sequence[ir.Value | None]:
-    """Those of which entries of the result are made: not indices, shapes and conditions."""
-    if node.op_type in _MOVES or node.op_type in ("Trilu", "Neg", "Pad"):
-        return [node.inputs[0], *(node.inputs[2:3] if node.op_type == "Pad" else ())]
-    return {"Where": node.inputs[1:], "ScatterND": [node.inputs[0], *node.inputs[2:]]}.get(
-        node.op_type, node.inputs if node.op_type in ("Add", "Sub", "Mul", "Max", "Min", "Concat", "Sum") else ()
-    )
+    """Those of which entries of the result are made: not indices, shapes and conditions; () if it is not followed."""
+    kind, inputs = node.op_type, node.inputs
+    if kind in _MOVES or kind in ("Trilu", "Neg", "Relu"):
+        return inputs[:1]
+    if kind in _SCATTERS:  # sums and products of any number of entries are not followed
+        reduction = node.attributes.get("reduction")
+        return [inputs[0], inputs[2]] if reduction is None or reduction.as_string() in ("none", "max", "min") else ()
+    if kind == "Pad":
+        return [inputs[0], *inputs[2:3]]
+    if kind == "Where":
+        return inputs[1:]
+    return inputs if kind in _JOINS or kind in ("Clip", "Div") else ()
 
 
-def _combined(op_type: str, operands: list[MaskValues]) -> MaskValues:
+def _combined(node: ir.Node, operands: list[MaskValues], dtype: ir.DataType | None) -> MaskValues:
     if not operands:
-        return _COMPUTED
-    first = operands[0]
-    if op_type == "Neg":
-        return MaskValues(-first.high, -first.low, first.rises, first.hides, first.nan)
-    total = first
+        return _given(dtype)
+    total = operands[0]
+    match node.op_type:
+        case "Neg":
+            return MaskValues(-total.high, -total.low, total.rises, total.hides, total.nan)
+        case "Cast":
+            return _rounded(total, ir.DataType(node.attributes["to"].as_int()))
+        case "Relu":
+            return _pair("Max", total, MaskValues(0, 0), dtype)
+        case "Clip":  # without a bound ONNX Runtime makes the lowest number of minus infinity
+            start = _given(dtype) if total.hides or total.rises else total
+            for kind, bound, values in zip(("Max", "Min"), node.inputs[1:], operands[1:], strict=False):
+                start = start if bound is None else _pair(kind, start, values, dtype)
+            return start
+        case "Div":
+            divisor = operands[1]
+            if divisor.hides or divisor.rises or divisor.nan or divisor.low <= 0 <= divisor.high:
+                return _given(dtype)
+            return _pair("Mul", total, MaskValues(1 / divisor.high, 1 / divisor.low), dtype)
     for other in operands[1:]:
-        total = _pair(op_type, total, other)
-    return total.joined(MaskValues(0, 0)) if op_type in ("Trilu", "Pad") else total
+        total = _pair(node.op_type, total, other, dtype)
+    return total.joined(MaskValues(0, 0)) if node.op_type in ("Trilu", "Pad") else total
 
 
-def _pair(op_type: str, one: MaskValues, other: MaskValues) -> MaskValues:
+def _pair(op_type: str, one: MaskValues, other: MaskValues, dtype: ir.DataType | None) -> MaskValues:
     hides, rises, nan = one.hides or other.hides, one.rises or other.rises, one.nan or other.nan
+    low, high = min(one.low, other.low), max(one.high, other.high)
     match op_type:
         case "Add" | "Sum":
-            bounds = (one.low + other.low, one.high + other.high)
+            low, high = one.low + other.low, one.high + other.high
         case "Sub":
-            bounds = (one.low - other.high, one.high - other.low)
+            low, high = one.low - other.high, one.high - other.low
             hides, rises = one.hides or other.rises, one.rises or other.hides
         case "Mul":
             products = [a * b for a in (one.low, one.high) for b in (other.low, other.high)]
-            bounds = (min(products), max(products))
+            low, high = min(products), max(products)
             hides = rises = hides or rises
-        case "Max":  # what is raised to a number is minus infinity no more
-            bounds = (max(one.low, other.low), max(one.high, other.high))
-            hides = one.hides and other.hides
+        case "Max":  # what is raised to a number is minus infinity no more, but that number
+            floors = [values.low for values in (one, other) if not values.hides]
+            low, hides = max(floors, default=low), not floors
         case "Min":
-            bounds = (min(one.low, other.low), min(one.high, other.high))
-        case _:
-            return one.joined(other)
-    hides, rises = hides or bounds[0] < _BEYOND, rises or bounds[1] > -_BEYOND
-    return MaskValues(max(bounds[0], LOWEST), min(bounds[1], -LOWEST), hides, rises, nan)
+            ceilings = [values.high for values in (one, other) if not values.rises]
+            high, rises = min(ceilings, default=high), not ceilings
+    return _rounded(MaskValues(low, high, hides, rises, nan), dtype)
+
+
+def _rounded(values: MaskValues, dtype: ir.DataType | None) -> MaskValues:
+    """What a type makes of numbers that it does not hold."""
+    largest, beyond = _largest(dtype)
+    hides, rises = values.hides or values.low < -beyond, values.rises or values.high > beyond
+    return MaskValues(max(values.low, -largest), min(values.high, largest), hides, rises, values.nan)
 
 
 def _of_array(array: np.ndarray) -> MaskValues:
@@ -141,6 +199,12 @@ def _of_array(array: np.ndarray) -> MaskValues:
     return MaskValues(low, high, minus, plus, nan)
 
 
-def number(tape: ir.tape.Tape, value: float) -> ir.Value:
-    """A constant of type FLOAT without axes."""
-    return tape.op("Constant", [], {"value": ir.tensor(np.array(value, np.float32))})
+def number(tape: ir.tape.Tape, value: float, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+    """A constant without axes."""
+    return tape.op("Constant", [], {"value": ir.tensor(np.array(value, dtype.numpy()), dtype)})
+
+
+def above_lowest(tape: ir.tape.Tape, dtype: ir.DataType) -> ir.Value:
+    """The number next to the lowest one, as a constant."""
+    low = np.array(lowest(dtype), dtype.numpy())
+    return number(tape, float(np.nextafter(low, np.zeros_like(low))), dtype)

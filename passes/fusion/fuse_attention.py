@@ -11,7 +11,6 @@ along that axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +19,7 @@ import onnx_ir as ir
 
 from planish.optimizer.graph import SPELLED_OUT, made_by, rank_of, scalar_of
 from planish.optimizer.shapes import Followed, dims_of, rows_for
-from planish.passes._mask_values import ABOVE_LOWEST, LOWEST, MaskValues, mask_values, number
+from planish.passes._mask_values import MaskValues, above_lowest, lowest, mask_values, number
 from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, used_by
 
 _RANK = 4
@@ -105,6 +104,8 @@ class FuseAttention(Fusion[Attention]):
         if len(match.scores.key.perm) != _RANK:
             rank = len(match.scores.key.perm)
             raise Declined(f"its keys have rank {rank}, attention is written for {_RANK}", match.scores.transposed)
+        if match.scores.masks and _type_of(match.scores) is None:
+            raise Declined("the type of its mask is not known", match.scores.masks[0])
         if match.scores.masks and all(map(_is_narrow, match.scores.masks)):
             raise Declined("its mask is one number for all keys", match.scores.masks[0])
         for name, value in (("queries", match.scores.query), ("values", match.product.inputs[1])):
@@ -121,7 +122,7 @@ class FuseAttention(Fusion[Attention]):
         key, nodes = _keys(match.scores.key)
         inputs: list[ir.Value | None] = [match.scores.query, key, match.product.inputs[1]]
         if match.scores.masks:
-            mask, adding = _sum(match.scores.masks)
+            mask, adding = _sum(match.scores)
             mask, saying = _as_written(mask, mask_values(mask), match.guarded)
             mask, spreading = rows_for(match.scores.query, mask)
             inputs.append(mask)
@@ -185,12 +186,21 @@ def _is_narrow(mask: ir.Value) -> bool:
     return mask.shape is not None and (len(mask.shape) == 0 or mask.shape[-1] == 1)
 
 
-def _sum(masks: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Node]]:
+def _type_of(scores: Scores) -> ir.DataType | None:
+    """The type of the masks, which is that of the queries."""
+    types = (value.dtype for value in (*scores.masks, scores.query, scores.transposed))
+    return next((dtype for dtype in types if dtype is not None), None)
+
+
+def _sum(scores: Scores) -> tuple[ir.Value, list[ir.Node]]:
     """One mask, and the additions that make it of several (a relative bias and a padding mask, say)."""
-    total, nodes = masks[0], []
-    for mask in masks[1:]:
+    total, nodes = scores.masks[0], []
+    dtype = _type_of(scores)
+    for mask in scores.masks[1:]:
         nodes.append(ir.node("Add", [total, mask]))
         total = nodes[-1].outputs[0]
+    if total.type is None and dtype is not None:
+        total.type = ir.TensorType(dtype)
     return total, nodes
 
 
@@ -199,21 +209,20 @@ def _as_written(mask: ir.Value, held: MaskValues, guarded: bool) -> tuple[ir.Val
 
     The lowest number becomes the next one, and a row of minus infinity that nothing guards becomes NaN.
     """
-    if mask.dtype is not ir.DataType.FLOAT:
-        return mask, []
+    if mask.dtype is None:
+        raise ValueError("rewrite needs a match that was checked")
     tape = ir.tape.Tape()
     written = mask
-    hidden = (
-        tape.op("IsInf", [mask], {"detect_positive": 0}) if held.hides and (held.low <= LOWEST or not guarded) else None
-    )
-    if held.low <= LOWEST:
-        raised = tape.op("Max", [mask, number(tape, ABOVE_LOWEST)])
+    holds_lowest = held.low <= lowest(mask.dtype)
+    hidden = tape.op("IsInf", [mask], {"detect_positive": 0}) if held.hides and (holds_lowest or not guarded) else None
+    if holds_lowest:
+        raised = tape.op("Max", [mask, above_lowest(tape, mask.dtype)])
         written = raised if hidden is None else tape.op("Where", [hidden, mask, raised])
     if hidden is not None and not guarded:
         last = tape.op("Constant", [], {"value": ir.tensor(np.array([-1], np.int64))})
         flags = tape.op("Cast", [hidden], {"to": ir.DataType.FLOAT})
         nothing = tape.op("Cast", [tape.op("ReduceMin", [flags, last], {"keepdims": 1})], {"to": ir.DataType.BOOL})
-        written = tape.op("Where", [nothing, number(tape, float("nan")), written])
+        written = tape.op("Where", [nothing, number(tape, float("nan"), mask.dtype), written])
     written.shape, written.type = mask.shape, mask.type
     return written, list(tape.nodes)
 

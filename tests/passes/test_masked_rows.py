@@ -158,3 +158,66 @@ def test_two_lowest_numbers_are_minus_infinity() -> None:
     text = text.replace("{ c", "{ low = Constant <value = float {-3.4028235e38}> () c")
     model: ir.Model = ir.from_proto(_parsed(text))
     assert mask_values(model.graph.outputs[0]).hides
+
+
+_NOT_FOLLOWED = {
+    "log": "mm = Log (m)",
+    "quotient": "one = Constant <value = float {-1}> () mm = Div (one, m)",
+    "branch": """k1 = Constant <value = bool {1}> ()
+        mm = If (k1) <then_branch = a () => (float[2,1,Q,K] t1) { t1 = Log (m) },
+                      else_branch = b () => (float[2,1,Q,K] t2) { t2 = Identity (m) }>""",
+    "clipped": "e = Log (m) top = Constant <value = float {0}> () mm = Clip (e, , top)",
+    "half": "e = Log (m) mm = Cast <to = 10> (e)",
+}
+
+
+def flagged(mask: str, dtype: str) -> ir.Model:
+    """Attention with a mask that is computed from ones and zeros of type FLOAT, all in ``dtype`` otherwise."""
+    text = f"""g ({_QKV.replace("float", dtype)}, {_FLOAT}) => ({dtype}[2,3,Q,8] r) {{
+        t = Transpose <perm = [0,1,3,2]> (k)  a = MatMul (q, t)  {_NOT_FOLLOWED[mask]}  b = Add (a, mm)
+        p = Softmax <axis = -1> (b)  r = MatMul (p, v) }}"""
+    model: ir.Model = ir.from_proto(_parsed(text))
+    return model
+
+
+@pytest.mark.parametrize("mask", _NOT_FOLLOWED)
+def test_a_row_that_an_operator_hides(mask: str) -> None:
+    """Minus infinity comes of many operators: the row is NaN before fusion, and after it."""
+    half = mask == "half"
+    model, feeds = flagged(mask, "float16" if half else "float"), case(None)
+    feeds = {name: array.astype(np.float16 if half else np.float32) for name, array in feeds.items()}
+    feeds["m"] = feeds["m"].astype(np.float32)
+    right = as_written(model, feeds)
+    assert np.isnan(right[0, :, :2]).all() or mask == "clipped"  # the lowest number there: the mean
+    outcome = Pipeline.parse("fuse-attention").run(model, [VerifyEach()])
+    assert sum(len(report.sites) for report in outcome.reports) == 1
+    np.testing.assert_allclose(
+        as_written(outcome.model, feeds), right, rtol=1e-2 if half else 1e-4, atol=1e-2 if half else 1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("made", "holds"),
+    [
+        ("c = Constant <value = float {2}> () d = Add (c, c) e = Clip (m, c, d) r = Div (e, c)", (1.0, False)),
+        ("low = Constant <value = float {-3.4028235e38}> () e = Log (m) r = Max (e, low)", (LOWEST, False)),
+        ("e = MatMul (m, m) r = Tanh (e)", (-1.0, False)),
+        ("r = MatMul (m, m)", (-1e30, False)),
+        ("low = Constant <value = float {-1e9}> () e = Log (m) f = Clip (e, low) r = Neg (f)", (LOWEST, True)),
+        (
+            "i = Constant <value = int64[1,1,1,1] {0}> () u = Log (m) z = Tanh (m) r = ScatterElements (z, i, u)",
+            (LOWEST, True),
+        ),
+        ("r = ReduceSum (m)", (LOWEST, True)),
+        ("low = Constant <value = float {-1e9}> () h = Cast <to = 10> (low) r = Cast <to = 1> (h)", (-65504.0, True)),
+    ],
+    ids=["clip", "raised", "tanh", "product", "negated", "scattered", "sum", "half"],
+)
+def test_what_operators_make_of_a_mask(made: str, holds: tuple[float, bool]) -> None:
+    model: ir.Model = ir.from_proto(
+        onnx.parser.parse_model(
+            f'<ir_version: 10, opset_import: ["" : 23]> g (float[2,1,6,6] m) => (float r) {{ {made} }}'
+        )
+    )
+    held = mask_values(model.graph.outputs[0])
+    assert (held.low, held.hides) == holds
