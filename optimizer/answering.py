@@ -51,7 +51,7 @@ class Answerer:
     """Most tokens of one text; longer ones are cut, and the answer says so."""
     room: Room = field(default_factory=Room)
     raw: bool = False
-    """Whether scores are logits, as the head gives them, without softmax or sigmoid."""
+    """True if scores are logits, as the head gives them, without softmax or sigmoid."""
     modules: SentenceModules = field(default_factory=SentenceModules)
     """What the checkpoint's sentence-transformers files say; of embeddings only."""
     prompt: str = ""

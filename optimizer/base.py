@@ -137,7 +137,7 @@ class Pass(ir.passes.InPlacePass):
 
     @property
     def observes(self) -> bool:
-        """Whether the pass may want to have seen activations."""
+        """True if the pass may request statistics of activations."""
         return type(self).wishes is not Pass.wishes
 
     def digest(self, model: ir.Model) -> None:

@@ -37,7 +37,7 @@ class Step:
     vetted: bool = False
     """Whether it is known already, from more cases than `CompareEach` has, that the model stays within its budget."""
     innocent: bool = False
-    """Whether what failed is the original, which was waited for meanwhile, and not the pass."""
+    """True if the original failed, which was waited for meanwhile, and not the pass."""
 
     def __post_init__(self) -> None:
         """Until the pass has run, its result is: nothing."""

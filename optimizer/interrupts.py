@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class _State:
-    """What this process knows of its interruption; a class, so that handlers need no globals."""
+    """State of the interruption of this process; a class, so that handlers need no globals."""
 
     asked = False
     """A signal came."""
@@ -38,9 +38,9 @@ class _State:
     reports: int | None = None
     """The pipe to the process that watches this one."""
     moves: list[tuple[str, int, int]]
-    """What was moved where, or is about to be: a path, and device and inode of what it gets."""
+    """Moves that are done or about to be: a path, and device and inode of the file that gets it."""
     kept: str | None = None
-    """What a command that goes on where it stopped has so far."""
+    """The results so far of a command that can be resumed, as text."""
 
 
 _state = _State()
@@ -48,12 +48,12 @@ _state.moves = []
 
 
 def interrupted() -> bool:
-    """Whether a signal asked this process to end."""
+    """True if a signal asked this process to end."""
     return _state.asked
 
 
 def watched() -> bool:
-    """Whether another process watches this one, and tells the user how it ended."""
+    """True if another process watches this one, and tells the user how it ended."""
     return _state.reports is not None
 
 
@@ -153,7 +153,7 @@ def end_with_parent() -> None:
 
 @contextmanager
 def holding_interrupts() -> Iterator[None]:
-    """Let signals wait until the block ends: torch ends the process if an exception comes while it traces."""
+    """Hold signals until the block ends: torch ends the process if an exception comes while it traces."""
     caught: list[int] = []
     replaced: dict[signal.Signals, Any] = {}
     try:
@@ -178,7 +178,7 @@ def holding_interrupts() -> Iterator[None]:
 
 @contextmanager
 def terminating() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C where nobody handles it, so that nothing half-written stays."""
+    """Unwind on SIGTERM as on Ctrl-C where nobody handles it, so that nothing half-written stays."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

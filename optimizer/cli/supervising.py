@@ -22,7 +22,7 @@ from typing import NoReturn
 from planish.optimizer import interrupts
 
 INTERRUPTED = 130
-"""What shells return for a command that Ctrl-C ended."""
+"""Exit code that shells return for a command that Ctrl-C ended."""
 GRACE = 1.0
 """Seconds that the work has for tidying up by itself."""
 _ONE_PRESS = 0.2

@@ -30,7 +30,7 @@ class Lowered:
     """What some of them say beside an engine, where that is not what they say in the folder."""
 
     def files(self) -> dict[str, Path]:
-        """What was read, by its name in ``folder``."""
+        """The files that were read, by their names in ``folder``."""
         return {} if self.folder is None else {name: self.folder / name for name in self.program.provenance.files}
 
     def with_fixed(self, sizes: Mapping[str, int]) -> Lowered:
