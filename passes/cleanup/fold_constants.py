@@ -72,6 +72,8 @@ class FoldConstants(Pass):
     def _should_fold(self, node: ir.Node) -> bool | None:
         """Not what would be thrown away for its size, nor what may be of any size: the folder computes it first."""
         most = max(self.limit, sum(value.const_value.size for value in node.inputs if value and value.const_value))
+        if node.op_type == "Range":
+            return None if _length_of_range(node) <= most else False
         for value in node.outputs:
             known = None if value.shape is None else [dim for dim in value.shape if isinstance(dim, int)]
             if known is None or value.shape is None or len(known) < len(value.shape):
@@ -79,6 +81,17 @@ class FoldConstants(Pass):
             if math.prod(known) > most:
                 return False
         return None
+
+
+def _length_of_range(node: ir.Node) -> float:
+    """Numbers in a Range of constants, also where they are vectors of one entry, which inference refuses and runtimes
+    take; infinity where an end or the step is not known."""
+    tensors = [None if value is None else constant_of(value) for value in node.inputs]
+    numbers = [float(tensor.item()) for tensor in tensors if tensor is not None and tensor.size == 1]
+    if len(numbers) < len(tensors) or numbers[2] == 0 or not all(map(math.isfinite, numbers)):
+        return math.inf
+    start, limit, step = numbers
+    return max(0, math.ceil((limit - start) / step))
 
 
 def _stays(node: ir.Node, version: int) -> bool:
