@@ -57,19 +57,21 @@ def answer_lines(
 ) -> Iterator[list[str]]:
     """Lines of the answers, a batch at a time, without those to the first ``skip`` questions.
 
-    A line has the number of its question, the question's `id` if it has one, and the answer.
+    A line has the number of its question's line (of the row of an array), counted from 0, the question's `id` if it has
+    one, and the answer.
     """
     for number, group in enumerate(_groups(questions, skip, batch)):
         first = skip + number * batch
         yield [
-            json.dumps({"index": first + place, **_named(question), **answer}, ensure_ascii=False) + "\n"
+            json.dumps({**_named(question, first + place), **answer}, ensure_ascii=False) + "\n"
             for place, (question, answer) in enumerate(zip(group, answerer.answer(group), strict=True))
         ]
 
 
-def _named(question: Any) -> dict[str, Any]:
-    name = getattr(question, "id", None)
-    return {} if name is None else {"id": name}
+def _named(question: Any, place: int) -> dict[str, Any]:
+    """What tells whose answer it is; ``place`` is the question's among all, blank lines left out."""
+    index, name = getattr(question, "index", None), getattr(question, "id", None)
+    return {"index": place if index is None else index} | ({} if name is None else {"id": name})
 
 
 def partial_file(answerer: AnyAnswerer, source: Path, output: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ class Question:
     choices: tuple[str, ...] = ()
     id: Any = None
     """The user's own name for it, which comes back with the answer; any JSON value."""
+    index: int | None = None
+    """Its line in the file, counted from 0: blank lines ask nothing, but count. None if it stands in no file."""
 
 
 def read_questions(path: Path) -> Iterator[Question]:
@@ -40,7 +42,8 @@ def read_questions(path: Path) -> Iterator[Question]:
 def parse_questions(lines: Iterable[bytes], where: object, *, objects: bool) -> Iterator[Question]:
     """Questions of lines of text: one each, or a JSON object each."""
     for number, line in decoded_lines(lines, where):
-        yield _question(line, f"{where}, line {number}") if objects else Question(line)
+        question = _question(line, f"{where}, line {number}") if objects else Question(line)
+        yield replace(question, index=number - 1)
 
 
 def _question(line: str, where: str) -> Question:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from planish.optimizer import interrupts, optimize
-from planish.optimizer.answer_files import answer_file, partial_file
+from planish.optimizer.answer_files import answer_file, answer_lines, partial_file
 from planish.optimizer.answering import Answerer, open_answerer, with_raw_scores
 from planish.optimizer.backend import Arrays, Engine
 from planish.optimizer.errors import BadInput, UsageError
@@ -256,6 +256,23 @@ def test_ids_come_back(made: Made, tmp_path: Path) -> None:
     answer_file(answerer, tmp_path / "texts.jsonl", tmp_path / "answers.jsonl", 2)
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [(line["index"], line.get("id")) for line in lines] == [(0, "a-1"), (1, None), (2, [7])]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_an_index_is_that_of_the_line(kind: str, made: Made, tmp_path: Path) -> None:
+    """Blank lines ask nothing, but whoever lays the answers beside the lines counts them."""
+    answerer, _ = made("text-classification")
+    texts = ["", "w1", "", " \t", "w2", "w3", "", "w4", ""]
+    lines = [text if kind == "txt" or not text.strip() else json.dumps({"text": text}) for text in texts]
+    source, output = tmp_path / f"texts.{kind}", tmp_path / "answers.jsonl"
+    source.write_text("\n".join(lines))
+    partial = partial_file(answerer, source, output)
+    partial.write_text("".join(next(answer_lines(answerer, answerer.questions(source), 2))))  # as if interrupted then
+    assert answer_file(answerer, source, output, 2) == 2
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["index"] for answer in answers] == [1, 4, 5, 7]
+    for answer in answers:
+        assert answer["scores"] == pytest.approx(answerer.answer([Question(texts[answer["index"]])])[0]["scores"])
 
 
 def test_standard_input_and_output(made: Made, tmp_path: Path, planish: Planish) -> None:
