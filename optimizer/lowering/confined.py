@@ -1,10 +1,11 @@
-"""Running an ONNX file that nobody vouches for: in a fork if it is provably small, else in a process with limits.
+"""Running an ONNX file that nobody vouches for: in a process that gets so much memory and time, and no more.
 
-A file of 300 bytes can ask for all memory (`ConstantOfShape`) or all time (`Loop`). It is small if the standard's shape
-inference, which believes nothing that the file declares, finds a size for every value, and sizes and work stay below
-`SMALL_BYTES` and `SMALL_WORK`: then a fork of this process runs it, in milliseconds, since runtimes also crash (a group
-of no heads divides by zero). All else costs the start of a process, which gets as much memory and time as weights and
-known sizes account for, and a base on top; beyond that OutOfResources is raised.
+A file of 300 bytes can ask for all memory (`ConstantOfShape`) or all time (`Loop`), and runtimes also crash (a group of
+no heads divides by zero). So a file gets as much memory and time as its weights and known sizes account for, and a base
+on top; beyond that OutOfResources is raised. A file of few weights runs in a fork of this process, in milliseconds; a
+larger one costs the start of a process. Its size is what the standard's shape inference finds, which believes nothing
+that the file declares; if that finds a size for every value, and sizes and work stay below `SMALL_BYTES` and
+`SMALL_WORK`, the file is small: where such a file does not come to an end, the fork is to blame.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from planish.optimizer.scratch import scratch_folder
 from planish.optimizer.shape_inference import follows_few, quiet_libraries
 
 SMALL_BYTES = 64 << 20
-"""Of all values and weights of a graph that runs in this process."""
+"""Of all values and weights of a small graph, and of the weights of one that runs in a fork."""
 SMALL_WORK = 10_000_000_000
 """Multiplications of such a graph at most: entries of each result times those of the operator's largest input."""
 _BASE_BYTES = 2 << 30
@@ -56,6 +57,8 @@ _CHANGED = 1e-2
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "std::bad_array_new_length")
 """What ONNX Runtime 1.31 says, in an error of no other kind, when memory ran out."""
 _OUTPUTS, _REORDERED, _COMPLAINT = "outputs.safetensors", "reordered.safetensors", "error.json"
+_OPENED = "opened"
+"""The name of a file that is written when the runtime has opened the graph."""
 _ADVICE = "leave the comparison out (--no-check, --reference none), or give it smaller axes"
 
 
@@ -87,6 +90,19 @@ class Size:
         return self.complete and self.bytes <= SMALL_BYTES and self.work <= SMALL_WORK
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the process of a file gets."""
+
+    memory: int
+    """Bytes beyond what it has when it begins."""
+    seconds: float
+
+    def expired(self, path: Path) -> OutOfResources:
+        """The error for a file that takes longer."""
+        return OutOfResources(f"running this file takes longer than {self.seconds:.0f} s", where=path, advice=_ADVICE)
+
+
 def run(path: Path, cases: Sequence[Case], precise: int) -> Run:
     """Run every case as the file is written, and the first ``precise`` again with the runtime's own optimizations.
 
@@ -94,18 +110,19 @@ def run(path: Path, cases: Sequence[Case], precise: int) -> Run:
     """
     model = _repaired(path)
     sizes = [size_at(model, case) for case in cases]
-    small = all(size.small for size in sizes)
-    if small or (weight_bytes(model) <= SMALL_BYTES and follows_few(model)):
-        # what is refused is refused when it is loaded, mostly: no process is started for that
-        answered = _run_forked(path, model, cases if small else (), precise)
-        if answered is not None and small:
-            return answered
     most = _BASE_BYTES + _WEIGHT_COPIES * weight_bytes(model) + 2 * max(size.bytes for size in sizes)
     largest, available = max(size.largest for size in sizes), available_memory()
+    seconds = _BASE_SECONDS + sum(size.bytes for size in sizes) / _BYTES_A_SECOND
+    limits = Limits(min(most, available), seconds)
+    small = all(size.small for size in sizes)
+    if small or (weight_bytes(model) <= SMALL_BYTES and follows_few(model)):
+        # a file that is refused is refused when it is loaded, mostly: that comes before what its sizes say
+        answered = _run_forked(path, model, cases if largest <= available else (), precise, limits, small)
+        if answered is not None and largest <= available:
+            return answered
     if largest > available:
         raise OutOfResources(f"a value of this graph has {largest} bytes", where=path, advice=_ADVICE)
-    seconds = _BASE_SECONDS + sum(size.bytes for size in sizes) / _BYTES_A_SECOND
-    return _run_confined(path, cases, precise, min(most, available), seconds)
+    return _run_confined(path, cases, precise, limits)
 
 
 def size_at(model: ir.Model, case: Case) -> Size:
@@ -161,19 +178,21 @@ def _repaired(path: Path) -> ir.Model:
     return model
 
 
-def _run_forked(path: Path, model: ir.Model, cases: Sequence[Case], precise: int) -> Run | None:
-    """Run it in a copy of this process, or here where a system has none; None if the copy does not come to an end.
+def _run_forked(
+    path: Path, model: ir.Model, cases: Sequence[Case], precise: int, limits: Limits, small: bool
+) -> Run | None:
+    """Run it in a copy of this process; None where a system has no copies, or if this one does not come to an end.
 
-    A fork inherits locks that other threads hold at that moment: what hangs is run again in a process of its own.
+    A fork inherits locks that other threads hold at that moment: what hangs before anything ran, or although it is
+    small, is run again in a process of its own.
     """
     if sys.platform != "linux":
-        outputs = _plain(path, model, cases)
-        return Run(outputs, *_reordered(path, cases[:precise], outputs))
+        return None
     with scratch_folder() as folder:
         child = os.fork()
         if child == 0:
-            _work_and_exit(folder, path, model, cases, precise)
-        status, deadline = None, time.monotonic() + _BASE_SECONDS
+            _work_and_exit(folder, path, model, cases, precise, limits)
+        status, deadline = None, time.monotonic() + (_BASE_SECONDS if small else limits.seconds)
         try:
             while status is None and time.monotonic() < deadline:
                 ended, code = os.waitpid(child, os.WNOHANG)
@@ -184,10 +203,16 @@ def _run_forked(path: Path, model: ir.Model, cases: Sequence[Case], precise: int
             if status is None:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-        return None if status is None else _collect(folder, path, status)
+        if status is not None:
+            return _collect(folder, path, status)
+        if not small and (folder / _OPENED).is_file():
+            raise limits.expired(path)
+        return None
 
 
-def _work_and_exit(folder: Path, path: Path, model: ir.Model, cases: Sequence[Case], precise: int) -> NoReturn:
+def _work_and_exit(
+    folder: Path, path: Path, model: ir.Model, cases: Sequence[Case], precise: int, limits: Limits
+) -> NoReturn:
     """In the fork: work, and leave without what a process does at its end, which is the parent's to do."""
     code = 1
     faulthandler.disable()  # its descriptor is the parent's
@@ -196,6 +221,7 @@ def _work_and_exit(folder: Path, path: Path, model: ir.Model, cases: Sequence[Ca
             for number in (1, 2):
                 os.dup2(log.fileno(), number)
             interrupts.end_with_parent()
+            limit_memory(limits.memory)
             _work(folder, path, model, cases, precise)
             code = 0
     except Exception as error:
@@ -205,9 +231,10 @@ def _work_and_exit(folder: Path, path: Path, model: ir.Model, cases: Sequence[Ca
         os._exit(code)
 
 
-def _plain(path: Path, model: ir.Model, cases: Sequence[Case]) -> list[dict[str, np.ndarray]]:
+def _plain(folder: Path, path: Path, model: ir.Model, cases: Sequence[Case]) -> list[dict[str, np.ndarray]]:
     try:
         engine = registry.backend("onnxruntime").load(model)
+        (folder / _OPENED).touch()
         return [thin(engine.run(case)) for case in cases]
     except (BadInput, errors.CheckFailed) as error:
         if any(said in error.what for said in _NO_MEMORY):
@@ -244,10 +271,16 @@ def _alike(wanted: np.ndarray, given: np.ndarray) -> bool:
     return bool(near.all())
 
 
-def _run_confined(path: Path, cases: Sequence[Case], precise: int, memory: int, seconds: float) -> Run:
+def _run_confined(path: Path, cases: Sequence[Case], precise: int, limits: Limits) -> Run:
     with scratch_folder() as folder:
         save_cases(cases, folder / "inputs.safetensors")
-        job = {"path": str(path), "precise": precise, "memory": memory, "cases": len(cases), "inputs": any(cases)}
+        job = {
+            "path": str(path),
+            "precise": precise,
+            "memory": limits.memory,
+            "cases": len(cases),
+            "inputs": any(cases),
+        }
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         command = [sys.executable, "-m", "planish.optimizer.lowering.confined", str(folder)]
         with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as child:
@@ -256,11 +289,9 @@ def _run_confined(path: Path, cases: Sequence[Case], precise: int, memory: int, 
                 if child.stdout is None or not select.select([child.stdout], [], [], _IMPORT_SECONDS)[0]:
                     raise OutOfResources("the process that runs this file does not start", where=path)
                 child.stdout.readline()
-                code = child.wait(seconds)
+                code = child.wait(limits.seconds)
             except subprocess.TimeoutExpired:
-                raise OutOfResources(
-                    f"running this file takes longer than {seconds:.0f} s", where=path, advice=_ADVICE
-                ) from None
+                raise limits.expired(path) from None
             finally:
                 child.kill()
         return _collect(folder, path, code)
@@ -309,7 +340,7 @@ def main() -> None:
 def _work(folder: Path, path: Path, model: ir.Model | None, cases: Sequence[Case], precise: int) -> None:
     """Run the file, and write what comes out, or the complaint, step by step: the next step may end the process."""
     try:
-        outputs = _plain(path, model or _repaired(path), cases)
+        outputs = _plain(folder, path, model or _repaired(path), cases)
         if cases:
             save_cases(outputs, folder / _OUTPUTS)
         reordered, note = _reordered(path, cases[:precise], outputs) if cases else (None, None)

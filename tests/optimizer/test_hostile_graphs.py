@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -219,8 +220,9 @@ def test_chains_that_double(operator: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_loop_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_without_end_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confined, "_BASE_SECONDS", 1.0)
+    monkeypatch.setattr(confined, "_run_confined", no_process)
     path = saved(tmp_path, loop((1 << 63) - 1))
     refused(RESOURCES, "takes longer than 1 s", "opt", path, "-o", tmp_path / "out.onnx", "--preset", "exact")
 
@@ -240,7 +242,7 @@ def test_memory_of_the_process_is_limited(tmp_path: Path, monkeypatch: pytest.Mo
     refused(RESOURCES, "takes too much memory", "opt", path, "-o", tmp_path / "out.onnx", "--preset", "exact")
 
 
-def test_a_loop_runs_in_a_process_as_it_would_here(tmp_path: Path) -> None:
+def test_a_loop_that_is_run_apart_computes_what_it_would_here(tmp_path: Path) -> None:
     path = saved(tmp_path, loop(3))
     lowered = lower(path)
     cases = quick(make_inputs(lowered.program.sole()[1]))
@@ -250,13 +252,18 @@ def test_a_loop_runs_in_a_process_as_it_would_here(tmp_path: Path) -> None:
     well("opt", path, "-o", tmp_path / "out.onnx", "--preset", "exact")
 
 
-def test_what_is_small_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_process(*_: object) -> confined.Run:
-        raise AssertionError("a process was started")
+def no_process(*_: object) -> confined.Run:
+    """In the place of what starts a process."""
+    raise AssertionError("a process was started")
 
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has forks that are safe")
+@pytest.mark.parametrize("made", [model(node("MatMul", "x w"), w=np.ones((4, 4), np.float32)), loop(3)])
+def test_a_fork_runs_files_of_few_weights(
+    made: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(confined, "_run_confined", no_process)
-    path = saved(tmp_path, model(node("MatMul", "x w"), w=np.ones((4, 4), np.float32)))
-    well("opt", path, "-o", tmp_path / "out.onnx", "--preset", "exact")
+    well("opt", saved(tmp_path, made), "-o", tmp_path / "out.onnx", "--preset", "exact")
 
 
 def test_an_operator_that_the_runtime_has_in_older_opsets_only(tmp_path: Path) -> None:
