@@ -2,7 +2,7 @@
 
 Whatever the work is in the middle of (the import of a module, the garbage collector, a minute of C++), the watching
 process only waits: it answers Ctrl-C, SIGTERM and SIGHUP at once. It asks the work to end, ends it with all its
-processes if that takes longer than a second or if the user asks again, removes what it left, and says so in one line.
+processes if that takes most of a second or if the user asks again, removes what it left, and says so in one line.
 A work that is killed, or that breaks in native code, is told of in one line as well.
 """
 
@@ -23,7 +23,7 @@ from planish.optimizer import interrupts
 
 INTERRUPTED = 130
 """Exit code that shells return for a command that Ctrl-C ended."""
-GRACE = 1.0
+GRACE = 0.7
 """Seconds that the work has for tidying up by itself."""
 _ONE_PRESS = 0.2
 """A terminal sends Ctrl-C to all processes: within these seconds it may be the one that the work has told of."""
