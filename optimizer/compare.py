@@ -241,10 +241,17 @@ def _joined(found: Mapping[str, tuple[TensorSpec, dict[str, float]]]) -> dict[st
 
 
 def visible_part(signature: Signature, tensor: TensorSpec, feeds: Case, wanted: np.ndarray) -> np.ndarray | None:
-    """Where an output ``wanted`` for the inputs ``feeds`` means something, as a mask that fits it; None: everywhere."""
+    """Where an output ``wanted`` for the inputs ``feeds`` means something, as a mask that fits it; None: everywhere.
+
+    That is everywhere as well where a file declares another shape than it gives.
+    """
     mask = signature.mask()
     visible = _visible(tensor, mask, None if mask is None else feeds.get(mask.name))
-    return None if visible is None else _end(visible, tensor, wanted)
+    if visible is None or visible.ndim != wanted.ndim:
+        return None
+    visible = _end(visible, tensor, wanted)
+    fits = all(size in (1, whole) for size, whole in zip(visible.shape, wanted.shape, strict=True))
+    return visible if fits else None
 
 
 def _end(visible: np.ndarray, tensor: TensorSpec, wanted: np.ndarray) -> np.ndarray:

@@ -258,6 +258,12 @@ def _lowered(
             gc.set_threshold(*usual)
         gc.collect()
         gc.freeze()
+    if not all(signature.inputs for signature in lowered.program.signatures.values()):
+        raise BadInput(
+            "the graph has no inputs, and so always gives the same",
+            where=str(source),
+            advice="`planish opt` folds it into constants",
+        )
     return lowered
 
 

@@ -87,7 +87,9 @@ def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
 
 
 def _check_border(model: ir.Model, path: Path) -> None:
-    """BadInput for inputs and outputs that cannot be made or compared: only tensors of numbers can."""
+    """BadInput for no outputs, and for a border that cannot be made or compared: only tensors of numbers can."""
+    if not model.graph.outputs:
+        raise BadInput("the graph has no outputs", where=path, advice="it computes nothing that anybody could read")
     for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
         for value in values:
             where = f"{path}, {kind} {value.name!r}"

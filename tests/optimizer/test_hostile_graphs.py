@@ -137,6 +137,7 @@ FILES: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "an input that is a sequence": (
         lambda: model(node("SequenceLength", "x"), inputs=(oh.make_tensor_sequence_value_info("x", FLOAT, None),)),
         "input 'x': this is no tensor but Sequence"),
+    "no outputs": (lambda: model(outputs=()), "the graph has no outputs"),
     "a graph that the runtime refuses": (lambda: model(node("MatMul", "x w"), w=np.ones((3, 4), np.float32)), "ONNX Runtime"),
     "inputs that it cannot run": (lambda: model(node("Gather", "x i"), i=np.array([7])), "ONNX Runtime cannot run these inputs"),
 }  # fmt: skip
@@ -324,6 +325,24 @@ def test_a_file_may_lie_about_its_shapes(tmp_path: Path) -> None:
     }
     assert list(values["u"].shape or ()) == [2, 4, 1]
     assert list(values["v"].shape or ()) == [2, 4, 1, 1]
+
+
+@pytest.mark.parametrize("mask", [("batch", "sequence"), (1, "sequence")])
+def test_an_output_may_have_another_shape_than_is_said(mask: tuple[int | str, ...], tmp_path: Path) -> None:
+    """Squeeze removes every axis of one entry: the second output has no place for the mask over the tokens."""
+    names = ("input_ids", "attention_mask")
+    inputs = tuple(info(name, *mask, kind=onnx.TensorProto.INT64) for name in names)
+    outputs = tuple(info(name, *mask, kind=onnx.TensorProto.INT64) for name in ("r", "c"))
+    proto = model(
+        node("Mul", "input_ids attention_mask", "r"), node("Squeeze", "r", "c"), inputs=inputs, outputs=outputs
+    )
+    well("opt", saved(tmp_path, proto), "-o", tmp_path / "out.onnx", "--preset", "exact")
+
+
+def test_a_graph_without_inputs_is_folded_and_not_built(tmp_path: Path) -> None:
+    path = saved(tmp_path, model(node("Relu", "w"), inputs=(), w=np.ones((2, 4), np.float32)))
+    well("opt", path, "-o", tmp_path / "out.onnx", "--preset", "exact")
+    refused(BAD_INPUT, "the graph has no inputs", "optimize", path, "-o", tmp_path / "out")
 
 
 def test_two_nodes_of_one_name_are_repaired_first(tmp_path: Path) -> None:
