@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from planish.optimizer.base import Pass, PassResult, Refusal
     from planish.optimizer.benching import bench
     from planish.optimizer.compare import Budget, Comparison
-    from planish.optimizer.driver import Result, optimize, verify
+    from planish.optimizer.driver import Result, optimize
     from planish.optimizer.errors import PlanishError
     from planish.optimizer.generate import Decoding, Sampling
     from planish.optimizer.loading import LoadedModel, load
     from planish.optimizer.pipeline import Pipeline
     from planish.optimizer.program import Program, Signature
     from planish.optimizer.stages import Progress
+    from planish.optimizer.verifying import verify
 
 _HOMES = {
     "Backend": "backend",
@@ -46,7 +47,7 @@ _HOMES = {
     "bench": "benching",
     "load": "loading",
     "optimize": "driver",
-    "verify": "driver",
+    "verify": "verifying",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ from planish.optimizer.benching import target_of
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.fitting import Room
 from planish.optimizer.json_files import read_object
-from planish.optimizer.manifest import Manifest, digest_of, engine_folder
+from planish.optimizer.manifest import Manifest, digest_of, engine_folder, refuse_links_of
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.perceiving import (
     Perceiver,
@@ -220,6 +220,7 @@ def _no_tokenizer(folder: Path) -> BadInput:
 def engine_at(path: Path, target: str | None) -> tuple[Path, str]:
     """The folder of an engine of an output (the first that runs here, or ``target``'s), and what opens it."""
     if not (path / MANIFEST).is_file():
+        refuse_links_of(path)
         return path, target or target_of(path)
     manifest = Manifest.read(path)
     names = [registry.backend(target).name] if target is not None else list(manifest.targets)

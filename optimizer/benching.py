@@ -8,7 +8,7 @@ from pathlib import Path
 
 from planish.optimizer import registry
 from planish.optimizer.errors import BadInput, UsageError
-from planish.optimizer.manifest import Manifest, engine_folder
+from planish.optimizer.manifest import Manifest, engine_folder, refuse_links_of
 from planish.optimizer.measure import EngineRef, Timing, race
 from planish.optimizer.output import MANIFEST
 from planish.optimizer.program import Axis, Signature, TensorSpec
@@ -98,6 +98,7 @@ def _entrants(path: Path, targets: Sequence[str]) -> list[Entrant]:
                 engine_folder(path, name), asked.get(name, [manifest.targets[name].target]), manifest
             )
         ]
+    refuse_links_of(path)
     target = target_of(path)
     ways = asked.get(target, [target])
     if path.is_dir() and (path.parent / MANIFEST).is_file():

@@ -21,7 +21,8 @@ from planish.optimizer.checking import CHECKER
 from planish.optimizer.compare import Budget, compare, metrics_of
 from planish.optimizer.errors import BadInput, CheckFailed, PlanishError, UsageError
 from planish.optimizer.lowering import lower
-from planish.optimizer.manifest import Manifest
+from planish.optimizer.lowering.links import refuse_links_out
+from planish.optimizer.manifest import Manifest, engine_folder
 from planish.optimizer.observing import Observe
 from planish.optimizer.output import demand_not_read, staged_file
 from planish.optimizer.pipeline import Pipeline
@@ -117,9 +118,10 @@ def _of_file(source: Path, asked: Budget, fixed: Mapping[str, int]) -> tuple[ir.
 
 def _of_output(folder: Path, asked: Budget) -> tuple[ir.Model, Trial]:
     """The first engine of an output that is an ONNX file, held against the reference of the original in it."""
+    refuse_links_out(folder)
     manifest = Manifest.read(folder)
     files = {
-        name: [folder / name / registry.backend_class(name).file_of(part) for part in manifest.signatures]
+        name: [engine_folder(folder, name) / registry.backend_class(name).file_of(part) for part in manifest.signatures]
         for name in manifest.targets
     }
     name = next((name for name, own in files.items() if all(file.suffix == ".onnx" for file in own)), None)

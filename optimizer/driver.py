@@ -18,10 +18,9 @@ from typing import Any, Literal
 from planish.optimizer import interrupts, registry
 from planish.optimizer import manifest as records
 from planish.optimizer.backend import Arrays, Engine
-from planish.optimizer.building import EVALUATION, NOT_CHECKED, Builder, Built
+from planish.optimizer.building import Builder, Built
 from planish.optimizer.calibration import NOT_OBSERVED, Given, Samples, one_behind_the_other
-from planish.optimizer.checking import CHECKER, check_engines, demand_room
-from planish.optimizer.compare import Comparison
+from planish.optimizer.checking import CHECKER, demand_room
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.generate import Decoding
 from planish.optimizer.graph import weight_bytes
@@ -431,57 +430,3 @@ def _write(folder: Path, builder: Builder, built: Sequence[Built], data: Samples
     told = [f"calibrated on inputs {origin}, which are not like yours: give --calibration"] if made_up else []
     told += lowered.program.provenance.notes if lowered.program.provenance.kind == "checkpoint" else ()
     return Result(folder, manifest, measurements, [*builder.notes, *told])
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What `verify` found of one engine."""
-
-    target: str
-    comparison: Comparison | None
-    problems: tuple[str, ...]
-    note: str = ""
-
-
-def verify(out: str | Path, *, progress: Progress = silent) -> dict[str, Verdict]:
-    """Check an output again on this machine: file hashes, then every engine against the stored reference.
-
-    Returns a verdict for each engine; the caller decides what a problem means (the command line exits 1). BadInput if
-    the folder is not an output. An engine whose runtime is not here is checked by another, and that is noted.
-    """
-    folder = Path(out)
-    manifest = Manifest.read(folder)
-    broken = [name for name, digest in manifest.files.items() if records.digest_of(folder / name) != digest]
-    stages, verdicts = Stages(progress, len(manifest.targets)), {}
-    for name in manifest.targets:
-        with stages.stage(f"{name}: check"):
-            verdicts[name] = _verify(folder, name, manifest, broken)
-    return verdicts
-
-
-def _verify(folder: Path, name: str, manifest: Manifest, broken: Iterable[str]) -> Verdict:
-    record = manifest.targets[name]
-    changed = tuple(
-        f"{file} is not the file that was written" for file in broken if file.startswith((f"{name}/", "reference/"))
-    )
-    if changed:
-        return Verdict(record.target, None, changed)
-    if not manifest.reference.noise:
-        return Verdict(record.target, None, (f"it was built with --reference none, so it was {NOT_CHECKED}",))
-    target = manifest.backend(name)
-    references = References.load(folder / "reference", manifest.reference.noise, manifest.reference.origin)
-    signatures = {component: recorded.signature() for component, recorded in manifest.signatures.items()}
-    mapped = manifest.reference.mode == "offload"
-    place = records.engine_folder(folder, name)
-    fidelity = check_engines(target, place, signatures, references, mapped=mapped)
-    budgets = {component: record.budget(component) for component in fidelity.comparisons}
-    problems = fidelity.violations(budgets)
-    default = None if mapped else target.as_loaders_open()
-    here = records.instruction_set()
-    notes = [] if here == manifest.instruction_set else [f"built on {manifest.instruction_set}, checked on {here}"]
-    notes += [] if target.missing() is None else [f"checked with {fidelity.checked_with}: {target.missing()}"]
-    if default is not None:
-        opened = check_engines(default, place, signatures, references).violations(budgets)
-        notes.append(f"loaded without options ({default}): {'; '.join(opened) or 'within the budget'}")
-    notes += ["its own measure was not taken again"] if EVALUATION in record.budgets else []
-    return Verdict(record.target, fidelity.comparison(), tuple(problems), "; ".join(notes))

@@ -16,6 +16,8 @@ from planish.optimizer.backend import Backend
 from planish.optimizer.compare import Budget, Comparison
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.json_files import read_json
+from planish.optimizer.lowering.links import refuse_links_out
+from planish.optimizer.lowering.tasks import misfit
 from planish.optimizer.output import MANIFEST, MEASUREMENTS
 from planish.optimizer.pipeline import PassReport
 from planish.optimizer.program import SUM, Axis, Program, Role, Signature, TensorSpec
@@ -289,31 +291,44 @@ class Manifest(Record):
         if not path.is_file():
             raise BadInput(f"there is no {MANIFEST}", where=folder, advice="give a folder that planish optimize wrote")
         try:
-            return cls.model_validate(read_json(path))
+            manifest = cls.model_validate(read_json(path))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(part for part in map(str, first["loc"]) if part != "[key]") or "the file"
             raise BadInput(f"{place}: {first['msg']}", where=path, advice="build it again with this version") from None
+        signatures = {name: record.signature() for name, record in manifest.signatures.items()}
+        wrong = misfit(manifest.task, manifest.source.kind, signatures)
+        if wrong is not None:
+            raise BadInput(f"task: {wrong}", where=path, advice="build it again with this version")
+        return manifest
 
 
 def engine_folder(folder: Path, name: str) -> Path:
-    """The folder of an engine of the output ``folder``; BadInput if it is not there, or is a link to somewhere else."""
+    """The folder of an engine of the output ``folder``; BadInput if it is not there, or if it, or
+    something in it, is a link to somewhere else."""
     place = folder / name
     if not place.is_dir():
         raise BadInput(f"there is no folder {name}", where=folder, advice=f"{MANIFEST} names it: build it again")
     if not place.resolve().is_relative_to(folder.resolve()):
         raise BadInput("this is a link to a place outside of the output", where=place, advice="put a copy there")
+    refuse_links_out(place, folder)
     return place
+
+
+def refuse_links_of(engine: Path) -> None:
+    """BadInput if something in an engine's folder is a link that leaves it, and the output that it is of, if any."""
+    refuse_links_out(engine, *([engine.parent] if (engine.parent / MANIFEST).is_file() else []))
 
 
 def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below ``folder`` but the manifest and the measurements, by relative path."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (MANIFEST, MEASUREMENTS) and not name.startswith("."):
-            found[name] = digest_of(path) or ""
-    return found
+    names = [name for name in names_below(folder) if name not in (MANIFEST, MEASUREMENTS) and not name.startswith(".")]
+    return {name: digest_of(folder / name) or "" for name in names}
+
+
+def names_below(folder: Path, root: Path | None = None) -> list[str]:
+    """Every file below ``folder``, by its path relative to ``root`` (to itself if that is not said), in order."""
+    return [path.relative_to(root or folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def digest_of(path: Path) -> str | None:

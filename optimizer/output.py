@@ -13,7 +13,7 @@ import functools
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from planish.optimizer.scratch import COMMITTED, Claim, claimed, sweep
 
 MANIFEST = "planish.json"
 MEASUREMENTS = "measurements.json"
-_MADE_LATER = {"model.plan"}
+MADE_LATER = {"model.plan"}
 """What the scripts in an output write beside themselves: TensorRT's plan."""
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -167,14 +167,19 @@ def _check_content(folder: Path) -> None:
         )
     listed = read_object(folder / MANIFEST).get("files")
     known = {MANIFEST, MEASUREMENTS, *(listed if isinstance(listed, dict) else ())}
-    strange = sorted(name for name in names - known if Path(name).name not in _MADE_LATER)
+    strange = sorted(name for name in names - known if Path(name).name not in MADE_LATER)
     if strange:
-        more = f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""
         raise BadInput(
-            f"planish did not write {', '.join(map(repr, strange[:_SHOWN]))}{more} in this folder, and would remove it",
+            f"planish did not write {some_of(strange)} in this folder, and would remove it",
             where=folder,
             advice="move it elsewhere, or choose another output folder",
         )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are, for a message."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(map(repr, names[:_SHOWN]))}{more}"
 
 
 def _below(folder: Path) -> Iterator[Path]:

@@ -20,7 +20,7 @@ from planish.optimizer.lowering.checkpoint import quiet, sha256
 from planish.optimizer.lowering.component import border_spec
 from planish.optimizer.lowering.module import OPSET
 from planish.optimizer.lowering.original import Answers, Cases, Original
-from planish.optimizer.lowering.tasks import TASKS, architecture_of
+from planish.optimizer.lowering.tasks import INFERENCE, TASKS, architecture_of
 from planish.optimizer.program import (
     SUM,
     Axis,
@@ -250,7 +250,7 @@ def _task_of(signature: Signature, config: Mapping[str, Any]) -> str:
         wanted = None
     if wanted in fitting:
         return str(wanted)
-    return fitting[0] if len(fitting) == 1 else "inference"
+    return fitting[0] if len(fitting) == 1 else INFERENCE
 
 
 def _architecture(model: ir.Model, config: Mapping[str, Any]) -> str:

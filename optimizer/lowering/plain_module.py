@@ -18,6 +18,7 @@ from planish.optimizer.lowering import module as exporter
 from planish.optimizer.lowering.checkpoint import quiet
 from planish.optimizer.lowering.onnx_file import normalize, signature_of
 from planish.optimizer.lowering.original import TorchOriginal
+from planish.optimizer.lowering.tasks import INFERENCE
 from planish.optimizer.program import Axis, Program, Provenance, Signature
 from planish.optimizer.scratch import scratch_folder
 
@@ -45,7 +46,7 @@ def lower(
     provenance = Provenance("module", type(module).__name__, {"state_dict": _hash(module)}, notes)
     original = TorchOriginal(lambda: module)
     original.ask_for("model", calls.module.__name__, outputs)
-    return Program({"model": graph}, {"model": signature}, "inference", provenance), original
+    return Program({"model": graph}, {"model": signature}, INFERENCE, provenance), original
 
 
 def _by_running(

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any, get_args
 
 from planish.optimizer.errors import BadInput, UsageError
-from planish.optimizer.program import Role
+from planish.optimizer.program import Role, Signature
 from planish.optimizer.spec import did_you_mean
 
 
@@ -48,6 +48,46 @@ TASKS: Mapping[str, TaskSpec] = {
     "token-classification": TaskSpec(("logits",)),
 }
 """Tasks that are lowered, by the names of optimum's taxonomy."""
+
+
+INFERENCE = "inference"
+"""The task of what serves none by name: a module, or a graph whose outputs tell of none."""
+_EMBEDDINGS = frozenset({"last_hidden_state", "pooler_output", "text_embeds", "image_embeds"})
+"""What classes for feature-extraction give, one or more of them."""
+_RANKS: Mapping[str, int] = {
+    "fill-mask": 3, "image-classification": 2, "multiple-choice": 2, "question-answering": 2, "text-classification": 2,
+    "token-classification": 3,
+}  # fmt: skip
+"""Number of axes of a task's outputs, where it tells tasks apart."""
+
+
+def misfit(task: str, kind: str, signatures: Mapping[str, Signature]) -> str | None:
+    """Why components of these signatures, lowered from this kind of source, do not serve a task; None if they do.
+
+    The borders of a checkpoint's components follow from its task, those of a file or a module are what they are.
+    """
+    if task not in (*TASKS, INFERENCE):
+        return f"there is no task {task!r}{did_you_mean(task, TASKS)}"
+    spec = TASKS.get(task)
+    if spec is None:
+        return f"a checkpoint serves a task, not {task!r}" if kind == "checkpoint" else None
+    outputs = {tensor.name: tensor for signature in signatures.values() for tensor in signature.outputs}
+    absent = [name for name in spec.outputs if name not in outputs]
+    if absent and not (task == "feature-extraction" and outputs.keys() & _EMBEDDINGS):
+        return f"{task} needs an output {absent[0]!r}, the engine gives {', '.join(outputs)}"
+    if kind != "checkpoint":
+        return None
+    cached = any(signature.cached for signature in signatures.values())
+    family = Family.ENCODER_DECODER if len(signatures) > 1 else Family.DECODER if cached else Family.ENCODER
+    if family is not spec.family:
+        return f"{task} is served by an {spec.family.value}, the engine is an {family.value}"
+    ranks = [len(outputs[name].shape) for name in spec.outputs if name in outputs]
+    if task in _RANKS and any(rank != _RANKS[task] for rank in ranks):
+        return f"{task} needs outputs of {_RANKS[task]} axes, the engine gives {', '.join(map(str, ranks))}"
+    tokens = [t for t in next(iter(signatures.values())).inputs if t.role is Role.TOKENS]
+    if any(len(tensor.shape) != len(spec.leading) + 1 for tensor in tokens):
+        return f"{task} takes tokens by {', '.join(spec.leading)}, the engine takes others"
+    return None
 
 
 _NAMED: Mapping[str, str] = {

@@ -23,11 +23,11 @@ import pytest
 from planish.optimizer import errors, optimize, presets
 from planish.optimizer.backend import Arrays
 from planish.optimizer.base import PassResult
-from planish.optimizer.driver import verify
 from planish.optimizer.lock import LOCK, Lock
 from planish.optimizer.manifest import Manifest
 from planish.optimizer.measure import EngineRef, Timing
 from planish.optimizer.output import MEASUREMENTS
+from planish.optimizer.verifying import verify
 from planish.passes.fusion.fuse_attention import FuseAttention
 from tests.conftest import Planish
 from tests.zoo import GENERATORS, build
