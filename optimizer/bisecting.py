@@ -29,7 +29,7 @@ from planish.optimizer.pipeline import Pipeline
 from planish.optimizer.program import Signature
 from planish.optimizer.reference import QUICK, Reference, References, size_of_case
 from planish.optimizer.scratch import scratch_folder
-from planish.optimizer.single import file_reference
+from planish.optimizer.single import file_reference, files_of
 from planish.optimizer.verifier import verify
 
 _ALL = 1 << 40
@@ -150,7 +150,9 @@ def bisect(source: Path, pipeline: str, repro: Path, *, keep: Sequence[str] = ()
     model that the pass alone breaks is written to ``repro``, if any does.
     """
     steps, asked = Pipeline.parse(pipeline), Budget.parse(keep)
-    demand_not_read({"SOURCE": source}, {"-o": repro})
+    demand_not_read({"SOURCE": source}, files_of(repro))
+    if source.is_dir() and repro.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"this lies inside {source}, which is only read", where=f"-o {repro}", advice="name another")
     bent = next((step for step in steps.passes if not step.exact), None)
     if keep and bent is None:
         raise UsageError(
@@ -163,12 +165,20 @@ def bisect(source: Path, pipeline: str, repro: Path, *, keep: Sequence[str] = ()
             advice="give --keep METRIC>=X",
         )
     model, trial = Trial.of(source, asked, steps.fixed)
+    demand_not_read(_weights_of(model), files_of(repro))
     for count in range(1, len(steps.passes) + 1):
         before = model.clone()
         attempt = trial.attempt(model, steps.passes[:count])
         if attempt.violations:
             return _blame(_Search(trial, steps.passes[:count], before), attempt, repro, keep)
     return None
+
+
+def _weights_of(model: ir.Model) -> dict[str, Path]:
+    """The files that tensors of a model are read from, by what to call them."""
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    paths = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return {f"weights of SOURCE, {path.name},": path for path in sorted(paths)}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from planish.optimizer import interrupts
@@ -30,6 +30,8 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _SHOWN = 3
+_LETTERS = 9
+"""The end of a claim's name that is its own, with the point before it."""
 
 
 @contextmanager
@@ -55,7 +57,8 @@ def staged_file(destination: Path) -> Iterator[Path]:
     with _clear_errors(destination):
         destination = Path(os.path.abspath(destination))  # noqa: PTH100 - a link there is replaced, not what it leads to
         if destination.is_dir():
-            raise BadInput("this is a folder", where=destination, advice="name the file that shall be written")
+            what = "a link to a folder" if destination.is_symlink() else "a folder"
+            raise BadInput(f"this is {what}", where=destination, advice="name the file that shall be written")
         with _staged(destination, _commit) as claim:
             yield claim.folder / destination.name
             _settle(claim.folder)
@@ -114,11 +117,36 @@ def _real(path: Path) -> Path:
 def _staged(destination: Path, recover: Callable[..., None]) -> Iterator[Claim]:
     """A claim beside ``destination``, behind those of killed runs."""
     prefix = f".{destination.name}."
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    interrupts.report("output", str(destination), recover is _commit)
-    sweep(destination.parent, prefix, functools.partial(recover, destination=destination))
-    with interrupts.terminating(), claimed(destination.parent, prefix) as claim:
-        yield claim
+    with _made(destination.parent):
+        interrupts.report("output", str(destination), recover is _commit)
+        sweep(destination.parent, prefix, functools.partial(recover, destination=destination))
+        with interrupts.terminating(), claimed(destination.parent, prefix) as claim:
+            yield claim
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it that are missing; if the block fails, those are removed again that are empty."""
+    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    made: list[Path] = []
+    try:
+        for place in reversed(missing):
+            with suppress(FileExistsError):  # another run was quicker
+                place.mkdir()
+                made.append(place)
+                interrupts.report("made", str(place))
+        folder.mkdir(exist_ok=True)  # complains if something else stands there
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def remove_empty(made: Sequence[Path]) -> None:
+    """Remove folders, the last that was made first, as long as nothing is in them."""
+    for place in reversed(made):
+        with suppress(OSError):
+            place.rmdir()
 
 
 def sweep_up(destination: Path, *, is_file: bool) -> None:
@@ -153,7 +181,10 @@ def _identity(destination: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     if not stat.S_ISDIR(status.st_mode):
-        raise BadInput("this exists and is not a folder", where=destination, advice="choose another output folder")
+        link = stat.S_ISLNK(status.st_mode)
+        what = "is a link, which is neither followed nor replaced" if link else "exists and is not a folder"
+        advice = "choose another output folder, or name the folder itself" if link else "choose another output folder"
+        raise BadInput(f"this {what}", where=destination, advice=advice)
     return status.st_ino, status.st_ctime_ns
 
 
@@ -242,8 +273,13 @@ def _moved(claim: Claim, destination: Path) -> bool:
         return False
     if not exchanged:
         return _replaced(claim, destination)
-    if _strange(claim.folder):
-        _exchange(claim.folder, destination)  # put there while we looked away
+    if _strange(claim.folder):  # put there while we looked away
+        try:
+            back = _exchange(claim.folder, destination)
+        except FileNotFoundError:
+            back = False
+        if not back:
+            _put_back(claim.folder, destination)
         return False
     return True
 
@@ -253,6 +289,9 @@ def _replaced(claim: Claim, destination: Path) -> bool:
     try:
         destination.rename(claim.old)
     except FileNotFoundError:
+        return False
+    if _strange(claim.old):  # put there while we looked away
+        _put_back(claim.old, destination)
         return False
     try:
         claim.folder.rename(destination)
@@ -265,10 +304,30 @@ def _replaced(claim: Claim, destination: Path) -> bool:
     return True
 
 
+def _put_back(folder: Path, destination: Path) -> None:
+    """Give a folder that holds somebody's files its name back; BadInput says where it is if another run took that."""
+    kept = _rescued(folder, destination)
+    if kept != destination:
+        raise BadInput(f"another run wrote this meanwhile; what was in it before is kept in {kept}", where=destination)
+
+
+def _rescued(folder: Path, destination: Path) -> Path:
+    """Where a folder that holds somebody's files is now: at its old name, or beside it if that is taken."""
+    kept = destination.with_name(f"{destination.name}.kept{folder.stem[-_LETTERS:]}")
+    for place in (destination, kept):
+        try:
+            return folder.rename(place)
+        except OSError as error:
+            if place is kept or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    return kept
+
+
 def _strange(folder: Path) -> bool:
+    """Whether a folder holds what no build writes again, or what cannot be looked at."""
     try:
         _check_content(folder)
-    except BadInput:
+    except (BadInput, OSError):
         return True
     return False
 
@@ -289,8 +348,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _restore(claim: Claim, destination: Path) -> None:
     """Bring back what stood at ``destination`` if a run was killed between moving it away and moving the new one in."""
-    if claim.old.is_dir() and not os.path.lexists(destination):
-        claim.old.rename(destination)
+    if claim.old.is_dir() and (not os.path.lexists(destination) or _strange(claim.old)):
+        _rescued(claim.old, destination)
 
 
 def _commit(claim: Claim, destination: Path) -> None:

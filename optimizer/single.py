@@ -54,7 +54,8 @@ def optimize_file(
     asked = Budget.parse(keep) if keep else presets.budget(preset)
     lowered = lower(source).with_fixed(steps.fixed)
     asked.refuse_unmeasured(measured_metrics(lowered.program))
-    _refuse_overwriting(source, out, lowered)
+    given = Path(calibration) if isinstance(calibration, str | Path) else None
+    demand_not_read({**lowered.files(), "--calibration": given, "SOURCE": source}, files_of(out))
     watchers: list[Instrument] = [
         instruments.Reproducer(Path(f"{out}.failed"), onnx_io.save, [f"--keep '{k}'" for k in keep])
     ]
@@ -71,14 +72,9 @@ def optimize_file(
     return outcome.reports
 
 
-def _refuse_overwriting(source: Path, out: Path, lowered: Lowered) -> None:
-    """UsageError if ``out`` or its weights would take the place of another file's that ``source`` keeps its own in.
-
-    A file may be replaced by what is made of it: all of it is written before any of it is moved.
-    """
-    if out.resolve() != source.resolve():
-        files = {name: path for name, path in lowered.files().items() if name != source.name}
-        demand_not_read(files, {"-o": out, "weights of -o": out.with_name(f"{out.name}.data")})
+def files_of(out: Path) -> dict[str, Path]:
+    """The files that an ONNX file called ``out`` is written to, by what to call them."""
+    return {"-o": out, "weights of -o": out.with_name(f"{out.name}.data")}
 
 
 def explain(

@@ -193,7 +193,7 @@ def _children() -> list[int]:
 
 def _sweep(lines: list[list[object]]) -> None:
     """Remove what the work left. The next run does it too, if this is interrupted or not allowed."""
-    from planish.optimizer.output import sweep_up
+    from planish.optimizer.output import remove_empty, sweep_up
     from planish.optimizer.scratch import PREFIX, sweep
 
     for kind, *values in lines:
@@ -202,6 +202,7 @@ def _sweep(lines: list[list[object]]) -> None:
                 sweep(Path(str(values[0])), PREFIX)
             elif kind == "output":
                 sweep_up(Path(str(values[0])), is_file=bool(values[1]))
+    remove_empty([Path(str(values[0])) for kind, *values in lines if kind == "made"])
 
 
 def _say(line: str) -> None:

@@ -14,7 +14,7 @@ import onnx.numpy_helper as nh
 import pytest
 
 from planish.optimizer.cli.display import print_table
-from tests.optimizer.test_bad_input import BAD_INPUT, USAGE, refused, run
+from tests.optimizer.test_bad_input import BAD_INPUT, USAGE, refused
 
 PIPELINE = ("--pipeline", "eliminate-identities")
 
@@ -43,16 +43,42 @@ def test_weights_of_the_source_are_not_written_over(data: str, out: str, tmp_pat
     assert (tmp_path / data).read_bytes() == before
 
 
-def test_a_file_may_be_replaced_by_what_is_made_of_it(tmp_path: Path) -> None:
-    source = model_with_weights_in(tmp_path / "a.onnx", "a.onnx.data")
-    weight = nh.to_array(onnx.load(source).graph.initializer[0])
-    assert run("opt", source, *PIPELINE, "-o", source)[0] == 0
-    assert np.array_equal(nh.to_array(onnx.load(source).graph.initializer[0]), weight)
+@pytest.mark.parametrize("command", ["opt", "bisect"])
+@pytest.mark.parametrize("out", ["a.onnx", "link.onnx", "../here/a.onnx"])
+def test_a_source_is_not_replaced_by_what_is_made_of_it(command: str, out: str, tmp_path: Path) -> None:
+    place = tmp_path / "here"
+    place.mkdir()
+    source = model_with_weights_in(place / "a.onnx", "a.onnx.data")
+    (place / "link.onnx").symlink_to(source)
+    before = {path: path.read_bytes() for path in place.iterdir()}
+    refused(USAGE, "this would be written over SOURCE", command, source, *PIPELINE, "-o", place / out)
+    assert {path: path.read_bytes() for path in place.iterdir()} == before
 
 
-def test_bisect_does_not_replace_its_source(tmp_path: Path) -> None:
+def test_bisect_replaces_no_weights_and_nothing_in_an_output(tmp_path: Path) -> None:
+    source = model_with_weights_in(tmp_path / "a.onnx", "b.onnx.data")
+    for out in ("b.onnx", "b.onnx.data"):
+        refused(
+            USAGE, "this would be written over weights of SOURCE", "bisect", source, *PIPELINE, "-o", tmp_path / out
+        )
+    (tmp_path / "out").mkdir()
+    refused(USAGE, "which is only read", "bisect", tmp_path / "out", *PIPELINE, "-o", tmp_path / "out" / "r.onnx")
+
+
+def test_opt_does_not_replace_what_it_calibrates_on(tmp_path: Path) -> None:
     source = model_with_weights_in(tmp_path / "a.onnx", "w.bin")
-    refused(USAGE, "this would be written over", "bisect", source, *PIPELINE, "-o", source)
+    np.savez(tmp_path / "x.npz", x=np.ones((2, 512), np.float32))
+    command = ["opt", source, "--pipeline", "smooth-activations", "--keep", "cosine>=0.5", "--calibration"]
+    refused(USAGE, "this would be written over --calibration", *command, tmp_path / "x.npz", "-o", tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("command", ["opt", "optimize"])
+def test_an_output_that_is_a_link_to_a_folder_is_called_one(command: str, tmp_path: Path) -> None:
+    source = model_with_weights_in(tmp_path / "a.onnx", "w.bin")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    refused(BAD_INPUT, "this is a link", command, source, *PIPELINE, "-o", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_weights_inside_the_output_are_not_lost(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from planish.optimizer.output import (
 )
 from planish.optimizer.scratch import COMMITTED, claimed, scratch_file, scratch_folder, sweep
 
+Staged = Callable[[Path], AbstractContextManager[Path]]
 AWKWARD = ["out", "[a]", "*", "a?b", "two words", "ünïcode", ".hidden", "-o", "a\nb"]
 
 
@@ -147,6 +149,80 @@ def test_files_that_come_in_the_last_moment_are_not_lost(tmp_path: Path, monkeyp
     with pytest.raises(BadInput, match=r"notes\.txt"):
         build(tmp_path / "out", "new")
     assert (tmp_path / "out" / "notes.txt").read_text() == "precious"
+
+
+def add_a_file(out: Path) -> None:
+    (out / "notes.txt").write_text("precious")
+
+
+def replace_the_manifest_by_a_folder(out: Path) -> None:
+    (out / MANIFEST).unlink()
+    (out / MANIFEST).mkdir()
+
+
+def replace_the_manifest_by_a_link_to_a_folder(out: Path) -> None:
+    (out / MANIFEST).unlink()
+    (out / MANIFEST).symlink_to("onnxruntime")
+
+
+LATE = [add_a_file, replace_the_manifest_by_a_folder, replace_the_manifest_by_a_link_to_a_folder]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("late", LATE)
+def test_what_comes_between_the_last_look_and_the_move_is_not_lost(
+    late: Callable[[Path], None], exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "out", "old")
+    exchange, rename = output._exchange, Path.rename
+    done: list[bool] = []
+
+    def put() -> None:
+        if not done:
+            done.append(True)
+            late(tmp_path / "out")
+
+    def exchanged(one: Path, other: Path) -> bool:
+        put()
+        return exchange(one, other)
+
+    def renamed(path: Path, target: Path) -> Path:
+        if path == tmp_path / "out":
+            put()
+        return rename(path, target)
+
+    monkeypatch.setattr(output, "_exchange", exchanged if exchanges else lambda *_: False)
+    monkeypatch.setattr(Path, "rename", Path.rename if exchanges else renamed)
+    with pytest.raises(BadInput):
+        build(tmp_path / "out", "new")
+    assert (tmp_path / "out/onnxruntime/model.onnx").read_text() == "old"
+    assert late is not add_a_file or (tmp_path / "out" / "notes.txt").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_get_its_name_back_is_kept_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an exchange: a file comes in the last moment, and another run's output takes the name meanwhile."""
+    build(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        moved = path == tmp_path / "out"
+        if moved:
+            (path / "notes.txt").write_text("precious")
+        found = rename(path, target)
+        if moved:
+            (tmp_path / "out").mkdir()
+            fill(tmp_path / "out", "another run's")
+        return found
+
+    monkeypatch.setattr(output, "_exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", renamed)
+    with pytest.raises(BadInput, match=r"what was in it before is kept in .*out\.kept\.") as error:
+        build(tmp_path / "out", "new")
+    kept = Path(str(error.value).rpartition(" ")[2])
+    assert (kept / "notes.txt").read_text() == "precious"
+    assert (tmp_path / "out/onnxruntime/model.onnx").read_text() == "another run's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", kept.name]
 
 
 def test_a_plan_that_an_output_built_itself_is_replaced(tmp_path: Path) -> None:
@@ -336,6 +412,40 @@ def test_a_name_that_is_too_long_and_a_folder_that_is_gone(tmp_path: Path, monke
     gone.rmdir()
     with pytest.raises(BadInput, match="cannot be written"):
         build(Path("out"))
+
+
+@pytest.mark.parametrize("name", ["a" * 250, "a" * 300, "x/" + "a" * 300, "a" * 300 + "/x"])
+@pytest.mark.parametrize("staged", [staged_folder, staged_file])
+def test_an_output_that_is_refused_leaves_no_folder_above_it(name: str, staged: Staged, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="cannot be written"), staged(tmp_path / "new" / "er" / name):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("staged", [staged_folder, staged_file])
+def test_a_build_that_fails_leaves_no_folder_above_it(staged: Staged, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(BadInput, match="no good"), staged(tmp_path / "there" / "new" / "er" / "out"):
+        raise BadInput("no good")
+    assert list((tmp_path / "there").iterdir()) == []
+    with pytest.raises(BadInput, match="no good"), staged(tmp_path / "new" / "er" / "out"):
+        (tmp_path / "new" / "other").touch()  # somebody else's
+        raise BadInput("no good")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
+
+
+def test_a_link_to_a_folder_is_called_a_link(tmp_path: Path) -> None:
+    build(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
+    for name in ("link", "nowhere"):
+        with pytest.raises(BadInput, match="this is a link, which is neither followed nor replaced"):
+            build(tmp_path / name)
+    with pytest.raises(BadInput, match="this is a link to a folder"), staged_file(tmp_path / "link"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="this exists and is not a folder"):
+        build(tmp_path / "file")
 
 
 def _as_nobody(work: Callable[[], None]) -> str:
