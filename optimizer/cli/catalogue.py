@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -57,17 +59,53 @@ def entry_called(group: str, name: str) -> dict[str, Any]:
 
 
 def print_entry(entry: Mapping[str, Any]) -> None:
-    """What a pass does, before and after, its rules and its options."""
+    """What a pass does, before and after, its rules and its options, as wide as the terminal."""
+    print(told(entry, shutil.get_terminal_size((_WIDEST, 24)).columns))
+
+
+def told(entry: Mapping[str, Any], width: int) -> str:
+    """The same as text whose lines fit ``width`` characters."""
     exactness = "exact: held against rounding" if entry["exact"] else "not exact: held against --keep"
-    print(f"{entry['name']} (from {entry['from']}; {exactness})\n\n{entry['module']}")
-    if entry["rules"]:
-        print(f"\n{entry['rules']}")
-    print("\noptions" if entry["options"] else "\nno options")
+    parts = [f"{entry['name']} (from {entry['from']}; {exactness})", *entry["module"].split("\n\n")]
+    parts += entry["rules"].split("\n\n") if entry["rules"] else []
+    text = "\n\n".join(_paragraph(part, width) for part in parts)
+    lines = [text, "", "options" if entry["options"] else "no options"]
     for name, option in entry["options"].items():
         bounds = {key: value for key, value in option.items() if key not in ("type", "default", "help")}
         limits = "".join(f", {key} {spec.format_value(value)}" for key, value in bounds.items())
-        print(f"  {name}={spec.format_value(option['default'])} ({option['type']}{limits})")
-        print(textwrap.fill(option["help"], 100, initial_indent="      ", subsequent_indent="      "))
+        shown = f"{name}={spec.format_value(option['default'])} ({option['type']}{limits})"
+        lines += _filled(shown, width, "  ", "      ")
+        lines += _filled(option["help"], min(width, _WIDEST_HELP), "      ", "      ")
+    return "\n".join(lines)
+
+
+_WIDEST, _WIDEST_HELP = 120, 100
+"""Columns where there is no terminal, and of the options' help on any."""
+_PICTURE = re.compile(r"^\s|\S {2,}\S", re.MULTILINE)
+"""Lines that stand below each other on purpose: graphs before and after."""
+_LABEL = re.compile(r"(Before: +|After: +|\d+\. | *)")
+
+
+def _paragraph(text: str, width: int) -> str:
+    """A paragraph as it was written if it fits; else prose and the rules of a list are filled anew, and lines of a
+    picture are folded one by one, each under its own beginning."""
+    lines = text.splitlines()
+    if max(map(len, lines), default=0) <= width:
+        return text
+    if re.match(r"\d+\. ", text):
+        lines = [" ".join(item.split()) for item in re.split(r"\n(?=\d+\. )", text)]
+    elif not _PICTURE.search(text):
+        lines = [" ".join(text.split())]
+    return "\n".join(part for line in lines for part in _filled(line, width, "", " " * _hang(line)))
+
+
+def _hang(line: str) -> int:
+    found = _LABEL.match(line)
+    return 0 if found is None else found.end()
+
+
+def _filled(text: str, width: int, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def print_catalogue(title: str, found: Sequence[Mapping[str, Any]], *, markdown: bool) -> None:

@@ -12,6 +12,7 @@ from click.shell_completion import ShellComplete
 
 from planish.optimizer import presets, registry
 from planish.optimizer.cli import cli
+from planish.optimizer.cli.catalogue import entry_called, told
 from planish.optimizer.cli.display import drawn, plain, print_table
 from planish.optimizer.compare import METRICS
 from planish.optimizer.lowering import lower
@@ -83,6 +84,26 @@ def test_one_pass_is_told_whole(command: Planish) -> None:
         assert "Before" in entry["module"] or entry["from"] != "planish" or "before" in entry["module"].lower()
     refused(USAGE, "unknown pass 'quantise-weights' (did you mean", "passes", "quantise-weights")
     refused(USAGE, "a single pass is told as text", "passes", "fuse-gelu", "--markdown")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_what_is_told_of_a_pass_fits(width: int, command: Planish, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in registry.table(registry.PASSES):
+        entry = entry_called(registry.PASSES, name)
+        text = told(entry, width)
+        assert max(map(len, text.splitlines())) <= width, name
+        assert not re.search(r" $", text, re.MULTILINE), name
+        written = [entry["module"], entry["rules"], *(option["help"] for option in entry["options"].values())]
+        said = "".join(text.split())
+        assert all("".join(part.split()) in said for part in written), name
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert command("passes", name).stdout == f"{text}\n"
+
+
+def test_pictures_and_rules_keep_their_form_on_a_narrow_terminal() -> None:
+    text = told(entry_called(registry.PASSES, "fold-constants"), 60)
+    assert re.search(r"^Before:  a = Constant .*\n {9}\S", text, re.MULTILINE)
+    assert re.search(r"^2\. A larger result .*\n {3}\S.*\n3\. Constants", text, re.MULTILINE)
 
 
 def completed(*words: str) -> set[str]:
