@@ -13,7 +13,15 @@ import onnx_ir as ir
 from planish.optimizer import choosing, instruments, onnx_io, registry
 from planish.optimizer.backend import Arrays, Backend
 from planish.optimizer.base import Pass
-from planish.optimizer.checking import CHECKER, GENERATION, Fidelity, check_engines, demand_room, load_mapped
+from planish.optimizer.checking import (
+    CHECKER,
+    GENERATION,
+    Fidelity,
+    check_as_loaders_open,
+    check_engines,
+    demand_room,
+    load_mapped,
+)
 from planish.optimizer.compare import CONTINUED, JUDGED, Budget, Clause, Comparison, metrics_of
 from planish.optimizer.contenders import Contender, unmeasured_choice, went_on
 from planish.optimizer.errors import CheckFailed
@@ -103,6 +111,8 @@ class Builder:
     def build(self, target: Backend, choice: Choice | None) -> Built:
         """Build the engine of one target; ``choice`` says what to do if it was decided before."""
         place = self.folder / target.name
+        unlocked = choice is None and self.references is not None and not self.offload
+        begun = self.stages.done
         if self.request.profile is not None and (choice is not None or self._unmeasured(target)):
             why = "the lock has decided" if choice is not None else "nothing is measured"
             self.notes.append(f"the profile was not asked about {target.name}: {why}")
@@ -110,7 +120,6 @@ class Builder:
         for share in _STRICTER if choice is None and self.request.preset is not None else ():
             if any(not one.violations for one in contenders) or not self._products(target, None):
                 break
-            self.stages.total += 3
             self.notes.append(f"{target.name} strayed too far: rounding is held to {share:g} of the error allowed")
             contenders = self._contenders(target, choice, place, share)
         first = contenders[0]
@@ -137,6 +146,7 @@ class Builder:
         if not choice.products:
             made = best if choice.shipped == "optimized" else None
             choice = choice.model_copy(update={"products": self._products(target, made)})
+        self.stages.done = begun + count_stages(may_measure=unlocked)  # a measurement may have been needless
         rewritten = Rewritten.of(target.name, best.outcomes)
         check_expectations(self.expected, [rewritten])
         if choice.shipped == "plain":
@@ -150,9 +160,8 @@ class Builder:
         default = None if self.references is None or self.offload else target.as_loaders_open()
         if default is None or self.references is None:
             return None
-        self.stages.total += 1
-        with self.stages.stage(f"{target.name}: check as loaders open it"):
-            return check_engines(default, place, self.lowered.program.signatures, self.references())
+        with self.stages.stage(f"{target.name}: check as loaders open it", counts=False):
+            return check_as_loaders_open(default, place, self.lowered.program.signatures, self.references())
 
     def _unchanged(self, target: Backend, choice: Choice) -> Choice:
         """The choice of an engine that no pass changed: an equal engine is not faster, whatever the clock said."""
@@ -168,7 +177,10 @@ class Builder:
 
         ``share`` of the error that is allowed may be spent on rounding.
         """
-        with self.stages.stage(f"{target.name}: passes"):
+        stage = functools.partial(
+            self.stages.stage, counts=share == 1
+        )  # whether it is tried again, nobody knows before
+        with stage(f"{target.name}: passes"):
             ways = {"": self._run_all(target, choice, share)}
             trying = choice is None and not self._unmeasured(target)
             main = self.request.pipelines[target.name].passes
@@ -184,11 +196,11 @@ class Builder:
             check_expectations(firm, [Rewritten.of(target.name, outcomes) for outcomes in ways.values()])
             changed = {text: outcomes for text, outcomes in ways.items() if not text or went_on(outcomes, ways[""])}
         places = {text: self.scratch / f"{target.name}-{n}" if n else place for n, text in enumerate(ways)}
-        with self.stages.stage(f"{target.name}: emission"):
+        with stage(f"{target.name}: emission"):
             for text, outcomes in changed.items():
                 shutil.rmtree(places[text], ignore_errors=True)  # of an attempt that missed the budget
                 self._emit(target, {name: outcome.model for name, outcome in outcomes.items()}, places[text])
-        with self.stages.stage(f"{target.name}: check"):
+        with stage(f"{target.name}: check"):
             found = {text: self._contender(target, outcomes, text, places[text]) for text, outcomes in changed.items()}
         return [found.get(text) or replace(found[""], outcomes=outcomes, tried=text) for text, outcomes in ways.items()]
 
@@ -471,6 +483,11 @@ class Builder:
                 (place / name).write_text(self.lowered.rewritten[name], encoding="utf-8")
                 return
             onnx_io.copy_file(self.lowered.folder / name, place / name)
+
+
+def count_stages(*, may_measure: bool) -> int:
+    """Number of stages for one engine: passes, emission, check and, where something may be timed, measurement."""
+    return 4 if may_measure else 3
 
 
 def _replace(source: Path, place: Path) -> None:

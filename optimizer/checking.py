@@ -13,7 +13,7 @@ from planish.optimizer import onnx_io, registry
 from planish.optimizer.backend import Backend, Engine
 from planish.optimizer.compare import Budget, Comparison, compare
 from planish.optimizer.continuation import compare_continuations
-from planish.optimizer.errors import CheckFailed
+from planish.optimizer.errors import BadInput, CheckFailed, InternalError, MissingRuntime
 from planish.optimizer.measure import EngineRef, Worker
 from planish.optimizer.program import Signature
 from planish.optimizer.reference import Reference, References
@@ -33,9 +33,13 @@ class Fidelity:
     """By component."""
     checked_with: str
     peak_memory: int
+    failure: str | None = None
+    """Why there is nothing to compare: it cannot be opened, or does not run."""
 
     def violations(self, budgets: Mapping[str, Budget]) -> list[str]:
         """One text for each condition that does not hold."""
+        if self.failure is not None:
+            return [self.failure]
         return [
             violation if len(self.comparisons) == 1 else f"{name}: {violation}"
             for name, comparison in self.comparisons.items()
@@ -108,6 +112,20 @@ def check_engines(
             scores = [worker.follow(continuation) for continuation in references.continuations]
         comparisons[GENERATION] = compare_continuations(zip(references.continuations, scores, strict=True))
     return Fidelity(comparisons, str(runner) if mapped else runner.name, max(memory for _, memory in found.values()))
+
+
+def check_as_loaders_open(
+    default: Backend, place: Path, signatures: Mapping[str, Signature], references: References
+) -> Fidelity:
+    """The same of an engine that is opened as loaders do who give no options, which is not what it was built for.
+
+    That it cannot be opened so, or breaks, is found out about it, and no fault of the engine.
+    """
+    try:
+        return check_engines(default, place, signatures, references)
+    except (BadInput, CheckFailed, MissingRuntime, InternalError) as error:
+        what = " ".join(error.what.split()).replace(str(place), place.name)
+        return Fidelity({}, default.name, 0, f"it cannot be used ({what})")
 
 
 def check_engine(engine: EngineRef, signature: Signature, reference: Reference) -> tuple[Comparison, int]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from planish.optimizer import interrupts, registry
 from planish.optimizer import manifest as records
 from planish.optimizer.backend import Arrays, Engine
-from planish.optimizer.building import Builder, Built
+from planish.optimizer.building import Builder, Built, count_stages
 from planish.optimizer.calibration import NOT_OBSERVED, Given, Samples, one_behind_the_other
 from planish.optimizer.checking import CHECKER, demand_room
 from planish.optimizer.errors import BadInput, UsageError
@@ -178,8 +178,8 @@ def _apart(out: str | Path, source: object, *others: object) -> Path:
 
 
 def _count(request: Request, known: Lock | None, reference: ReferenceMode) -> int:
-    """How many stages there will be, if no engine has to be built again."""
-    each = 4 if known is None and reference == "full" else 3
+    """How many stages there will be."""
+    each = count_stages(may_measure=known is None and reference == "full")
     return 2 + (reference == "offload") + each * len(request.targets)
 
 

@@ -198,8 +198,9 @@ class LoaderRecord(Record):
 
     target: str
     comparison: dict[str, dict[str, float]]
+    """Empty if it cannot be opened so, or does not run."""
     violations: list[str]
-    """Conditions of the budget that do not hold then."""
+    """Conditions of the budget that do not hold then, or why there is nothing to compare."""
 
 
 class TargetRecord(Record):

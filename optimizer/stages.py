@@ -16,8 +16,9 @@ LOGGER = logging.getLogger("planish")
 class Progress(Protocol):
     """What `optimize`, `verify` and `bench` call as each of their stages begins, in their own thread.
 
-    The name of the stage, how many are done and how many there are in all: the number may grow while they run. An
-    exception that it raises ends the run, as Ctrl-C would, and nothing is written.
+    The name of the stage, how many are done and how many there are in all, which stays the same. A stage may be told
+    several times, by what is done in it; one that turns out to be needless is never told. An exception that it raises
+    ends the run, as Ctrl-C would, and nothing is written.
     """
 
     def __call__(self, stage: str, done: int, total: int, /) -> None:
@@ -38,14 +39,14 @@ class Stages:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """One stage of the build."""
+    def stage(self, name: str, *, counts: bool = True) -> Iterator[None]:
+        """One stage of the build; one that does not count is a part of that which follows: nobody knew of it before."""
         self.tell(name)
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         LOGGER.debug("%s took %.2f s", name, time.perf_counter() - start)
-        self.done += 1
+        self.done += counts
 
     def tell(self, what: str) -> None:
         """Say what is being done in this stage."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from planish.optimizer import manifest as records
 from planish.optimizer.building import EVALUATION, NOT_CHECKED
-from planish.optimizer.checking import check_engines
+from planish.optimizer.checking import check_as_loaders_open, check_engines
 from planish.optimizer.compare import Comparison
 from planish.optimizer.lowering.links import refuse_links_out
 from planish.optimizer.manifest import Manifest
@@ -68,7 +68,7 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Sequence[str]) 
     notes = [] if here == manifest.instruction_set else [f"built on {manifest.instruction_set}, checked on {here}"]
     notes += [] if target.missing() is None else [f"checked with {fidelity.checked_with}: {target.missing()}"]
     if default is not None:
-        opened = check_engines(default, place, signatures, references).violations(budgets)
+        opened = check_as_loaders_open(default, place, signatures, references).violations(budgets)
         notes.append(f"loaded without options ({default}): {'; '.join(opened) or 'within the budget'}")
     notes += ["its own measure was not taken again"] if EVALUATION in record.budgets else []
     return Verdict(record.target, fidelity.comparison(), tuple(problems), "; ".join(notes))

@@ -135,7 +135,8 @@ def print_result(manifest: Manifest, choices: Mapping[str, Choice], latencies: M
         )
         opened = record.as_loaders_open
         if opened is not None:
-            held = f"OUTSIDE the budget: {opened.violations[0]}" if opened.violations else "within the budget"
+            broken = "OUTSIDE the budget" if opened.comparison else "FAILS"
+            held = f"{broken}: {opened.violations[0]}" if opened.violations else "within the budget"
             what = f"loaded without options, which is {opened.target}: {held}; properties to give lie beside the engine"
             rows.append(("", what, "", fidelity_text(opened.comparison), *[""] * 3))
         rows += [("", f"rolled back {undone.text}: {undone.reason}", *[""] * 5) for undone in record.rolled_back]

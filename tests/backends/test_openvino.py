@@ -13,14 +13,17 @@ import pytest
 
 from planish.backends.openvino import PROPERTIES, OpenVino, Request, RequestPool
 from planish.optimizer import Pipeline, optimize, registry, verify
+from planish.optimizer.checking import check_as_loaders_open
 from planish.optimizer.cli.display import print_result
-from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.errors import BadInput, CheckFailed, InternalError, MissingRuntime, PlanishError, UsageError
 from planish.optimizer.lock import LOCK, Lock
+from planish.optimizer.manifest import Manifest
 from planish.optimizer.program import Program
 from planish.optimizer.reference import References
 from tests.backends.conftest import contents
 from tests.backends.test_onnxruntime import FEEDS
 from tests.backends.test_tensorrt import generator
+from tests.conftest import Planish
 from tests.zoo import Species, build
 
 
@@ -107,6 +110,45 @@ def test_table_and_manifest_say_what_a_plain_load_gives(
     assert not verdict.problems
     assert "loaded without options (openvino{precision=default}): " in verdict.note
     assert ("within the budget" in verdict.note) != rounds
+
+
+def test_a_plain_load_that_fails_is_told_and_fails_no_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Planish, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import openvino
+
+    refused = OpenVino(precision="default", device="NPU")
+    if "NPU" in openvino.Core().available_devices:
+        pytest.skip("this machine opens it")
+    monkeypatch.setattr(OpenVino, "as_loaders_open", lambda _: refused)
+    checkpoint = build(Species("bert", "feature-extraction"), tmp_path / "checkpoint")
+    result = optimize(checkpoint, tmp_path / "out", targets=["openvino"], pipeline="remove-unused-nodes")
+    record = result.manifest.targets["openvino"].as_loaders_open
+    assert record is not None
+    assert record.comparison == {}
+    assert record.violations[0].startswith("it cannot be used (")
+    assert str(tmp_path) not in record.violations[0]
+    assert Manifest.read(tmp_path / "out") == result.manifest
+    capsys.readouterr()
+    print_result(result.manifest, {"openvino": Lock.read(tmp_path / "out" / LOCK).targets["openvino"]}, {})
+    assert f"loaded without options, which is {refused}: FAILS: it cannot be used (" in capsys.readouterr().out
+    done = command("verify", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert f"loaded without options ({refused}): it cannot be used (" in done.stdout
+
+
+@pytest.mark.parametrize("error", [BadInput, CheckFailed, InternalError, MissingRuntime])
+def test_a_plain_load_that_breaks_names_no_place(
+    error: type[PlanishError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise error(f"OpenVINO refuses the model: cannot read\n {tmp_path}/openvino_model.bin", where=tmp_path)
+
+    monkeypatch.setattr("planish.optimizer.checking.check_engines", broken)
+    fidelity = check_as_loaders_open(OpenVino(), tmp_path, {}, References({}))
+    file = f"{tmp_path.name}/openvino_model.bin"
+    assert fidelity.violations({}) == [f"it cannot be used (OpenVINO refuses the model: cannot read {file})"]
+    assert fidelity.comparison().outputs == {}
 
 
 def test_threads_reach_the_runtime(folder: Path) -> None:

@@ -9,8 +9,12 @@ import onnx
 import onnx.parser
 import pytest
 
-from planish.optimizer import bench, optimize, verify
+from planish.backends.openvino import OpenVino
+from planish.optimizer import bench, optimize, registry, verify
+from planish.optimizer.building import Builder
+from planish.optimizer.contenders import Contender
 from planish.optimizer.errors import BadInput
+from planish.optimizer.measure import Timing
 from planish.optimizer.reference import Reference, load_cases, save_cases
 from planish.optimizer.stages import Stages
 
@@ -44,6 +48,59 @@ def test_stages_are_told_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     told.clear()
     bench([tmp_path / "out"], shapes=[{"rows": 1}, {"rows": 2}], progress=progress)
     assert told == [("timing model at rows=1", 0, 2), ("timing model at rows=2", 1, 2)]
+
+
+def test_the_number_of_stages_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an engine that is looked at once more, and one that is not measured."""
+    default = registry.backend("openvino{precision=default}")
+    monkeypatch.setattr(OpenVino, "as_loaders_open", lambda _: default)  # on machines without bf16 as well
+    monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+    onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "model.onnx")
+    told: list[tuple[str, int, int]] = []
+    optimize(
+        tmp_path / "model.onnx",
+        tmp_path / "out",
+        targets=["openvino", "tensorrt", "onnxruntime"],
+        progress=lambda *said: told.append(said),
+    )
+    assert {total for _, _, total in told} == {14}
+    counts = [done for _, done, _ in told]
+    assert counts == sorted(counts)
+    assert told[-1] == ("report", 13, 14)
+    assert ("openvino: check as loaders open it", 5, 14) in told
+    assert ("tensorrt: passes", 5, 14) in told
+    assert ("onnxruntime: passes", 9, 14) in told
+
+
+def test_building_an_engine_again_is_no_further_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that strays too far is rounded less: passes, emission and check are told twice, and counted once."""
+    strayed, answers = iter([True, True]), iter([["a product"]])
+    violations = vars(Contender)["violations"].fget
+    monkeypatch.setattr(
+        Contender, "violations", property(lambda own: ["far"] if next(strayed, False) else violations(own))
+    )
+    monkeypatch.setattr(Builder, "_products", lambda *_: next(answers, []))
+    monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+    monkeypatch.setattr("planish.optimizer.building._STRICTER", (0.5,))
+    onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "model.onnx")
+    told: list[tuple[str, int, int]] = []
+    result = optimize(tmp_path / "model.onnx", tmp_path / "out", progress=lambda *said: told.append(said))
+    assert any("rounding is held to 0.5" in note for note in result.notes)
+    assert [name for name, _, _ in told].count("onnxruntime: emission") == 2
+    assert {total for _, _, total in told} == {6}
+    assert told[-1] == ("report", 5, 6)
+
+
+def test_a_part_that_nobody_knew_of_does_not_count() -> None:
+    told: list[tuple[str, int, int]] = []
+    stages = Stages(lambda *said: told.append(said), 2)
+    with stages.stage("check"):
+        pass
+    with stages.stage("check", counts=False):
+        pass
+    with stages.stage("report"):
+        pass
+    assert told == [("check", 0, 2), ("check", 1, 2), ("report", 1, 2)]
 
 
 def test_an_exception_of_progress_ends_the_run(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from planish.optimizer.generate import Decoding
 from planish.optimizer.manifest import Manifest, digest_of
 from planish.optimizer.measure import EngineRef, Timing
 from planish.optimizer.reference import Continuation, References, load_cases, save_cases, thin
-from tests.conftest import with_tokenizer
+from tests.conftest import Planish, with_tokenizer
 from tests.optimizer.test_bad_input import run
 from tests.zoo import Species, build
 
@@ -271,6 +272,20 @@ def test_continuations_that_are_gone_fail(out: Path) -> None:
     left = {name: digest for name, digest in manifest.files.items() if name != gone}
     manifest.model_copy(update={"files": left}).write(out)
     failed(FAILED, "nothing holds generation against its budget", "verify", out)
+
+
+@pytest.mark.slow
+def test_the_row_of_a_failed_engine_says_what_failed(out: Path, command: Planish) -> None:
+    (out / "onnxruntime" / "config.json").write_text("{}")
+    *_, row = command("verify", out).stdout.splitlines()
+    assert re.split("  +", row)[:2] == ["onnxruntime", "failed"]
+    assert row.endswith("  onnxruntime/config.json is not the file that was written")
+    forged(out, "onnxruntime/config.json")
+    manifest = Manifest.read(out)
+    record = manifest.targets["onnxruntime"].model_copy(update={"budgets": {"model": "max_abs<=-1"}})
+    manifest.model_copy(update={"targets": {"onnxruntime": record}}).write(out)
+    *_, row = command("verify", out).stdout.splitlines()
+    assert re.search(r"  max_abs of logits is \S+, the budget asks max_abs<=-1$", row), row
 
 
 TASKS = [
