@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from planish.optimizer import load, optimize
+from planish.optimizer import optimize
 from planish.optimizer.backend import Arrays
 from planish.optimizer.errors import BadInput
 from planish.optimizer.generate import Decoding
 from planish.optimizer.manifest import Manifest, digest_of
 from planish.optimizer.measure import EngineRef, Timing
 from planish.optimizer.reference import Continuation, References, load_cases, save_cases, thin
-from tests.conftest import Planish, with_tokenizer
+from tests.conftest import with_tokenizer
 from tests.optimizer.test_bad_input import run
 from tests.zoo import Species, build
 
@@ -63,8 +62,8 @@ class Here:
         return 0
 
 
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open engines in this process."""
     monkeypatch.setattr("planish.optimizer.checking.Worker", Here)
 
     def race(engines: list[EngineRef], inputs: list[Arrays], **_: object) -> list[Timing]:
@@ -73,6 +72,11 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return [Timing(1, 1, 1, 1, 1)] * len(engines)
 
     monkeypatch.setattr("planish.optimizer.benching.race", race)
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    stay_here(monkeypatch)
 
 
 KINDS = {
@@ -85,10 +89,8 @@ KINDS = {
 Outputs = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Outputs:
+def outputs_in(folder: Path) -> Outputs:
     """Kind -> an output of it, built once."""
-    folder = tmp_path_factory.mktemp("outputs")
 
     def make(kind: str) -> Path:
         if not (folder / kind).is_dir():
@@ -98,6 +100,11 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Outputs:
         return folder / kind
 
     return make
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Outputs:
+    return outputs_in(tmp_path_factory.mktemp("outputs"))
 
 
 def commands(out: Path) -> Iterator[tuple[object, ...]]:
@@ -235,135 +242,6 @@ def test_commands_refuse_such_manifests(out: Path, name: str) -> None:
     path.write_text(json.dumps(replaced(json.loads(path.read_text()), *MANIFESTS[name])))
     assert check(out, "verify") <= {BAD_INPUT, FAILED}
     check(out)
-
-
-def failed(code: int, message: str, *arguments: object) -> None:
-    """The command must fail with ``code`` and one line of an error, which holds ``message``."""
-    got, said = run(*arguments)
-    assert (got, message in said) == (code, True), said
-    assert len([line for line in said.splitlines() if line.startswith("planish: error: ")]) == 1, said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("left", [(), ("onnxruntime/model.onnx", "reference/inputs.safetensors")])
-def test_files_that_no_manifest_lists_fail(left: tuple[str, ...], out: Path) -> None:
-    """What is not listed was not written by a build: its numbers alone prove nothing."""
-    manifest = Manifest.read(out)
-    manifest.model_copy(update={"files": {name: manifest.files[name] for name in left}}).write(out)
-    failed(FAILED, "planish.json does not list 'onnxruntime/", "verify", out)
-
-
-@pytest.mark.slow
-def test_a_file_beside_an_engine_that_was_added_fails(out: Path) -> None:
-    (out / "notes.txt").write_text("mine")
-    (out / "onnxruntime" / "model.plan").write_text("")  # build.py writes it later
-    assert check(out, "verify") == {DONE}
-    (out / "onnxruntime" / "added_tokens.json").write_text("{}")  # a tokenizer would read it
-    failed(FAILED, "planish.json does not list 'onnxruntime/added_tokens.json'", "verify", out)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("out", ["writer"], indirect=True)
-def test_continuations_that_are_gone_fail(out: Path) -> None:
-    """Without them nothing would be said of what the engine writes."""
-    manifest, gone = Manifest.read(out), "reference/continuations.safetensors"
-    (out / gone).unlink()
-    failed(FAILED, "continuations.safetensors is not the file that was written", "verify", out)
-    left = {name: digest for name, digest in manifest.files.items() if name != gone}
-    manifest.model_copy(update={"files": left}).write(out)
-    failed(FAILED, "nothing holds generation against its budget", "verify", out)
-
-
-@pytest.mark.slow
-def test_the_row_of_a_failed_engine_says_what_failed(out: Path, command: Planish) -> None:
-    (out / "onnxruntime" / "config.json").write_text("{}")
-    *_, row = command("verify", out).stdout.splitlines()
-    assert re.split("  +", row)[:2] == ["onnxruntime", "failed"]
-    assert row.endswith("  onnxruntime/config.json is not the file that was written")
-    forged(out, "onnxruntime/config.json")
-    manifest = Manifest.read(out)
-    record = manifest.targets["onnxruntime"].model_copy(update={"budgets": {"model": "max_abs<=-1"}})
-    manifest.model_copy(update={"targets": {"onnxruntime": record}}).write(out)
-    *_, row = command("verify", out).stdout.splitlines()
-    assert re.search(r"  max_abs of logits is \S+, the budget asks max_abs<=-1$", row), row
-
-
-TASKS = [
-    ("classifier", "text-clasification"),
-    ("classifier", ""),
-    ("classifier", "inference"),
-    ("classifier", "token-classification"),
-    ("classifier", "question-answering"),
-    ("classifier", "multiple-choice"),
-    ("classifier", "feature-extraction"),
-    ("classifier", "text-generation"),
-    ("classifier", "text2text-generation"),
-    ("tagger", "text-classification"),
-    ("writer", "fill-mask"),
-    ("writer", "text2text-generation"),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("out", "task"), TASKS, indirect=["out"])
-def test_a_task_of_another_engine_is_refused(out: Path, task: str) -> None:
-    path = out / "planish.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "task": task}))
-    failed(BAD_INPUT, f"{path}: task: ", "verify", out)
-
-
-LINKS = [
-    "onnxruntime/model.onnx",
-    "onnxruntime/config.json",
-    "onnxruntime/tokenizer.json",
-    "reference/inputs.safetensors",
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LINKS)
-def test_links_are_followed_inside_an_output_only(name: str, out: Path, outputs: Outputs, tmp_path: Path) -> None:
-    elsewhere = outputs("classifier") / name
-    (out / name).unlink()
-    (out / name).symlink_to(elsewhere)
-    asked: list[tuple[object, ...]] = [(name, "verify", out)]
-    if name.startswith("onnxruntime"):
-        asked += [(name, "run", place, "--text", "w1") for place in (out, out / "onnxruntime")]
-        for folder in (out, out / "onnxruntime"):
-            with pytest.raises(BadInput, match="link to a file outside"):
-                load(folder)
-    if name == "onnxruntime/model.onnx":
-        asked += [(name, "bench", place) for place in (out, out / "onnxruntime")]
-        asked += [(name, "bisect", out, "--pipeline", "remove-unused-nodes")]
-    for file, *words in asked:
-        failed(BAD_INPUT, f"{out}/{file}: this is a link to a file outside", *words)
-    (out / name).unlink()
-    (out / "kept").mkdir()
-    shutil.copy(elsewhere, out / "kept" / "file")
-    (out / name).symlink_to(out / "kept" / "file")
-    (tmp_path / "link").symlink_to(out)  # a folder may be reached through links
-    assert check(tmp_path / "link", "verify", "run") == {DONE}
-
-
-@pytest.mark.slow
-def test_folders_that_are_linked_into_an_engine(out: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (out / "onnxruntime" / "1_Pooling").symlink_to(tmp_path / "elsewhere")
-    for asked in (("run", out, "--text", "w1"), ("run", out / "onnxruntime", "--text", "w1"), ("verify", out)):
-        failed(BAD_INPUT, "1_Pooling: this is a link to a folder outside", *asked)
-
-
-@pytest.mark.slow
-def test_an_output_in_the_cache_of_the_hub_is_links(out: Path, tmp_path: Path) -> None:
-    repository = tmp_path / "models--me--mine"
-    snapshot = repository / "snapshots" / "1a2b3c"
-    for number, file in enumerate(sorted(path for path in out.rglob("*") if path.is_file())):
-        place, blob = snapshot / file.relative_to(out), repository / "blobs" / str(number)
-        for path in (place, blob):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, blob)
-        place.symlink_to(blob)
-    assert check(snapshot, "verify", "run", "bench") == {DONE}
 
 
 @pytest.mark.slow
