@@ -57,23 +57,54 @@ def given(model: Any, batch: dict[str, list[Any]], names: list[str]) -> dict[str
     return {name: outputs[name].tolist() for name in names}
 
 
-def written(model: Any, batch: dict[str, list[Any]], beams: int) -> dict[str, Any]:
-    """What a model of transformers or of its loaders writes: tokens (row x place) and what decided on them.
+def written(model: Any, batch: dict[str, list[Any]], beams: int) -> list[list[int]]:
+    """Tokens that a model of transformers or of its loaders writes, row x place."""
+    tokens: list[list[int]] = generated(model, batch, beams).tolist()
+    return tokens
+
+
+def generated(model: Any, batch: dict[str, list[Any]], beams: int, search: Any = None, **options: Any) -> Any:
+    """What `generate`, or another search, gives with further options."""
+    import torch
+
+    feeds = {name: torch.tensor(rows) for name, rows in batch.items()}
+    search = search or type(model).generate
+    return search(model, **feeds, max_new_tokens=_NEW, do_sample=False, num_beams=beams, **options)
+
+
+def decided(model: Any, batch: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """What PyTorch writes, for each number of beams, and what decided on it.
 
     That is the logits of each step (step x row x vocabulary) without beams, the mean logarithm of the probabilities of
     each row's tokens with them.
     """
-    import torch
+    greedy = generated(model, batch, 1, return_dict_in_generate=True, output_logits=True)
+    largest = max(float(step.abs().max()) for step in greedy.logits)
+    return {
+        "1": {
+            "tokens": written(model, batch, 1),
+            "logits": [step.tolist() for step in greedy.logits],
+            "largest logit": largest,
+        },
+        str(_BEAMS): {
+            "tokens": written(model, batch, _BEAMS),
+            "scores": scores(model, batch, _BEAMS),
+            "largest logit": largest,
+        },
+    }
 
-    feeds = {name: torch.tensor(rows) for name, rows in batch.items()}
-    kept = {"output_logits": True} if beams == 1 else {"output_scores": True}
-    made = model.generate(
-        **feeds, max_new_tokens=_NEW, do_sample=False, num_beams=beams, return_dict_in_generate=True, **kept
-    )
-    tokens = {"tokens": made.sequences.tolist()}
-    if beams == 1:
-        return {**tokens, "logits": [step.tolist() for step in made.logits]}
-    return {**tokens, "scores": made.sequences_scores.tolist()}
+
+def scores(model: Any, batch: dict[str, list[Any]], beams: int) -> list[float]:
+    """Means of logarithms of probabilities, by row.
+
+    The `generate` of Whisper would split a cache by rows, of a class that loaders do not use.
+    """
+    from transformers import GenerationMixin
+
+    search = type(model).generate if "input_ids" in batch else GenerationMixin.generate
+    made = generated(model, batch, beams, search, return_dict_in_generate=True, output_scores=True)
+    found: list[float] = made.sequences_scores.tolist()
+    return found
 
 
 def sampled(names: list[str], count: int, seed: str) -> list[str]:
@@ -135,9 +166,7 @@ def expectation(checkpoint: Path, task: str) -> dict[str, Any]:
     model = auto.from_pretrained(checkpoint).eval()
     if TASKS[task].family is not Family.ENCODER:
         batch = generating_batch(model, task)
-        greedy, searched = (written(model, batch, beams) for beams in (1, _BEAMS))
-        searched["largest logit"] = max(abs(logit) for step in greedy["logits"] for row in step for logit in row)
-        return {"task": task, "batch": batch, "written": {"1": greedy, str(_BEAMS): searched}}
+        return {"task": task, "batch": batch, "written": decided(model, batch)}
     batch = encoding_batch(model, task)
     return {"task": task, "batch": batch, "outputs": given(model, batch, list(TASKS[task].outputs))}
 
@@ -220,37 +249,38 @@ def ways(out: Path, target: str) -> list[Way]:
 def compared_tokens(model: Any, expected: dict[str, Any], promise: dict[str, dict[str, float]] | None) -> str:
     """Whether tokens are the same, for each number of beams; other ones are right where the manifest says so."""
     return ", ".join(
-        f"beams {beams}: {compared_row_by_row(written(model, expected['batch'], int(beams)), wanted, promise)}"
+        f"beams {beams}: {compared_beams(model, expected['batch'], int(beams), wanted, promise)}"
         for beams, wanted in expected["written"].items()
     )
 
 
-def compared_row_by_row(
-    found: dict[str, Any], wanted: dict[str, Any], promise: dict[str, dict[str, float]] | None
+def compared_beams(
+    model: Any,
+    batch: dict[str, list[Any]],
+    beams: int,
+    wanted: dict[str, Any],
+    promise: dict[str, dict[str, float]] | None,
 ) -> str:
-    """Whether what was written is the same; if not, how close the choice was, and how close it may have been.
+    """Whether what is written is the same; if not, how close the choice was, and how close it may have been.
 
     If no logit is further from PyTorch's than e, then a token that was taken in the place of PyTorch's is at most 2 e
     below it in PyTorch's logits, and means of logarithms of probabilities differ by at most 2 e.
     """
-    import numpy as np
-
-    if found["tokens"] == wanted["tokens"]:
+    found = written(model, batch, beams)
+    if found == wanted["tokens"]:
         return "same"
     if promise is None:
         return "OTHER tokens"
-    said = max(metrics["max_rel"] for name, metrics in promise.items() if name.endswith(".logits"))
-    if "scores" in wanted:
-        gap = float(np.abs(np.array(found["scores"]) - np.array(wanted["scores"])).max())
-        largest = wanted["largest logit"]
+    if beams == 1:
+        gap = first_gap(found, wanted["tokens"], wanted["logits"])
     else:
-        logits = np.array(wanted["logits"])
-        gap, largest = first_gap(found["tokens"], wanted["tokens"], logits), float(np.abs(logits).max())
-    most = 2 * _WIDER * said * largest
+        gap = max(abs(a - b) for a, b in zip(scores(model, batch, beams), wanted["scores"], strict=True))
+    said = max(metrics["max_rel"] for name, metrics in promise.items() if name.endswith(".logits"))
+    most = 2 * _WIDER * said * wanted["largest logit"]
     return f"{'differ' if gap <= most else 'OTHER tokens'} by {gap:.1e}, planish.json allows {most:.1e}"
 
 
-def first_gap(found: list[list[int]], wanted: list[list[int]], logits: Any) -> float:
+def first_gap(found: list[list[int]], wanted: list[list[int]], logits: list[list[list[float]]]) -> float:
     """How much larger PyTorch's logits of its own tokens are than of those where each row first differs, at most."""
     begin = len(wanted[0]) - len(logits)
     gaps = [0.0]
@@ -258,7 +288,7 @@ def first_gap(found: list[list[int]], wanted: list[list[int]], logits: Any) -> f
         pairs = list(zip(ours[begin:], theirs[begin:], strict=False))
         at = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
         if at is not None:
-            gaps.append(float(logits[at, row, pairs[at][1]] - logits[at, row, pairs[at][0]]))
+            gaps.append(logits[at][row][pairs[at][1]] - logits[at][row][pairs[at][0]])
     return max(gaps)
 
 
