@@ -1,8 +1,8 @@
 """What a file of somebody else must keep to before a graph is built of it: one BadInput for each way to break it.
 
 `onnx_ir` and the runtimes read lazily: a tensor of too few bytes, an attribute without a value or a name that is no
-text would be found by whoever touches it first, deep inside a pass. Everything is looked at here, once, and nothing is
-read that lies in other files.
+text would be found by whoever touches it first, deep inside a pass. Everything is looked at here, once; of what lies in
+other files only truth values are read.
 
 Advisories this is written against: CVE-2022-25882, CVE-2024-27318 and their successors (external data that leaves the
 model's folder, by `..`, by an absolute path, or through links).
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -151,6 +152,15 @@ def _check_content(tensor: onnx.TensorProto, dtype: ir.DataType, where: str) -> 
             where=where,
             advice="export it again, or copy it again whole",
         )
+    if dtype is ir.DataType.BOOL:
+        _check_truths(np.array(tensor.int32_data) if fields else np.frombuffer(tensor.raw_data, np.uint8), where)
+
+
+def _check_truths(entries: np.ndarray, where: str) -> None:
+    """What a runtime makes of other numbers differs between its operators."""
+    other = entries[(entries != 0) & (entries != 1)]
+    if other.size:
+        raise BadInput(f"an entry of this BOOL is {other[0]}, neither 0 nor 1", where=where)
 
 
 def _field_of(dtype: ir.DataType, count: int) -> tuple[str, int]:
@@ -185,7 +195,10 @@ def _check_external(path: Path, tensor: onnx.TensorProto, dtype: ir.DataType, wh
         raise BadInput(f"external data {location!r} is missing", where=where, advice="copy it beside the model")
     if data.stat().st_nlink > 1:
         raise BadInput(f"external data {location!r} is a hard link", where=where, advice="copy the real file here")
-    _check_extent(data, (math.prod(tensor.dims) * dtype.bitwidth + 7) // 8, entries, where)
+    needed = (math.prod(tensor.dims) * dtype.bitwidth + 7) // 8
+    _check_extent(data, needed, entries, where)
+    if dtype is ir.DataType.BOOL and needed:
+        _check_truths(np.memmap(data, np.uint8, "r", int(entries.get("offset", 0)), (needed,)), where)
 
 
 def _check_extent(data: Path, needed: int, entries: dict[str, str], where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,9 @@ def _check_border(model: ir.Model, path: Path) -> None:
     """BadInput for no outputs, and for a border that cannot be made or compared: only tensors of numbers can."""
     if not model.graph.outputs:
         raise BadInput("the graph has no outputs", where=path, advice="it computes nothing that anybody could read")
+    twice = [name for name, count in Counter(value.name for value in model.graph.outputs).items() if count > 1]
+    if twice:
+        raise BadInput(f"the output {twice[0]!r} is listed twice", where=path, advice="give each a name of its own")
     for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
         for value in values:
             where = f"{path}, {kind} {value.name!r}"

@@ -137,6 +137,9 @@ FILES: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "an input that is a sequence": (
         lambda: model(node("SequenceLength", "x"), inputs=(oh.make_tensor_sequence_value_info("x", FLOAT, None),)),
         "input 'x': this is no tensor but Sequence"),
+    "a truth value of 147": (lambda: with_weight(tensor(onnx.TensorProto.BOOL, raw_data=bytes(7) + b"\x93")), "an entry of this BOOL is 147"),
+    "a truth value of 2": (lambda: with_weight(tensor(onnx.TensorProto.BOOL, int32_data=[1, 0, 2, 1] * 2)), "an entry of this BOOL is 2"),
+    "an output that is listed twice": (lambda: model(outputs=(info("y", 2, 4),) * 2), "the output 'y' is listed twice"),
     "no outputs": (lambda: model(outputs=()), "the graph has no outputs"),
     "a graph that the runtime refuses": (lambda: model(node("MatMul", "x w"), w=np.ones((3, 4), np.float32)), "ONNX Runtime"),
     "inputs that it cannot run": (lambda: model(node("Gather", "x i"), i=np.array([7])), "ONNX Runtime cannot run these inputs"),
@@ -158,6 +161,25 @@ def test_bad_files_that_nobody_runs(name: str, tmp_path: Path) -> None:
     make, message = FILES[name]
     (tmp_path / "w.bin").write_bytes(bytes(64))
     refused(BAD_INPUT, message, "explain", saved(tmp_path, make()), "--preset", "exact")
+
+
+def test_truth_values_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(8) + b"\x93" + bytes(7))
+    path = saved(tmp_path, with_weight(outside(onnx.TensorProto.BOOL, location="w.bin", offset="8")))
+    refused(BAD_INPUT, "an entry of this BOOL is 147", "opt", path, "-o", tmp_path / "out.onnx", "--preset", "exact")
+
+
+def test_texts_inside_a_graph(tmp_path: Path) -> None:
+    """They have no size that anybody knows."""
+    strings = nh.from_array(np.array(["a", "bc"], dtype=object), "s")
+    path = saved(
+        tmp_path,
+        model(
+            node("StringConcat", "s s", "t"), node("StringSplit", "t", "parts counts"), node("Cast", "counts", "c", to=FLOAT),
+            node("ReduceSum", "c", "n", keepdims=0), node("Mul", "x n"), s=strings,
+        ),
+    )  # fmt: skip
+    well("opt", path, "-o", tmp_path / "out.onnx", "--preset", "exact")
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
