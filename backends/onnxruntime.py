@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 
 from planish.optimizer import onnx_io
 from planish.optimizer.backend import MOST_THREADS, Arrays, Backend, Engine, nothing
-from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
+from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime, in_one_line
 from planish.optimizer.graph import add_initializer, lend_weights
 from planish.optimizer.pipeline import Pipeline
 from planish.optimizer.program import PAST_NAME, PRESENT_NAME, Program, Role, TensorSpec, as_continued, guess_role
@@ -80,7 +80,7 @@ class OnnxRuntime(Backend):
         try:
             session = ort.InferenceSession(str(file), options, providers=[_PROVIDERS[self.provider]])
         except Exception as error:
-            raise BadInput(f"ONNX Runtime refuses the model: {_first_line(error)}", where=file) from error
+            raise BadInput(f"ONNX Runtime refuses the model: {in_one_line(error)}", where=file) from error
         return OnnxRuntimeEngine(ort, session)
 
     def load(self, model: ir.Model) -> Engine:
@@ -106,7 +106,7 @@ class OnnxRuntime(Backend):
                 ir.to_proto(weights.model).SerializeToString(), options, providers=[_PROVIDERS[self.provider]]
             )
         except Exception as error:
-            raise CheckFailed(f"ONNX Runtime refuses the graph: {_first_line(error)}") from error
+            raise CheckFailed(f"ONNX Runtime refuses the graph: {in_one_line(error)}") from error
         return OnnxRuntimeEngine(ort, session, lent, constants)
 
     def mapped(self) -> Self | None:
@@ -198,7 +198,7 @@ class OnnxRuntimeEngine(Engine):
         try:
             results = self._session.run_with_ort_values(names, {**values, **self._lent})
         except Exception as error:
-            raise BadInput(f"ONNX Runtime cannot run these inputs: {_first_line(error)}") from error
+            raise BadInput(f"ONNX Runtime cannot run these inputs: {in_one_line(error)}") from error
         return dict(zip(names, results, strict=True))
 
 
@@ -250,7 +250,3 @@ def _spec(port: Any) -> TensorSpec:
     dtype = ir.DataType[{"float": "FLOAT", "double": "DOUBLE"}.get(short, short.upper())]
     shape = tuple(dim if isinstance(dim, int | str) else f"dim_{index}" for index, dim in enumerate(port.shape))
     return TensorSpec(port.name, dtype, shape, guess_role(port.name, dtype))
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -20,7 +20,7 @@ from pydantic import StringConstraints
 
 from planish.optimizer import onnx_io
 from planish.optimizer.backend import MOST_THREADS, Arrays, Backend, Engine
-from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime
+from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime, in_one_line
 from planish.optimizer.graph import FINITE_MASK
 from planish.optimizer.program import PAST, PAST_NAME, PRESENT_NAME, Program, Role, TensorSpec, guess_role
 from planish.optimizer.scratch import scratch_folder
@@ -108,7 +108,7 @@ class OpenVino(Backend):
                     if len(program.components) == 1 and program.signatures[name].cached:
                         make_stateful(ov, converted, self.cache)
                 except RuntimeError as error:
-                    raise CheckFailed(f"OpenVINO cannot convert the graph: {_first_line(error)}") from error
+                    raise CheckFailed(f"OpenVINO cannot convert the graph: {in_one_line(error)}") from error
                 _give_stable_names(converted)
                 ov.save_model(converted, str(folder / self.file_of(name)), compress_to_fp16=False)
                 del converted  # it maps the scratch file
@@ -128,7 +128,7 @@ class OpenVino(Backend):
             models = {size: _of_size(core, file, size) for size in sizes}
             buckets = {size: core.compile_model(m, self.device, self._config()) for size, m in models.items()}
         except RuntimeError as error:
-            raise BadInput(f"OpenVINO refuses the model: {_first_line(error)}", where=file) from error
+            raise BadInput(f"OpenVINO refuses the model: {in_one_line(error)}", where=file) from error
         return OpenVinoEngine(ov, compiled, buckets)
 
     @classmethod
@@ -285,7 +285,7 @@ class OpenVinoEngine(Engine):
                 try:
                     state.state = self._tensor(feeds[name])
                 except RuntimeError as error:
-                    raise BadInput(f"OpenVINO cannot take {name!r} as a cache: {_first_line(error)}") from error
+                    raise BadInput(f"OpenVINO cannot take {name!r} as a cache: {in_one_line(error)}") from error
         rest = {name: array for name, array in feeds.items() if name not in self._variables}
         return {**rest, _BEAMS: np.arange(_rows(feeds), dtype=np.int32)}
 
@@ -299,7 +299,7 @@ def _infer(request: Request, feeds: Mapping[str, np.ndarray]) -> Any:
     try:
         return request.infer_request.infer(dict(feeds), share_inputs=True, share_outputs=True)
     except RuntimeError as error:
-        raise BadInput(f"OpenVINO cannot run these inputs: {_first_line(error)}") from error
+        raise BadInput(f"OpenVINO cannot run these inputs: {in_one_line(error)}") from error
 
 
 def _of_size(core: Any, file: Path, size: tuple[int, ...]) -> Any:
@@ -404,7 +404,3 @@ def _spec(port: Any) -> TensorSpec:
         dim.get_length() if dim.is_static else f"dim_{index}" for index, dim in enumerate(port.get_partial_shape())
     )
     return TensorSpec(name, dtype, shape, guess_role(name, dtype))
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -30,12 +30,10 @@ from planish.optimizer.perceiving import (
 from planish.optimizer.program import Signature
 from planish.optimizer.questions import Question, read_questions
 from planish.optimizer.sentence_modules import SentenceModules, read_modules
-from planish.optimizer.tokenizing import LIGHT_TASKS, LightTokenizer, encode, length_limit
+from planish.optimizer.tokenizing import ENDLESS, LIGHT_TASKS, LightTokenizer, encode, length_limit
 from planish.optimizer.writing import Writer, open_writer
 
 _TOP = 5
-_ENDLESS = 1 << 20
-"""Tokenizers that know no limit say so with a huge number."""
 
 
 @dataclass
@@ -247,7 +245,7 @@ def _task(config: Mapping[str, Any], folder: Path) -> str:
 def _longest(manifest: Manifest | None, tokenizer: Any, folder: Path, asked: int | None) -> int | None:
     axes = {} if manifest is None else next(iter(manifest.signatures.values())).axes
     limits = [axes["sequence"].maximum if "sequence" in axes else None, asked or length_limit(tokenizer, folder)]
-    return min((int(limit) for limit in limits if limit is not None and limit < _ENDLESS), default=None)
+    return min((int(limit) for limit in limits if limit is not None and limit < ENDLESS), default=None)
 
 
 def _embeddings(

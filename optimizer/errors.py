@@ -10,9 +10,15 @@ import errno
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _LONGEST = 2000
 """Characters of one part of a message: names in a hostile file may have millions."""
+_SAID = 300
+"""Characters of what a library says: some print whole graphs."""
 
 
 def printable(text: str) -> str:
@@ -31,6 +37,18 @@ def printable(text: str) -> str:
 def _shown(text: str) -> str:
     half = _LONGEST // 2
     return printable(text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}")
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an exception of a library says, without its line breaks, and not more than its beginning."""
+    return " ".join(str(error).split())[:_SAID]
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong with a file's content: where it stands, and what it is."""
+    first = error.errors()[0]
+    place = ".".join(part for part in map(str, first["loc"]) if part != "[key]") or "the file"
+    return f"{place}: {first['msg']}"
 
 
 class PlanishError(Exception):

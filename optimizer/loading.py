@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from planish.optimizer import registry
 from planish.optimizer.answering import AnyAnswerer, engine_at, open_answerer, with_prompt, with_raw_scores
 from planish.optimizer.backend import Engine
-from planish.optimizer.errors import UsageError, printable
+from planish.optimizer.errors import UsageError, first_fault, printable
 from planish.optimizer.generate import Decoding, Sampling
 from planish.optimizer.manifest import Manifest, engine_folder
 from planish.optimizer.output import MANIFEST
@@ -239,5 +239,4 @@ def _checked(sampling: Sampling) -> Sampling:
     try:
         return TypeAdapter(Sampling).validate_python(vars(sampling))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UsageError(first_fault(error)) from None

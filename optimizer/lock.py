@@ -14,7 +14,7 @@ from typing import Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.errors import BadInput, UsageError, first_fault
 
 LOCK = "planish.lock"
 
@@ -110,8 +110,7 @@ class Lock(BaseModel):
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise BadInput(f"this lock cannot be read ({error})", where=path) from error
         except ValidationError as error:
-            first = error.errors()[0]
-            raise BadInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=path) from None
+            raise BadInput(first_fault(error), where=path) from None
 
     def check_data(self, path: Path, digest: str) -> None:
         """UsageError if engines were calibrated on other data than these."""

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from planish.optimizer import registry
 from planish.optimizer.backend import Backend
 from planish.optimizer.compare import Budget, Comparison
-from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.errors import BadInput, UsageError, first_fault
 from planish.optimizer.json_files import read_json
 from planish.optimizer.lowering.links import refuse_links_out
 from planish.optimizer.lowering.tasks import misfit
@@ -294,9 +294,7 @@ class Manifest(Record):
         try:
             manifest = cls.model_validate(read_json(path))
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(part for part in map(str, first["loc"]) if part != "[key]") or "the file"
-            raise BadInput(f"{place}: {first['msg']}", where=path, advice="build it again with this version") from None
+            raise BadInput(first_fault(error), where=path, advice="build it again with this version") from None
         signatures = {name: record.signature() for name, record in manifest.signatures.items()}
         wrong = misfit(manifest.task, manifest.source.kind, signatures)
         if wrong is not None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.errors import BadInput, UsageError, first_fault
 from planish.optimizer.json_files import read_json, read_object
 
 MODULES = "modules.json"
@@ -164,9 +164,7 @@ def _checked(kind: type[C], value: object, where: Path) -> C:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise BadInput(f"{place}: {first['msg']}", where=where) from None
+        raise BadInput(first_fault(error), where=where) from None
 
 
 def _read(kind: type[C], path: Path) -> C:

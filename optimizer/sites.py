@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from planish.optimizer import registry
 from planish.optimizer.base import Pass, Refusal
-from planish.optimizer.errors import BadInput, CheckFailed, UsageError
+from planish.optimizer.errors import BadInput, CheckFailed, UsageError, first_fault
 from planish.optimizer.graph import operators_of
 from planish.optimizer.manifest import Manifest, RolledBack
 from planish.optimizer.pipeline import Outcome, PassReport
@@ -91,7 +91,7 @@ def read_sites(folder: Path) -> list[PassSites]:
         kept = _RECORDS.validate_json(path.read_bytes())
     except ValidationError as error:
         raise BadInput(
-            f"cannot be read: {error.errors()[0]['msg']}", where=path, advice="build it again with this version"
+            f"cannot be read: {first_fault(error)}", where=path, advice="build it again with this version"
         ) from None
     return [*kept, *(PassSites.undone(name, one) for name, t in manifest.targets.items() for one in t.rolled_back)]
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, in_one_line
 from planish.optimizer.json_files import parse_json
 
 FILE = "tokenizer.json"
@@ -24,6 +24,8 @@ LIGHT_TASKS = frozenset(
     {"feature-extraction", "multiple-choice", "question-answering", "text-classification", "token-classification"}
 )
 """Tasks that only encode: what decodes texts takes the tokenizer of transformers."""
+ENDLESS = 1 << 20
+"""Tokenizers that know no limit say so with a huge number: from here on it is none."""
 _PROBES = ("", "a", "Naïve  CAFÉ, 日本語 \U0001f600\n\tw1 w2 [MASK] <s>", "word " * 40)
 _PAIR = "Second text: isn't it?"
 _THEIRS = threading.Lock()
@@ -68,8 +70,7 @@ class LightTokenizer:
         try:
             self._core: Any = Tokenizer.from_file(str(folder / FILE))
         except Exception as error:  # the library raises nothing more particular
-            said = " ".join(str(error).split())[:200]
-            raise BadInput(f"its tokenizer cannot be loaded: {said}", where=folder / FILE) from error
+            raise BadInput(f"its tokenizer cannot be loaded: {in_one_line(error)}", where=folder / FILE) from error
         self._setting = threading.Lock()
         self.record = record
         self.model_max_length: float = float("inf") if record.limit is None else record.limit
@@ -125,7 +126,7 @@ def light_record(tokenizer: Any, folder: Path) -> TokenizerRecord | None:
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None or not (folder / FILE).is_file() or tokenizer.pad_token is None:
         return None
-    endless = tokenizer.model_max_length >= 1 << 20
+    endless = tokenizer.model_max_length >= ENDLESS
     record = TokenizerRecord(
         inputs=list(tokenizer.model_input_names),
         limit=None if endless else int(tokenizer.model_max_length),
@@ -164,8 +165,7 @@ def encode(tokenizer: Any, folder: Path, *texts: Any, **options: Any) -> Any:
         with nullcontext() if isinstance(tokenizer, LightTokenizer) else _THEIRS:
             return tokenizer(*texts, **options)
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise BadInput(f"its tokenizer cannot read this text ({said})", where=folder) from error
+        raise BadInput(f"its tokenizer cannot read this text ({in_one_line(error)})", where=folder) from error
 
 
 def length_limit(tokenizer: Any, folder: Path) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planish.optimizer.backend import Arrays
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, first_fault, in_one_line
 from planish.optimizer.fitting import Room
 from planish.optimizer.generate import Decoding, Sampling
 from planish.optimizer.json_files import read_object
@@ -152,8 +152,8 @@ class Writer:
         return adjust
 
     def _refused(self, error: Exception) -> BadInput:
-        said = " ".join(str(error).split())[:200]
-        return BadInput(f"what it says of scores cannot be done ({said})", where=self.folder / "generation_config.json")
+        what = f"what it says of scores cannot be done ({in_one_line(error)})"
+        return BadInput(what, where=self.folder / "generation_config.json")
 
 
 def best_of(scores: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
@@ -240,5 +240,4 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         return _Settings.model_validate(read_object(path)).model_dump(exclude_none=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BadInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=path) from None
+        raise BadInput(first_fault(error), where=path) from None

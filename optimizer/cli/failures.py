@@ -14,7 +14,15 @@ import click
 
 from planish.optimizer import interrupts
 from planish.optimizer.cli.supervising import INTERRUPTED
-from planish.optimizer.errors import InternalError, OutOfResources, PlanishError, UsageError, of_system, printable
+from planish.optimizer.errors import (
+    InternalError,
+    OutOfResources,
+    PlanishError,
+    UsageError,
+    in_one_line,
+    of_system,
+    printable,
+)
 
 UNREAD = 141
 """Nobody reads standard output any more: what shells return for a command that SIGPIPE ended."""
@@ -99,4 +107,4 @@ def _bug(error: BaseException) -> PlanishError:
         frames = traceback.extract_tb(error.__traceback__)
         place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else "an unknown place"
         advice = f"please report it; it happened in {place}"
-    return InternalError(f"a bug of ours: {type(error).__name__}: {' '.join(str(error).split())[:200]}", advice=advice)
+    return InternalError(f"a bug of ours: {type(error).__name__}: {in_one_line(error)}", advice=advice)

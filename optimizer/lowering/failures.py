@@ -10,11 +10,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from planish.optimizer.errors import BadInput, MissingRuntime, OutOfResources, PlanishError, is_no_room
+from planish.optimizer.errors import BadInput, MissingRuntime, OutOfResources, PlanishError, in_one_line, is_no_room
 
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
-_SHOWN = 300
-"""Characters of a library's message that are shown."""
 
 
 @contextmanager
@@ -42,4 +40,4 @@ def told_as_bad_input(what: str, where: object, advice: str | None = None) -> It
 
 def _said(error: Exception) -> str:
     """The message of an exception in one line, with its type: of an AssertionError that is often all there is."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:_SHOWN]}".removesuffix(": ")
+    return f"{type(error).__name__}: {in_one_line(error)}".removesuffix(": ")

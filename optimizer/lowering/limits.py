@@ -12,9 +12,8 @@ from planish.optimizer.lowering import rope
 from planish.optimizer.lowering.checkpoint import Checkpoint
 from planish.optimizer.lowering.links import file_in
 from planish.optimizer.program import PAST, Axis
+from planish.optimizer.tokenizing import ENDLESS
 
-_LONGEST = 1 << 20
-"""Tokenizers that know no limit say so with a huge number; anything above this is no limit."""
 _LIMITS = (
     "max_position_embeddings", "max_target_positions", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length",
     "max_encoder_position_embeddings", "max_decoder_position_embeddings",
@@ -25,7 +24,7 @@ _LIMITS = (
 def limit_axes(axes: Mapping[str, Axis], model: Any, checkpoint: Checkpoint) -> dict[str, Axis]:
     """The axes, those along which tokens run no longer than the model and its tokenizer allow."""
     limits = [_position_limit(model, checkpoint.config), _tokenizer_limit(checkpoint.folder)]
-    known = [limit for limit in limits if limit is not None and limit < _LONGEST]
+    known = [limit for limit in limits if limit is not None and limit < ENDLESS]
     return {name: _limited(axis, known) if name.endswith(("sequence", PAST)) else axis for name, axis in axes.items()}
 
 
@@ -71,4 +70,4 @@ def _tokenizer_limit(folder: Path) -> int | None:
     if path is None:
         return None
     limit = read_object(path).get("model_max_length")
-    return int(limit) if isinstance(limit, int | float) and 0 < limit < _LONGEST else None
+    return int(limit) if isinstance(limit, int | float) and 0 < limit < ENDLESS else None

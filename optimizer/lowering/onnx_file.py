@@ -13,7 +13,7 @@ import onnx_ir.passes.common as common
 
 from planish.optimizer import onnx_io, registry
 from planish.optimizer.annotations import Annotations
-from planish.optimizer.errors import BadInput, CheckFailed
+from planish.optimizer.errors import BadInput, CheckFailed, in_one_line
 from planish.optimizer.graph import opset_of, sizes_of
 from planish.optimizer.json_files import read_object
 from planish.optimizer.lowering import confined
@@ -159,7 +159,7 @@ def _upgrade(model: ir.Model, folder: Path | None) -> tuple[str, ...]:
             version_converter.convert_version(model, OPSET, fallback=True)
         except (RuntimeError, ValueError, version_converter._version_converter.VersionConverterError) as error:
             model.graph = kept.graph
-            return (f"left at opset {version}: {' '.join(str(error).split())[:200]}",)
+            return (f"left at opset {version}: {in_one_line(error)}",)
     if opset_of(model) != OPSET:
         return (f"left at opset {version}: the converter of ONNX does not know how to raise it to {OPSET}",)
     if folder is not None:

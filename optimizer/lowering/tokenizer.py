@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from planish.optimizer.errors import BadInput
+from planish.optimizer.errors import BadInput, in_one_line
 from planish.optimizer.lowering.checkpoint import quiet
 from planish.optimizer.lowering.links import file_in
 
@@ -20,4 +20,4 @@ def load_tokenizer(folder: Path) -> Any | None:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise BadInput(f"its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}", where=folder) from error
+        raise BadInput(f"its tokenizer cannot be loaded: {in_one_line(error)}", where=folder) from error
