@@ -52,6 +52,10 @@ _BYTES_A_SECOND = 1 << 20
 """Weights and values that are surely worked through in a second, on a slow and busy machine."""
 _POLL_SECONDS = 0.002
 _WEIGHT_COPIES = 8
+_VALUE_COPIES = 4
+"""How often a value is held at once: by the runtime, in its answer, by us, and while it is compared."""
+_FREE_BYTES = 3 << 30
+"""Of the copies of one value, for a file of no weights: who has little may not ask for much."""
 _CHANGED = 1e-2
 """Relative difference that another order of summation does not explain."""
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "std::bad_array_new_length")
@@ -110,17 +114,19 @@ def run(path: Path, cases: Sequence[Case], precise: int) -> Run:
     """
     model = _repaired(path)
     sizes = [size_at(model, case) for case in cases]
-    most = _BASE_BYTES + _WEIGHT_COPIES * weight_bytes(model) + 2 * max(size.bytes for size in sizes)
-    largest, available = max(size.largest for size in sizes), available_memory()
+    weights, largest = weight_bytes(model), max(size.largest for size in sizes)
+    most = _BASE_BYTES + _WEIGHT_COPIES * weights + 2 * max(size.bytes for size in sizes)
+    available = available_memory()
+    fits = _VALUE_COPIES * largest <= min(available, _FREE_BYTES + _WEIGHT_COPIES * weights)
     seconds = _BASE_SECONDS + sum(size.bytes for size in sizes) / _BYTES_A_SECOND
     limits = Limits(min(most, available), seconds)
     small = all(size.small for size in sizes)
-    if small or (weight_bytes(model) <= SMALL_BYTES and follows_few(model)):
+    if small or (weights <= SMALL_BYTES and follows_few(model)):
         # a file that is refused is refused when it is loaded, mostly: that comes before what its sizes say
-        answered = _run_forked(path, model, cases if largest <= available else (), precise, limits, small)
-        if answered is not None and largest <= available:
+        answered = _run_forked(path, model, cases if fits else (), precise, limits, small)
+        if answered is not None and fits:
             return answered
-    if largest > available:
+    if not fits:
         raise OutOfResources(f"a value of this graph has {largest} bytes", where=path, advice=_ADVICE)
     return _run_confined(path, cases, precise, limits)
 

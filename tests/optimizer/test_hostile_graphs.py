@@ -215,6 +215,7 @@ GREEDY: dict[str, Callable[[], onnx.ModelProto]] = {
     "ConstantOfShape": lambda: model(node("ConstantOfShape", "s", "r"), node("ReduceSum", "r", "y"), s=np.array([HUGE])),
     "Expand": lambda: model(node("Expand", "k s", "r"), node("ReduceSum", "r", "y"), k=np.ones(1, np.float32), s=np.array([HUGE])),
     "Tile": lambda: model(node("Tile", "k s", "r"), node("ReduceSum", "r", "y"), k=np.ones(1, np.float32), s=np.array([HUGE])),
+    "an output of a gigabyte": lambda: model(node("ConstantOfShape", "s"), outputs=(info("y", 1 << 28),), s=np.array([1 << 28])),
     "an input": lambda: model(inputs=(info("x", 1 << 31),), outputs=(info("y", 1 << 31),)),
     "an input of two axes": lambda: model(inputs=(info("x", 1 << 20, 1 << 20),), outputs=(info("y", 1 << 20, 1 << 20),)),
 }  # fmt: skip
