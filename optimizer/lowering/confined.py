@@ -170,7 +170,8 @@ def _elements(value: ir.Value, sizes: dict[int, tuple[int, int]]) -> int:
 
 def _made(value: ir.Value) -> tuple[int | None, int]:
     """Entries of a value, and bits of each."""
-    dims = [] if value.shape is None else [dim for dim in value.shape if isinstance(dim, int)]
+    # The standard's inference takes a TopK of fewer than no entries as it stands.
+    dims = [] if value.shape is None else [dim for dim in value.shape if isinstance(dim, int) and dim >= 0]
     if value.dtype in (None, ir.DataType.UNDEFINED, ir.DataType.STRING):
         return None, 0  # a text may be of any length
     return math.prod(dims) if value.shape is not None and len(dims) == len(value.shape) else None, value.dtype.bitwidth

@@ -67,9 +67,7 @@ def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
         raise BadInput(
             f"it is written in opset {version}", where=path, advice=f"export it at opset {OLDEST_OPSET} or later"
         )
-    faults = structural_faults(model)
-    if faults:
-        raise BadInput(f"the graph is not valid: {faults[0]}", where=path, picture=picture(model, faults))
+    _check_structure(model, path)
     _check_border(model, path)
     notes = normalize(model, path.parent, path)
     if opset_of(model) != version and not _loads(model):
@@ -85,6 +83,12 @@ def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
         Provenance("onnx", _architecture(model, config), _hashes(path, model), notes),
     )
     return program, OnnxOriginal(path)
+
+
+def _check_structure(model: ir.Model, where: object) -> None:
+    faults = structural_faults(model)
+    if faults:
+        raise BadInput(f"the graph is not valid: {faults[0]}", where=where, picture=picture(model, faults))
 
 
 def _check_border(model: ir.Model, path: Path) -> None:
@@ -122,15 +126,17 @@ def normalize(model: ir.Model, folder: Path | None, where: object = None, *, rai
     """Bring a graph that somebody else wrote to the canonical opset, inlined, with unique names and known shapes.
 
     Returns notes on what was done. ``folder`` is where its external data lies. BadInput if a function calls itself, is
-    called with other inputs than it takes, or is of another opset.
+    called with other inputs or attributes than it takes, or is of another opset.
     """
-    annotations = Annotations.of(model)
+    annotations, called = Annotations.of(model), bool(model.functions)
     with quiet_libraries():
         common.RemoveInitializersFromInputsPass()(model)
         try:
             common.InlinePass()(model)
         except (ir.passes.PassError, ir.passes.PreconditionError, ValueError) as error:
             raise BadInput(f"its functions cannot be inlined: {error}", where=where) from error
+        if called:  # an attribute may be what its operator does not take
+            _check_structure(model, where)
         notes = _upgrade(model, folder) if raising else ()
         common.NameFixPass()(model)
     correct_shapes(model)

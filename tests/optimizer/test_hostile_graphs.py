@@ -82,8 +82,12 @@ def outside(kind: int = FLOAT, **facts: str) -> onnx.TensorProto:
     return made
 
 
-def function(body: onnx.NodeProto, opset: int = 23) -> onnx.FunctionProto:
-    return oh.make_function("f", "made", ["a"], ["b"], [body], [oh.make_opsetid("", opset), oh.make_opsetid("f", 1)])
+def function(body: onnx.NodeProto, opset: int = 23, **attributes: Any) -> onnx.FunctionProto:
+    for name, value in attributes.items():
+        kind = oh.make_attribute(name, value).type
+        body.attribute.append(onnx.AttributeProto(name=name, type=kind, ref_attr_name=name))
+    imports = [oh.make_opsetid("", opset), oh.make_opsetid("f", 1)]
+    return oh.make_function("f", "made", ["a"], ["b"], [body], imports, list(attributes))
 
 
 def calling(body: onnx.NodeProto, read: str = "x", opset: int = 23) -> onnx.ModelProto:
@@ -118,6 +122,9 @@ FILES: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "a function that calls itself": (lambda: calling(node("made", "a", "b", domain="f")), "its functions cannot be inlined"),
     "a function of another opset": (lambda: calling(node("Relu", "a", "b"), opset=17), "its functions cannot be inlined"),
     "a function with one input too many": (lambda: calling(node("Relu", "a", "b"), "x x"), "its functions cannot be inlined"),
+    "an attribute that a function's operator does not take": (
+        lambda: model(node("made", "x", domain="f", alpha="x"), functions=(function(node("LeakyRelu", "a", "b"), alpha=1.0),)),
+        "attribute 'alpha' is of type STRING, takes FLOAT"),
     "an operator in a function": (lambda: calling(node("Frobnicate", "a", "b")), "ONNX has no operator 'Frobnicate'"),
     "opset 2^40": (lambda: model(opset=1 << 40), "there is no opset 1099511627776"),
     "opset -1": (lambda: model(opset=-1), "there is no opset -1"),
@@ -142,6 +149,8 @@ FILES: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "an output that is listed twice": (lambda: model(outputs=(info("y", 2, 4),) * 2), "the output 'y' is listed twice"),
     "no outputs": (lambda: model(outputs=()), "the graph has no outputs"),
     "a graph that the runtime refuses": (lambda: model(node("MatMul", "x w"), w=np.ones((3, 4), np.float32)), "ONNX Runtime"),
+    "a TopK of fewer than none, which it cannot run": (
+        lambda: model(node("TopK", "x k", "v i"), node("Abs", "v"), outputs=(info("y", 2, 2),), k=np.array([-(1 << 63)])), "ONNX Runtime cannot run these inputs"),
     "inputs that it cannot run": (lambda: model(node("Gather", "x i"), i=np.array([7])), "ONNX Runtime cannot run these inputs"),
 }  # fmt: skip
 
