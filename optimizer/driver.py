@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from planish.optimizer import interrupts, registry
 from planish.optimizer import manifest as records
 from planish.optimizer.backend import Arrays, Engine
@@ -388,6 +390,14 @@ def _references(lowered: Lowered, inputs: Mapping[str, Sequence[Arrays]]) -> Cal
 
 def _reference(lowered: Lowered, component: str, inputs: Sequence[Arrays], answers: Answers) -> Reference:
     outputs = answers.outputs[component]
+    for name in () if lowered.program.provenance.kind == "onnx" else outputs[0]:
+        arrays = [case[name] for case in outputs if case[name].dtype.kind == "f"]
+        if arrays and not any(np.isfinite(array).any() for array in arrays):
+            raise BadInput(
+                f"the original gives no finite number for {name!r}, whatever goes in",
+                where=f"{lowered.program.provenance.architecture}, {component}",
+                advice="its weights or its configuration are broken: run it in PyTorch",
+            )
     precise = None if answers.precise is None else answers.precise[component]
     few = 0 if precise is None else len(precise)
     noise = noise_floor(lowered.program.signatures[component], inputs[:few], outputs[:few], precise)

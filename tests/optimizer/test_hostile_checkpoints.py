@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from planish.optimizer.errors import BadInput, MissingRuntime, OutOfResources, PlanishError
 from planish.optimizer.lowering import lower
@@ -148,6 +150,17 @@ def test_the_process_of_the_original_says_what_it_cannot_read(tmp_path: Path, pl
     assert "transformers cannot load it" in done.stderr.splitlines()[-1]
     assert "reproduce" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_an_original_that_gives_no_finite_number(checkpoint: Path, tmp_path: Path, planish: Planish) -> None:
+    """Engines that give none either would be equal to it."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["classifier.bias"] = torch.full_like(tensors["classifier.bias"], float("nan"))
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    done = planish("optimize", checkpoint, "-o", tmp_path / "out", "--pipeline", "fold-constants")
+    assert done.returncode == BAD_INPUT, done.stderr
+    assert "the original gives no finite number for 'logits'" in done.stderr.splitlines()[-1]
+    assert "reproduce" not in done.stderr
 
 
 @pytest.mark.parametrize(
