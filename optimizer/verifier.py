@@ -18,6 +18,9 @@ from planish.optimizer.errors import CheckFailed, printable
 from planish.optimizer.graph import graphs_of, location_of, subgraphs_of, without_weights
 
 _CONTEXT = 2
+_ELEMENT_TYPES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "softmax_precision"})
+"""Attributes of the standard's operators that are numbers of element types."""
+_KNOWN_TYPES = frozenset(int(kind) for kind in ir.DataType)
 """Nodes shown before and after a faulty one."""
 
 
@@ -151,6 +154,10 @@ def _attribute_faults(schema: onnx.defs.OpSchema, node: ir.Node) -> Iterator[Fau
             yield Fault(f"attribute {name!r} is required", node)
         if attribute is not None and int(attribute.type) != int(described.type.value):
             yield Fault(f"attribute {name!r} is of type {attribute.type.name}, takes {described.type.name}", node)
+    for name in _ELEMENT_TYPES & node.attributes.keys():
+        attribute = node.attributes[name]
+        if attribute.type is ir.AttributeType.INT and not attribute.is_ref() and attribute.as_int() not in _KNOWN_TYPES:
+            yield Fault(f"attribute {name!r} is {attribute.as_int()}, which is no element type", node)
     if node.op_type == "Constant" and len(node.attributes) != 1:
         yield Fault(f"a Constant has one value, this has {len(node.attributes)}", node)
 
