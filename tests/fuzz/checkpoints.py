@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from planish.optimizer.lowering.tokenizer import load_tokenizer
 from planish.optimizer.measure import EngineRef, Timing
 from tests.conftest import with_tokenizer
 from tests.fuzz import Wrong
+from tests.fuzz.harness import SECONDS
 from tests.optimizer.test_adapter import adapter
 from tests.optimizer.test_quantized_checkpoints import KINDS
 from tests.zoo import GENERATORS, IMAGES, ZOO, Species, build
@@ -101,6 +103,7 @@ def case(seed: int, folder: Path) -> str:
                 return "not finite, refused"
             raise Wrong(f"the engine is not the original: {error}") from error
         return "built, equal"
+    start = time.process_time()
     opened = open_checkpoint(checkpoint, task, adapted)
     load_tokenizer(checkpoint)
     model = skeleton(opened, experts=None)
@@ -109,6 +112,8 @@ def case(seed: int, folder: Path) -> str:
     for name, weight in binding.stored.items():
         if name in expected and weight.read().dtype.kind == "f":
             compare(name, weight.read(), expected[name].numpy())
+    if time.process_time() - start > SECONDS:
+        raise Wrong(f"reading took {time.process_time() - start:.0f} s")
     return "read, equal"
 
 

@@ -29,6 +29,8 @@ from planish.optimizer.cli.failures import exit_code_of
 
 SECONDS = 20.0
 """A case that takes more time of processors hangs: on a busy machine the clock says little."""
+WHOLE_SECONDS = 60.0
+"""The same for a checkpoint, which may be built as a whole: torch traces three components of an encoder-decoder."""
 _WAITING_FACTOR = 8
 """A case that waits this many times longer, by the clock, hangs as well."""
 BYTES = 4 << 30
@@ -108,6 +110,7 @@ class Worker:
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
+        self._seconds = WHOLE_SECONDS if kind == "checkpoints" else SECONDS
         self._start()
 
     def __enter__(self) -> Worker:
@@ -180,8 +183,8 @@ class Worker:
         _, spent = _use_of(self._process.pid)
         while not select.select([self._replies], [], [], _WATCH_SECONDS)[0]:
             memory, seconds = _use_of(self._process.pid)
-            if seconds - spent > SECONDS or time.perf_counter() - start > SECONDS * _WAITING_FACTOR:
-                return f"longer than {SECONDS:.0f} s"
+            if seconds - spent > self._seconds or time.perf_counter() - start > self._seconds * _WAITING_FACTOR:
+                return f"longer than {self._seconds:.0f} s"
             if memory > BYTES:
                 return f"more than {BYTES >> 30} GB"
         return ""
