@@ -154,7 +154,12 @@ def _attribute_faults(schema: onnx.defs.OpSchema, node: ir.Node) -> Iterator[Fau
             yield Fault(f"attribute {name!r} is required", node)
         if attribute is not None and int(attribute.type) != int(described.type.value):
             yield Fault(f"attribute {name!r} is of type {attribute.type.name}, takes {described.type.name}", node)
-    for name in _ELEMENT_TYPES & node.attributes.keys():
+    turned = node.attributes.get("perm") if node.op_type == "Transpose" else None
+    if turned is not None and turned.type is ir.AttributeType.INTS and not turned.is_ref():
+        axes = list(turned.as_ints())
+        if sorted(axes) != list(range(len(axes))):
+            yield Fault(f"attribute 'perm' is {axes}, which is no order of {len(axes)} axes", node)
+    for name in sorted(_ELEMENT_TYPES & node.attributes.keys()):
         attribute = node.attributes[name]
         if attribute.type is ir.AttributeType.INT and not attribute.is_ref() and attribute.as_int() not in _KNOWN_TYPES:
             yield Fault(f"attribute {name!r} is {attribute.as_int()}, which is no element type", node)

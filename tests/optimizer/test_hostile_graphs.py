@@ -137,6 +137,7 @@ FILES: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "integers for one": (lambda: model(node("Softmax", "x", axis=[1])), "attribute 'axis' is of type INTS, takes INT"),
     "a number for a tensor": (lambda: model(node("ConstantOfShape", "s", "c", value=1), s=np.array([2])), "takes TENSOR"),
     "a type that is none": (lambda: model(node("Cast", "x", to=(1 << 63) - 1)), "attribute 'to' is 9223372036854775807, which is no element type"),
+    "an order of axes that is none": (lambda: model(node("Transpose", "x", perm=[0, 1 << 33])), "which is no order of 2 axes"),
     "text for a type": (lambda: model(node("Cast", "x", to="x")), "attribute 'to' is of type STRING, takes INT"),
     "numbers for one": (lambda: model(node("LayerNormalization", "x w", epsilon=[1.0]), w=np.ones(4, np.float32)), "takes FLOAT"),
     "an input of strings": (lambda: model(node("Shape", "x"), inputs=(info("x", 2, kind=8),)), "input 'x': this is a tensor of STRING"),
