@@ -13,6 +13,7 @@ from planish.optimizer.answering import AnyAnswerer
 from planish.optimizer.errors import BadInput
 from planish.optimizer.manifest import digest_of, hash_files
 from planish.optimizer.output import MANIFEST
+from planish.optimizer.questions import Question, refuse_idle_fields
 
 BATCH = 16
 T = TypeVar("T")
@@ -34,6 +35,8 @@ def answer_file(
     """
     if output.exists():
         raise BadInput("this file exists", where=output, advice="remove it, or choose another output")
+    if not output.parent.is_dir():
+        raise BadInput("there is no such folder", where=output.parent, advice="make it first")
     partial = partial or partial_file(answerer, source, output)
     done = kept_answers(partial)
     answered = 0
@@ -60,7 +63,8 @@ def answer_lines(
     A line has the number of its question's line (of the row of an array), counted from 0, the question's `id` if it has
     one, and the answer.
     """
-    for number, group in enumerate(_groups(questions, skip, batch)):
+    fitting = (refuse_idle_fields(q, answerer.task) if isinstance(q, Question) else q for q in questions)
+    for number, group in enumerate(_groups(fitting, skip, batch)):
         first = skip + number * batch
         yield [
             json.dumps({**_named(question, first + place), **answer}, ensure_ascii=False) + "\n"
@@ -80,7 +84,7 @@ def partial_file(answerer: AnyAnswerer, source: Path, output: Path) -> Path:
     An output's content is what its manifest says of it.
     """
     if not source.is_file():
-        raise BadInput("there is no such file", where=source)
+        raise BadInput("this is a folder" if source.is_dir() else "there is no such file", where=source)
     folder = answerer.folder.resolve()
     asked = [getattr(answerer, name, None) for name in ("most", "sampling", "raw", "prompt")]
     content = digest_of(folder.parent / MANIFEST) or sorted(hash_files(folder).items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,7 +64,9 @@ class Answerer:
         """One answer for each question, in order; as many as the engine takes at once run as one padded batch."""
         if self.task == "feature-extraction":
             questions = [replace(q, text=self.modules.prepared(q.text, self.prompt)) for q in questions]
-        return [answer for group in self.room.groups(questions) for answer in self._answer(group)]
+        # A text without a second one is no pair with an empty one: it has other tokens.
+        kinds = [list(kind) for _, kind in itertools.groupby(questions, lambda question: bool(question.pair))]
+        return [answer for kind in kinds for group in self.room.groups(kind) for answer in self._answer(group)]
 
     def _answer(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         encoded = self._encode(questions)
@@ -95,13 +98,10 @@ class Answerer:
         common = self.room.padding(self.longest)
         if self.task == "multiple-choice":
             return self._encode_choices(questions, common)
-        pairs = [question.pair for question in questions]
+        pairs = [question.pair for question in questions if question.pair]
         texts = [question.text for question in questions]
         offsets = {"return_offsets_mapping": True} if self.task in _NEED_OFFSETS else {}
-        if any(pair is not None for pair in pairs):
-            encoded = self._tokens(texts, [pair or "" for pair in pairs], **common, **offsets)
-        else:
-            encoded = self._tokens(texts, **common, **offsets)
+        encoded = self._tokens(texts, *([pairs] if pairs else []), **common, **offsets)
         parts = [encoded.sequence_ids(index) for index in range(len(texts))] if offsets else []
         return {**encoded, "parts": parts}
 
@@ -119,7 +119,7 @@ class Answerer:
     def _beyond(self, question: Question) -> bool:
         """Whether a text has more tokens than the engine takes."""
         longest = self.longest or 0
-        seconds = question.choices or (question.pair,)
+        seconds = question.choices or (question.pair or None,)
         return any(len(self._tokens(question.text, second)["input_ids"]) > longest for second in seconds)
 
     def _cuts(self, questions: Sequence[Question], encoded: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -218,6 +218,8 @@ def _no_tokenizer(folder: Path) -> BadInput:
 def engine_at(path: Path, target: str | None) -> tuple[Path, str]:
     """The folder of an engine of an output (the first that runs here, or ``target``'s), and what opens it."""
     if not (path / MANIFEST).is_file():
+        if path.is_file():
+            raise BadInput("this is a file", where=path, advice="give its folder: the tokenizer lies there as well")
         refuse_links_of(path)
         return path, target or target_of(path)
     manifest = Manifest.read(path)
@@ -298,7 +300,7 @@ def _spans(
     """The best span inside the context: start before end, at most 30 tokens."""
     found = []
     for index, question in enumerate(questions):
-        if question.pair is None:
+        if not question.pair:
             raise BadInput(
                 "a question needs a context", advice="give --pair, or 'question' and 'context' in a .jsonl file"
             )

@@ -138,11 +138,11 @@ def target_of(path: Path) -> str:
             return path.name if path.name in found else found[0]
     elif path.is_file() and path.suffix in _BY_SUFFIX:
         return _BY_SUFFIX[path.suffix]
-    kinds = "an output of planish, an engine folder, an .onnx or an .xml file"
+    kinds = "give an output of planish, an engine folder, an .onnx or an .xml file"
     raise BadInput(
-        "this cannot be timed" if path.exists() else "there is no such file or folder",
+        "this holds no engine" if path.exists() else "there is no such file or folder",
         where=path,
-        advice=f"give {kinds}",
+        advice="a checkpoint is built first (planish optimize)" if (path / "config.json").is_file() else kinds,
     )
 
 

@@ -15,6 +15,9 @@ from planish.optimizer.annotations import NAME_SCOPES as NAME_SCOPES
 from planish.optimizer.shape_inference import follows_few
 
 _PLAIN_INITIALIZERS = 4
+_RANDOM = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
 
 FINITE_MASK = "planish.finite_mask"
 """Metadata key of an Attention whose mask holds finite numbers only: no query sees nothing, and no result is NaN."""
@@ -34,6 +37,15 @@ def constant_of(value: ir.Value | None, limit: int = 1 << 16) -> np.ndarray | No
     if tensor is None or tensor.size > limit:
         return None
     return tensor.numpy()
+
+
+def is_random(node: ir.Node) -> bool:
+    """Whether two nodes like this one may give different results; a Dropout does while training."""
+    if node.domain != "" or node.op_type != "Dropout":
+        return node.domain == "" and node.op_type in _RANDOM
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    known = constant_of(training)
+    return training is not None and (known is None or bool(known.any()))
 
 
 def _tensor_of(value: ir.Value) -> ir.TensorProtocol | None:

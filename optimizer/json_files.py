@@ -51,12 +51,12 @@ def parse_json(text: str | bytes, where: object) -> Any:
         raise _too_deep(where) from None
     except ValueError as error:  # also UnicodeDecodeError
         raise BadInput(f"this is not JSON ({error})", where=where) from error
-    _check_value(value, where)
+    check_value(value, where)
     return value
 
 
-def _check_value(value: object, where: object) -> None:
-    """BadInput for deep nesting and for strings that are not Unicode text, without recursion."""
+def check_value(value: object, where: object) -> None:
+    """BadInput for deep nesting and for strings that are not Unicode text, without recursion; ``where`` it stands."""
     level = [value]
     for _ in range(MAX_DEPTH):
         strings = [part for part in level if isinstance(part, str)]

@@ -134,7 +134,8 @@ class Lock(BaseModel):
             )
         if targets != [choice.target for choice in self.targets.values()]:
             raise UsageError(
-                f"this lock was made for the targets {[c.target for c in self.targets.values()]}, not for {targets}",
+                f"this lock was made for the targets {', '.join(c.target for c in self.targets.values())}, "
+                f"not for {', '.join(targets)}",
                 where=path,
                 advice=advice,
             )

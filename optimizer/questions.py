@@ -11,6 +11,9 @@ from planish.optimizer.errors import BadInput
 from planish.optimizer.json_files import parse_json
 from planish.optimizer.text_files import decoded_lines
 
+_ONE_TEXT = frozenset({"text-generation", "text2text-generation"})
+"""Tasks that take a single text."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -28,15 +31,27 @@ class Question:
 def read_questions(path: Path) -> Iterator[Question]:
     """Questions of a file: a text a line (`.txt`), or an object a line (`.jsonl`).
 
-    Objects have `text` and, by task, `question` and `context`, `pair`, or `choices`, and may have an `id`. BadInput
-    names the bad line.
+    Objects have `text` and, by task, `question` and `context`, `pair` (or `text_pair`), or `choices`, and may have an
+    `id`; other fields are not looked at. BadInput names the bad line.
     """
     if not path.is_file():
-        raise BadInput("there is no such file", where=path)
+        raise BadInput("this is a folder" if path.is_dir() else "there is no such file", where=path)
     if path.suffix == ".npz":
         raise BadInput("this engine takes texts, not arrays", where=path, advice="give a .txt or .jsonl file")
     with path.open("rb") as file:
         yield from parse_questions(file, path, objects=path.suffix == ".jsonl")
+
+
+def refuse_idle_fields(question: Question, task: str | None) -> Question:
+    """The question; BadInput if it has a field that an engine for ``task`` would not look at."""
+    idle = {
+        "choices": question.choices and task != "multiple-choice",
+        "pair": question.pair and (task in _ONE_TEXT or task == "multiple-choice"),
+    }
+    for name in (name for name, told in idle.items() if told):
+        where = "" if question.index is None else f"line {question.index + 1}"
+        raise BadInput(f"an engine for {task} does not look at {name}", where=where, advice="leave it out")
+    return question
 
 
 def parse_questions(lines: Iterable[bytes], where: object, *, objects: bool) -> Iterator[Question]:
@@ -51,7 +66,8 @@ def _question(line: str, where: str) -> Question:
     record = {"text": record} if isinstance(record, str) else record
     if not isinstance(record, dict):
         raise BadInput("this line is neither a text nor an object", where=where)
-    text, pair = record.get("text", record.get("question")), record.get("pair", record.get("context"))
+    text = record.get("text", record.get("question"))
+    pair = record.get("pair", record.get("text_pair", record.get("context")))
     choices = record.get("choices", [])
     if not isinstance(text, str) or not isinstance(pair, str | None) or not isinstance(choices, list):
         raise BadInput("this line has no field 'text' (or 'question' and 'context')", where=where)

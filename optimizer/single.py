@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from planish.optimizer import instruments, onnx_io, presets, registry
+from planish.optimizer.backend import Engine
 from planish.optimizer.base import Pass
 from planish.optimizer.calibration import NOT_OBSERVED, Given, Samples
 from planish.optimizer.checking import CHECKER
-from planish.optimizer.compare import Budget, compare, measured_metrics
-from planish.optimizer.errors import CheckFailed, UsageError
+from planish.optimizer.compare import Budget, Case, compare, measured_metrics
+from planish.optimizer.errors import BadInput, CheckFailed, UsageError
+from planish.optimizer.graph import is_random, location_of
 from planish.optimizer.instruments import Instrument
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.manifest import Manifest
@@ -152,6 +156,21 @@ def file_reference(lowered: Lowered) -> Reference:
     return Reference(tuple(inputs), tuple(outputs), noise, lowered.original.description)
 
 
+def _refuse_random(lowered: Lowered, engine: Engine, inputs: Sequence[Case]) -> None:
+    """BadInput for a graph that gives other outputs when it runs again: it draws them."""
+    drawn = next((node for graph in lowered.program.sole()[0].graphs() for node in graph if is_random(node)), None)
+    if drawn is None:
+        return
+    for case in inputs:
+        first, second = thin(engine.run(case)), thin(engine.run(case))
+        if not all(np.array_equal(first[name], second[name], equal_nan=True) for name in first):
+            raise BadInput(
+                "this draws other numbers in each run, so that nothing can be compared with them",
+                where=location_of(drawn),
+                advice="export the model for inference, or leave the comparison out (--no-check)",
+            )
+
+
 def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:
     reference = file_reference(lowered)
     exact = reference.exact_budget()
@@ -162,6 +181,7 @@ def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:
     signature = lowered.program.sole()[1]
     load = registry.backend(CHECKER).load
     engine = load(lowered.program.sole()[0])
+    _refuse_random(lowered, engine, reference.inputs)
     outputs = [engine.run(case) for case in reference.inputs]
     moved = compare(signature, reference.inputs, reference.outputs, list(map(thin, outputs)))
     violations = exact.violations(moved)

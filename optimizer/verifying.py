@@ -77,7 +77,8 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Sequence[str]) 
 def _changed(folder: Path, parts: Sequence[str], manifest: Manifest, broken: Sequence[str]) -> Iterator[str]:
     """What is not as it was written in these folders of an output: files that are others, and files that nobody listed,
     which an engine may read as well."""
-    yield from (f"{file} is not the file that was written" for file in broken if file.split("/")[0] in parts)
+    for file in (file for file in broken if file.split("/")[0] in parts):
+        yield f"{file} is {'not the file that was written' if (folder / file).exists() else 'missing'}"
     there = [file for part in parts for file in records.names_below(folder / part, folder)]
     strange = [file for file in there if file not in manifest.files and Path(file).name not in MADE_LATER]
     if strange:

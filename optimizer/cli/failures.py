@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -76,6 +77,12 @@ def open_standard_streams() -> None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - open until the end
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def refuse_closed_output() -> None:
+    """OSError if who started this process closed its standard output: answers would be lost."""
+    if getattr(sys.stdout, "name", None) == 1:  # the stream that stands for it
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), "standard output")
 
 
 def _tell(text: str) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 from planish.optimizer import interrupts
+from planish.optimizer.cli.failures import refuse_closed_output
 from planish.optimizer.cli.options import existing, json_flag, print_json
-from planish.optimizer.errors import UsageError, printable
+from planish.optimizer.errors import BadInput, UsageError, printable
+from planish.optimizer.json_files import check_value
 
 _SHOWN = 6
 _STREAM = "-"
@@ -89,6 +91,10 @@ def command(
 
     if (text is None) == (source is None) or (source is None) != (output is None):
         raise UsageError("give either --text, or --input and --output")
+    if str(output or _STREAM) == _STREAM:
+        refuse_closed_output()
+    for option, asked in (("--text", text), ("--pair", pair), *(("--choice", choice) for choice in choices)):
+        check_value(asked, option)
     answerer = open_answerer(engine, target)
     refuse_idle(click.get_current_context(), answerer)
     if prompt is not None:
@@ -155,7 +161,11 @@ def _answer_lines(answerer: Any, source: Path, output: Path, kind: str, batch: i
         with scratch_folder() as folder:  # a file is read twice, a pipe is not
             copy = folder / f"input.{kind}"
             copy.write_bytes(sys.stdin.buffer.read())
-            count = _answer_file(answerer, copy, output, batch)
+            try:
+                count = _answer_file(answerer, copy, output, batch)
+            except BadInput as error:
+                said = str(error.where or "").replace(str(copy), "standard input")
+                raise BadInput(error.what, where=said, advice=error.advice) from error
     click.echo(json.dumps({"answered": count, "output": str(output)}) if as_json else f"{count} answers: {output}")
 
 

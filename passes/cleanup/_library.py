@@ -8,14 +8,11 @@ from contextlib import contextmanager
 import onnx_ir as ir
 
 from planish.optimizer.base import PassResult
-from planish.optimizer.graph import allow_plain_initializers, constant_of, graphs_of, location_of
+from planish.optimizer.graph import allow_plain_initializers, graphs_of, location_of
 from planish.optimizer.shape_inference import infer_shapes, quiet_libraries
 
 _MADE_UP = "unk__"
 """How the inference of ONNX begins the names of dimensions that it knows nothing of."""
-_RANDOM = frozenset(
-    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-)
 
 
 def run(model: ir.Model, *steps: Callable[[ir.Model], object]) -> PassResult:
@@ -46,15 +43,6 @@ def hidden(nodes: Iterable[ir.Node]) -> Iterator[None]:
     finally:
         for node, domain in domains:
             node.domain = domain
-
-
-def is_random(node: ir.Node) -> bool:
-    """Whether two nodes like this one may give different results; a Dropout does while training."""
-    if node.domain != "" or node.op_type != "Dropout":
-        return node.domain == "" and node.op_type in _RANDOM
-    training = node.inputs[2] if len(node.inputs) > 2 else None
-    known = constant_of(training)
-    return training is not None and (known is None or bool(known.any()))
 
 
 def infer_again(model: ir.Model) -> None:

@@ -14,6 +14,7 @@ import onnx_ir.passes.common as common
 from annotated_types import Ge
 
 from planish.optimizer.base import Pass, PassResult
+from planish.optimizer.graph import is_random
 from planish.passes.cleanup import _library
 
 
@@ -29,5 +30,5 @@ class EliminateCommonSubexpressions(Pass):
     def call(self, model: ir.Model) -> PassResult:
         """Share, in the main graph; what is drawn at random is drawn as often as before."""
         share = common.CommonSubexpressionEliminationPass(size_limit=self.limit)
-        with _library.hidden([node for node in model.graph if _library.is_random(node)]):
+        with _library.hidden([node for node in model.graph if is_random(node)]):
             return _library.run(model, share)

@@ -18,7 +18,7 @@ from annotated_types import Ge
 from onnxscript import optimizer
 
 from planish.optimizer.base import Pass, PassResult
-from planish.optimizer.graph import constant_of, opset_of
+from planish.optimizer.graph import constant_of, is_random, opset_of
 from planish.passes.cleanup import _library
 
 _SPLIT_INTO = 18
@@ -107,7 +107,7 @@ def _stays(node: ir.Node, version: int) -> bool:
             return not known or flags.get("keepdims", 1) == 0 or version < _SPLIT_INTO
         case "ConcatFromSequence":  # axes of Unsqueeze as an input
             return flags.get("new_axis", 0) == 1 and version < _AXES_AS_INPUTS
-    return _library.is_random(node)
+    return is_random(node)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +135,28 @@ def test_a_padded_batch_answers_as_single_texts_do(made: Made) -> None:
         assert one["scores"] == pytest.approx(many["scores"], abs=1e-5)
 
 
+def test_a_text_without_a_second_one_is_no_pair(made: Made) -> None:
+    """Whatever else is asked with it; an empty second text is none, as in the pipelines of transformers."""
+    from transformers import pipeline
+
+    answerer, checkpoint = made("text-classification")
+    questions = [Question("w1"), Question("w1", "w3 w4"), Question("w1", ""), Question("w2"), Question("w1", "w5")]
+    together = answerer.answer(questions)
+    for question, answer in zip(questions, together, strict=True):
+        assert answer["scores"] == pytest.approx(answerer.answer([question])[0]["scores"], abs=1e-6)
+    assert together[2]["scores"] == pytest.approx(together[0]["scores"], abs=1e-6)
+    assert together[1]["scores"] != pytest.approx(together[0]["scores"], abs=1e-6)
+    asked = pipeline("text-classification", str(checkpoint), top_k=None)
+    expected = {part["label"]: part["score"] for part in asked({"text": "w1", "text_pair": ""})}
+    assert together[2]["scores"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_second_texts_have_several_names(tmp_path: Path) -> None:
+    keys = ("pair", "text_pair", "context")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": "a", key: "b"}) + "\n" for key in keys))
+    assert [question.pair for question in read_questions(tmp_path / "texts.jsonl")] == ["b"] * len(keys)
+
+
 def test_tagged_words(made: Made) -> None:
     answerer, checkpoint = made("token-classification")
     (answer,) = answerer.answer([Question("w1 w2 w3")])
@@ -231,6 +255,10 @@ def test_a_file_is_answered_in_order_and_goes_on_where_it_stopped(made: Made, tm
         ('{"text": "w1"}\n{"text": 3}\n', "line 2: this line has no field 'text'"),
         ('{"text": "w1"}\n{broken\n', "line 2: this is not JSON"),
         ("\n\n", "this file holds no text"),
+        (
+            '{"text": "w1"}\n{"text": "w2", "choices": ["a"]}\n',
+            "line 2: an engine for text-classification does not look",
+        ),
         ('{"text": "\\ud800"}\n', "line 1: this is not Unicode text"),
         ('{"text": "w1"}\n{"text": "\u00e9"}\n'.encode("latin-1"), "line 2: byte 11 of this line (0xe9) is not UTF-8"),
         ('{"text": "w1"}\n'.encode("utf-16"), "this is text in UTF-16, not in UTF-8; save it in UTF-8"),
@@ -286,8 +314,33 @@ def test_standard_input_and_output(made: Made, tmp_path: Path, planish: Planish)
     done = planish("run", out, "--input", "-", "--format", "jsonl", "--output", tmp_path / "a.jsonl", input=asked)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.jsonl").read_text() == piped.stdout
+    empty = planish("run", out, "--input", "-", "--output", tmp_path / "b.jsonl", input="")
+    assert (empty.returncode, empty.stderr) == (3, "planish: error: standard input: this file holds no text\n")
     refused = planish("run", out, "--input", tmp_path / "texts.jsonl", "--format", "txt", "--output", "-")
     assert (refused.returncode, "it is for standard input" in refused.stderr) == (2, True)
+
+
+def test_a_closed_standard_output_is_said(made: Made) -> None:
+    command = [sys.executable, "-m", "planish.optimizer.cli", "run", made("text-classification")[0].folder.parent]
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *map(str, command), "--text", "w1"]
+    done = subprocess.run(closed, capture_output=True, text=True)
+    assert (done.returncode, "standard output: this cannot be" in done.stderr) == (3, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "arguments", "message"),
+    [
+        ("onnxruntime/model.onnx", ["--text", "w1"], "this is a file; give its folder"),
+        (".", ["--text", "w1 \udcff"], "--text: this is not Unicode text"),
+        (".", ["--input", "{folder}", "--output", "{folder}/a.jsonl"], "this is a folder"),
+        (".", ["--input", "{folder}/t.txt", "--output", "{folder}/gone/a.jsonl"], "gone: there is no such folder"),
+    ],
+)
+def test_what_run_cannot_use(place: str, arguments: list[str], message: str, made: Made, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("w1\n")
+    out = made("text-classification")[0].folder.parent
+    code, said = run("run", out / place, *(part.format(folder=tmp_path) for part in arguments))
+    assert (code, message in said) == (3, True), said
 
 
 def test_an_interrupted_run_says_what_is_kept(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

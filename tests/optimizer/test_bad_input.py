@@ -365,9 +365,9 @@ def test_outputs_that_cannot_be(tiny: Path, tmp_path: Path) -> None:
 def test_other_commands(tmp_path: Path, tiny: Path) -> None:
     refused(BAD_INPUT, "there is no planish.json", "verify", tmp_path)
     refused(BAD_INPUT, "there is no such file or folder", "bench", tmp_path / "gone.onnx")
-    refused(BAD_INPUT, "this cannot be timed", "bench", tiny)
+    refused(BAD_INPUT, "this holds no engine; a checkpoint is built first", "bench", tiny)
     refused(USAGE, "give either --text, or --input and --output", "run", tmp_path)
-    refused(BAD_INPUT, "this cannot be timed", "run", tmp_path, "--text", "x")
+    refused(BAD_INPUT, "this holds no engine", "run", tmp_path, "--text", "x")
     refused(USAGE, "give either --pipeline or --preset", "opt", tmp_path / "x.onnx", "-o", tmp_path / "y.onnx")
     code, said = run("optimise")
     assert (code, "did you mean 'optimize'" in said) == (USAGE, True)

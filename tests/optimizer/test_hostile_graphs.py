@@ -379,6 +379,15 @@ def test_a_graph_without_inputs_is_folded_and_not_built(tmp_path: Path) -> None:
     refused(BAD_INPUT, "the graph has no inputs", "optimize", path, "-o", tmp_path / "out")
 
 
+@pytest.mark.parametrize("drawn", [node("RandomNormalLike", "x", "d"), node("Dropout", "x half yes", "d")])
+def test_what_draws_at_random_cannot_be_compared(drawn: onnx.NodeProto, tmp_path: Path) -> None:
+    half, yes = np.array(0.5, np.float32), np.array(True)
+    path = saved(tmp_path, model(drawn, node("Relu", "d"), opset=16, half=half, yes=yes))
+    refused(
+        BAD_INPUT, "this draws other numbers in each run", "opt", path, "-o", tmp_path / "o.onnx", "--preset", "exact"
+    )
+
+
 def test_two_nodes_of_one_name_are_repaired_first(tmp_path: Path) -> None:
     proto = model(node("Relu", "x", "a", name="n"), node("Neg", "a", name="n"))
     code, _ = run("opt", saved(tmp_path, proto), "-o", tmp_path / "out.onnx", "--preset", "exact")
