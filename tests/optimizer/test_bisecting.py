@@ -156,8 +156,9 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "in.onnx").write_text("no")
     with pytest.raises(BadInput):
         bisect(tmp_path / "in.onnx", "fold-constants", tmp_path / "found.onnx")
+    (empty := tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match=r"there is no planish\.json"):
-        bisect(tmp_path, "fold-constants", tmp_path / "found.onnx")
+        bisect(empty, "fold-constants", tmp_path / "found.onnx")
 
 
 @pytest.mark.slow

@@ -317,7 +317,11 @@ def test_the_next_run_sweeps_up_after_a_killed_one(built: Path, tiny: Path, tmp_
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_cleans_up(how: signal.Signals, tiny: Path, tmp_path: Path) -> None:
-    process = start(tiny, tmp_path / "out", start_new_session=True)
+    def heed() -> None:
+        """Where the tests run behind a shell's `&`, which lets what it starts ignore Ctrl-C, as well."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = start(tiny, tmp_path / "out", start_new_session=True, preexec_fn=heed)
     while not list(tmp_path.glob(".out.*.partial")):
         time.sleep(0.05)
     time.sleep(1.0)
