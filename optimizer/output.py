@@ -295,11 +295,11 @@ def _replaced(claim: Claim, destination: Path) -> bool:
         return False
     try:
         claim.folder.rename(destination)
-    except OSError:
-        if not os.path.lexists(destination):
-            claim.old.rename(destination)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            _rescued(claim.old, destination)
             raise
-        shutil.rmtree(claim.old, ignore_errors=True)
+        shutil.rmtree(claim.old, ignore_errors=True)  # another run was quicker, and its output is newer
         return False
     return True
 
