@@ -177,9 +177,8 @@ class Builder:
 
         ``share`` of the error that is allowed may be spent on rounding.
         """
-        stage = functools.partial(
-            self.stages.stage, counts=share == 1
-        )  # whether it is tried again, nobody knows before
+        # Only the first attempt counts: nobody knows before whether there will be another.
+        stage = functools.partial(self.stages.stage, counts=share == 1)
         with stage(f"{target.name}: passes"):
             ways = {"": self._run_all(target, choice, share)}
             trying = choice is None and not self._unmeasured(target)

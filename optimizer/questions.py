@@ -49,7 +49,7 @@ def refuse_idle_fields(question: Question, task: str | None) -> Question:
         "pair": question.pair and (task in _ONE_TEXT or task == "multiple-choice"),
     }
     for name in (name for name, told in idle.items() if told):
-        where = "" if question.index is None else f"line {question.index + 1}"
+        where = None if question.index is None else f"line {question.index + 1}"
         raise BadInput(f"an engine for {task} does not look at {name}", where=where, advice="leave it out")
     return question
 

@@ -164,8 +164,8 @@ def _answer_lines(answerer: Any, source: Path, output: Path, kind: str, batch: i
             try:
                 count = _answer_file(answerer, copy, output, batch)
             except BadInput as error:
-                said = str(error.where or "").replace(str(copy), "standard input")
-                raise BadInput(error.what, where=said, advice=error.advice) from error
+                where = error.where and error.where.replace(str(copy), "standard input")
+                raise BadInput(error.what, where=where, advice=error.advice) from error
     click.echo(json.dumps({"answered": count, "output": str(output)}) if as_json else f"{count} answers: {output}")
 
 

@@ -31,7 +31,12 @@ def command(out: Path, as_json: bool) -> None:
         )
     else:
         rows = [
-            (v.target, "failed" if v.problems else "ok", fidelity_text(found[name]), "\n".join([*v.problems, v.note]))
+            (
+                v.target,
+                "failed" if v.problems else "ok",
+                fidelity_text(found[name]),
+                "\n".join(filter(None, [*v.problems, v.note])),
+            )
             for name, v in verdicts.items()
         ]
         print_table(str(out), ("target", "verdict", "fidelity", "note"), rows)
