@@ -452,6 +452,36 @@ def test_a_disk_that_fills_while_weights_are_streamed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+NOWHERE_TO_WRITE = """
+import resource, sys
+from planish.optimizer.cli.failures import exit_code_of
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    [].pop()
+except Exception as error:
+    sys.exit(exit_code_of(error))
+"""
+
+
+def test_a_bug_is_told_where_no_file_can_be_written() -> None:
+    """Its traceback cannot be kept, so that the line says where it happened."""
+    done = subprocess.run([sys.executable, "-c", NOWHERE_TO_WRITE], capture_output=True, text=True)
+    assert done.returncode == 70, done.stderr
+    assert done.stderr == (
+        "planish: error: a bug of ours: IndexError: pop from empty list; "
+        "please report it; it happened in <string>, line 6\n"
+    )
+
+
+def test_no_place_for_temporary_files(tmp_path: Path) -> None:
+    planish = Path(sys.executable).with_name("planish")
+    command = f"ulimit -f 0; exec {planish} optimize {MODELS / 'writer'} -o {tmp_path / 'out'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode in (3, 5), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [2_000, 300])
 def test_a_disk_that_fills_while_engines_are_built(limit: int, tmp_path: Path) -> None:
