@@ -1,7 +1,7 @@
 """The built-in backends, one file or folder a runtime."""
 
 BACKENDS = {
-    "onnxruntime": "planish.backends.onnxruntime:OnnxRuntime",
-    "openvino": "planish.backends.openvino:OpenVino",
-    "tensorrt": "planish.backends.tensorrt:TensorRt",
+    "onnxruntime": "planish.backends.onnxruntime.target:OnnxRuntime",
+    "openvino": "planish.backends.openvino.target:OpenVino",
+    "tensorrt": "planish.backends.tensorrt.target:TensorRt",
 }

@@ -24,10 +24,11 @@ import click
 from benchmarks.exact import MODELS, OPTIMUM_INTEL, Refused, made
 from benchmarks.record import record, settle_memory
 from benchmarks.subjects import PLACE, TARGETS, environment, qwen2
-from planish.optimizer import optimize, registry
-from planish.optimizer.manifest import instruction_set
-from planish.optimizer.measure import timing
-from planish.optimizer.presets import pipeline_text
+from planish.optimizer import optimize
+from planish.optimizer.interfaces import registry
+from planish.optimizer.pipeline.presets import pipeline_text
+from planish.optimizer.system.machine import instruction_set
+from planish.optimizer.timing.interleaved import timing
 
 PROMPT, STEPS = 128, 32
 _GENAI, _LLAMA = PLACE / "genai", PLACE / "llama"

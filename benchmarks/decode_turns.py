@@ -22,8 +22,8 @@ def planish(path: str, target: str) -> Turn:
 
     import numpy as np
 
-    from planish.optimizer import registry
-    from planish.optimizer.generate import DECODER, Decoding
+    from planish.optimizer.interfaces import registry
+    from planish.optimizer.runtime.generation import DECODER, Decoding
 
     decoding = Decoding.of(registry.backend(target), Path(path), [DECODER])
 

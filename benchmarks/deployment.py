@@ -13,10 +13,10 @@ from typing import Any
 import click
 
 from benchmarks.record import record
-from planish.optimizer import registry
-from planish.optimizer.checking import GENERATION, Fidelity, check_engines
-from planish.optimizer.manifest import Manifest, engine_folder
-from planish.optimizer.reference import References
+from planish.optimizer.fidelity.engine_check import GENERATION, Fidelity, check_engines
+from planish.optimizer.fidelity.reference import References
+from planish.optimizer.interfaces import registry
+from planish.optimizer.output.manifest import Manifest, engine_folder
 
 COLUMNS = ("model", "task", "target", "opened", "largest relative error", "greedy tokens", "budget")
 _LOADERS = {"onnxruntime": "InferenceSession, ORTModel", "openvino": "compile_model, OVModel"}

@@ -41,12 +41,14 @@ from benchmarks.subjects import (
     t5_small,
     torch_export,
 )
-from planish.optimizer import optimize, registry
-from planish.optimizer.backend import Arrays
+from planish.optimizer import optimize
 from planish.optimizer.errors import PlanishError
-from planish.optimizer.manifest import Manifest
-from planish.optimizer.measure import CONFIDENCE, EngineRef, Timing, Worker, alternate
-from planish.optimizer.program import PAST, Role, Signature
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.kv_cache import PAST
+from planish.optimizer.ir.program import Arrays, Role, Signature
+from planish.optimizer.output.manifest import Manifest
+from planish.optimizer.runtime.worker import EngineRef, Worker
+from planish.optimizer.timing.interleaved import CONFIDENCE, Timing, time_interleaved
 
 _SHAPES = ((1, 16), (1, 128), (8, 128))
 """Texts and tokens; behind a cache, texts and tokens in the cache."""
@@ -327,7 +329,7 @@ def _alternate(
     found = []
     for _ in range(openings):
         settle_memory()
-        found.append(alternate(engines, cases, seconds=seconds / openings))
+        found.append(time_interleaved(engines, cases, seconds=seconds / openings))
     return [list(own) for own in zip(*found, strict=True)]
 
 

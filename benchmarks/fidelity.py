@@ -19,9 +19,9 @@ from benchmarks.subjects import (
     our_engines,
     vnni_int8,
 )
-from planish.optimizer import registry
-from planish.optimizer.backend import Arrays
-from planish.optimizer.lowering.tokenizer import load_tokenizer
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.program import Arrays
+from planish.optimizer.lowering.checkpoint.tokenizer import load_tokenizer
 from tests.sentences import sentences
 
 

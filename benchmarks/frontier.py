@@ -15,10 +15,11 @@ from benchmarks.fidelity import engine_outputs, figures_of, inputs, original
 from benchmarks.record import RESULTS, canvas, record, settle_memory
 from benchmarks.subjects import PLACE, TARGETS, calibration, dynamic_int8, minilm, nncf_int8, plain_exports, vnni_int8
 from planish.optimizer import optimize
-from planish.optimizer.lock import LOCK, Lock
-from planish.optimizer.manifest import Manifest
-from planish.optimizer.measure import EngineRef, alternate, timing
-from planish.optimizer.reference import sized_case
+from planish.optimizer.fidelity.inputs import sized_case
+from planish.optimizer.output.lock import LOCK, Lock
+from planish.optimizer.output.manifest import Manifest
+from planish.optimizer.runtime.worker import EngineRef
+from planish.optimizer.timing.interleaved import time_interleaved, timing
 
 BUDGETS = (0.9999, 0.9995, 0.9993, 0.999, 0.99)
 BASE = "optimum export"
@@ -83,7 +84,7 @@ def main(seconds: float, keep: bool) -> None:
     signature = Manifest.read(built(BUDGETS[0])).signatures["model"].signature()
     case, _ = sized_case(signature, {"batch": 1, "sequence": 128})
     settle_memory()
-    turns = alternate([EngineRef(*one) for one in racing.values()], [case] * len(racing), seconds=seconds)
+    turns = time_interleaved([EngineRef(*one) for one in racing.values()], [case] * len(racing), seconds=seconds)
     batches = inputs("minilm", 160)
     expected = original("minilm", batches)
     figures: dict[str, dict[str, float]] = {}

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from planish.optimizer.cli.display import print_table
-from planish.optimizer.manifest import instruction_set, library_versions
-from planish.optimizer.resources import cores
+from planish.optimizer.system.machine import cores, instruction_set, library_versions
 
 RESULTS = Path(__file__).parent / "results"
 

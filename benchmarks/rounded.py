@@ -19,13 +19,15 @@ import numpy as np
 from benchmarks.exact import MODELS, case_of, made, peers_of
 from benchmarks.record import record, settle_memory
 from benchmarks.subjects import PLACE, TARGETS, t5_small
-from planish.optimizer import optimize, registry
-from planish.optimizer.compare import log_probabilities
-from planish.optimizer.generate import DECODER, ENCODER, FIRST, NEXT, Decoding
-from planish.optimizer.lock import LOCK, Lock
-from planish.optimizer.lowering.tokenizer import load_tokenizer
-from planish.optimizer.manifest import Manifest
-from planish.optimizer.measure import EngineRef, alternate, timing
+from planish.optimizer import optimize
+from planish.optimizer.fidelity.metrics import log_probabilities
+from planish.optimizer.interfaces import registry
+from planish.optimizer.lowering.checkpoint.tokenizer import load_tokenizer
+from planish.optimizer.output.lock import LOCK, Lock
+from planish.optimizer.output.manifest import Manifest
+from planish.optimizer.runtime.generation import DECODER, ENCODER, FIRST, NEXT, Decoding
+from planish.optimizer.runtime.worker import EngineRef
+from planish.optimizer.timing.interleaved import time_interleaved, timing
 from tests.train import MODELS as TRAINED
 from tests.train import docstrings, pairs
 
@@ -85,7 +87,7 @@ def speeds(seconds: float) -> dict[str, dict[str, float]]:
             path = backend.path_of(NEXT, shaped(preset) / backend.name)
             racing[f"planish {preset} on {backend.name}"] = EngineRef(target, path)
         settle_memory()
-        turns = alternate(list(racing.values()), [case] * len(racing), seconds=seconds)
+        turns = time_interleaved(list(racing.values()), [case] * len(racing), seconds=seconds)
         for label, own in zip(racing, turns, strict=True):
             figures[f"{label}, 1 x {tokens}"] = timing(turns[0], own).__dict__
     return figures

@@ -19,9 +19,10 @@ from benchmarks.subjects import (
     vnni_int8,
 )
 from planish.optimizer.cli.options import parse_shapes
-from planish.optimizer.manifest import Manifest
-from planish.optimizer.measure import EngineRef, Timing, alternate, timing
-from planish.optimizer.reference import sized_case
+from planish.optimizer.fidelity.inputs import sized_case
+from planish.optimizer.output.manifest import Manifest
+from planish.optimizer.runtime.worker import EngineRef
+from planish.optimizer.timing.interleaved import Timing, time_interleaved, timing
 
 
 def field(name: str) -> dict[str, tuple[str, Path]]:
@@ -43,7 +44,7 @@ def measure(name: str, shape: dict[str, int], seconds: float) -> dict[str, dict[
     case, _ = sized_case(signature, shape)
     engines = [EngineRef(target, path) for target, path in racing.values()]
     settle_memory()
-    turns = dict(zip(racing, alternate(engines, [case] * len(engines), seconds=seconds), strict=True))
+    turns = dict(zip(racing, time_interleaved(engines, [case] * len(engines), seconds=seconds), strict=True))
     bases = [f"{way} on onnxruntime" for way in plain_exports(name)]
     return {label: {base: timing(turns[base], own) for base in bases} for label, own in turns.items()}
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from planish.optimizer import optimize
-from planish.optimizer.backend import Arrays
-from planish.optimizer.lowering.calls import plain
-from planish.optimizer.lowering.module import wrap
-from planish.optimizer.lowering.tokenizer import load_tokenizer
-from planish.optimizer.manifest import Manifest
+from planish.optimizer.ir.program import Arrays
+from planish.optimizer.lowering.checkpoint.tokenizer import load_tokenizer
+from planish.optimizer.lowering.components.calls import plain
+from planish.optimizer.lowering.export.torch_export import wrap
+from planish.optimizer.output.manifest import Manifest
 from tests.sentences import sentences
 
 PLACE = Path("build") / "benchmarks"

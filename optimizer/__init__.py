@@ -1,6 +1,6 @@
 """Planish: a compiler for trained Transformers. The names below are the public interface.
 
-They are imported when they are first used: importing this package costs nothing.
+They are imported when they are first used: importing this package costs empty_cache.
 """
 
 from __future__ import annotations
@@ -14,40 +14,42 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from planish.optimizer.backend import Backend, Engine
-    from planish.optimizer.base import Pass, PassResult, Refusal
-    from planish.optimizer.benching import bench
-    from planish.optimizer.compare import Budget, Comparison
-    from planish.optimizer.driver import Result, optimize
+    from planish.optimizer.compilation.progress import Progress
+    from planish.optimizer.compilation.result import Result
+    from planish.optimizer.driver.bench import bench
+    from planish.optimizer.driver.optimize import optimize
+    from planish.optimizer.driver.verify import verify
     from planish.optimizer.errors import PlanishError
-    from planish.optimizer.generate import Decoding, Sampling
-    from planish.optimizer.loading import LoadedModel, load
-    from planish.optimizer.pipeline import Pipeline
-    from planish.optimizer.program import Program, Signature
-    from planish.optimizer.stages import Progress
-    from planish.optimizer.verifying import verify
+    from planish.optimizer.fidelity.budget import Budget
+    from planish.optimizer.fidelity.metrics import Comparison
+    from planish.optimizer.inference.loading import LoadedModel, load
+    from planish.optimizer.interfaces.backend import Backend, Engine
+    from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal
+    from planish.optimizer.ir.program import Program, Signature
+    from planish.optimizer.pipeline.pipeline import Pipeline
+    from planish.optimizer.runtime.generation import Decoding, Sampling
 
 _HOMES = {
-    "Backend": "backend",
-    "Budget": "compare",
-    "Comparison": "compare",
-    "Decoding": "generate",
-    "Engine": "backend",
-    "LoadedModel": "loading",
-    "Pass": "base",
-    "PassResult": "base",
-    "Pipeline": "pipeline",
+    "Backend": "interfaces.backend",
+    "Budget": "fidelity.budget",
+    "Comparison": "fidelity.metrics",
+    "Decoding": "runtime.generation",
+    "Engine": "interfaces.backend",
+    "LoadedModel": "inference.loading",
+    "Pass": "interfaces.pass_base",
+    "PassResult": "interfaces.pass_base",
+    "Pipeline": "pipeline.pipeline",
     "PlanishError": "errors",
-    "Program": "program",
-    "Progress": "stages",
-    "Refusal": "base",
-    "Result": "driver",
-    "Sampling": "generate",
-    "Signature": "program",
-    "bench": "benching",
-    "load": "loading",
-    "optimize": "driver",
-    "verify": "verifying",
+    "Program": "ir.program",
+    "Progress": "compilation.progress",
+    "Refusal": "interfaces.pass_base",
+    "Result": "compilation.result",
+    "Sampling": "runtime.generation",
+    "Signature": "ir.program",
+    "bench": "driver.bench",
+    "load": "inference.loading",
+    "optimize": "driver.optimize",
+    "verify": "driver.verify",
 }
 
 __all__ = [

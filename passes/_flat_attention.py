@@ -16,18 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Refusal, admitted
-from planish.optimizer.graph import (
-    add_initializer,
-    constant_of,
-    copy_location,
-    made_by,
-    name_nodes,
-    rank_of,
-    remove_dead,
-    sole_user,
-    stand_in,
-)
+from planish.optimizer.interfaces.pass_base import Refusal, admitted
+from planish.optimizer.ir.edit import add_initializer, copy_location, name_nodes, remove_dead, replace_value
+from planish.optimizer.ir.graph import constant_of, producer_of, rank_of, sole_user
 
 _QUERY, _KEY, _VALUE, _MASK = range(4)
 
@@ -77,24 +68,24 @@ def flatten(graph: ir.Graph, node: ir.Node) -> ir.Node | Refusal | None:
         metadata_props=dict(node.metadata_props),
     )
     graph.insert_before(node, flat)
-    stand_in(joined[-1].outputs[0], flat.outputs[0], "split")
+    replace_value(joined[-1].outputs[0], flat.outputs[0], "split")
     remove_dead(graph, joined[-1])
     for operand, present in zip(operands[_KEY:], flat.outputs[1:], strict=False):
         if operand.concat is not None:
-            stand_in(operand.concat.outputs[0], present, "outside")
+            replace_value(operand.concat.outputs[0], present, "outside")
             remove_dead(graph, operand.concat)
     return flat
 
 
 def _operand(value: ir.Value | None) -> Operand | None:
     """What an attention reads, if it was split into heads, transposed, and at most turned and put behind a cache."""
-    concat = made_by(value, "Concat")
+    concat = producer_of(value, "Concat")
     if concat is not None and not appends(concat):
         return None
     inner = value if concat is None else concat.inputs[1]
-    rotary = made_by(inner, "RotaryEmbedding")
+    rotary = producer_of(inner, "RotaryEmbedding")
     inner = inner if rotary is None else rotary.inputs[0]
-    transpose = made_by(inner, "Transpose")
+    transpose = producer_of(inner, "Transpose")
     split = None if transpose is None or not _swaps_heads(transpose) else transpose.inputs[0]
     heads = None if split is None else _heads(split)
     return None if split is None or heads is None else Operand(split, heads, rotary, concat)
@@ -167,7 +158,7 @@ def _heads(split: ir.Value) -> int | None:
 
 def _splitting(value: ir.Value) -> ir.Node | None:
     """The Reshape that split the last axis of (batch, tokens, hidden), if that is how a value came to be."""
-    reshape = made_by(value, "Reshape")
+    reshape = producer_of(value, "Reshape")
     target = None if reshape is None else constant_of(reshape.inputs[1])
     keeps = target is not None and target.size == 4 and list(target[:2]) == [0, 0]
     return reshape if keeps and reshape is not None and rank_of(reshape.inputs[0]) == 3 else None
@@ -221,7 +212,7 @@ def spread(graph: ir.Graph, node: ir.Node) -> bool:
     copy_location(node, *tape.nodes)
     graph.insert_before(node, tape.nodes)
     for old, new in zip(node.outputs, (result, *joined), strict=True):
-        stand_in(old, new, "inside")
+        replace_value(old, new, "inside")
     remove_dead(graph, node)
     return True
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import constant_of
+from planish.optimizer.ir.graph import constant_of
 
 LOWEST = float(np.finfo(np.float32).min)
 _WIDE = 1e30

@@ -11,8 +11,8 @@ from pathlib import Path
 from unittest import mock
 
 from planish.optimizer import optimize
-from planish.optimizer.manifest import Manifest
-from planish.optimizer.measure import Timing
+from planish.optimizer.output.manifest import Manifest
+from planish.optimizer.timing.interleaved import Timing
 from tests.zoo import GENERATORS, IMAGES, Species, build
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -68,7 +68,7 @@ def built(species: Species, folder: Path) -> Manifest:
     """The manifest of engines for both CPU targets."""
     checkpoint = build(species, folder / "checkpoint")
     untimed = [Timing(1, 1, 1, 1, 1), Timing(1, 2, 2, 2, 1)]
-    with mock.patch("planish.optimizer.building.race", lambda *_: untimed):
+    with mock.patch("planish.optimizer.compilation.engine.race", lambda *_: untimed):
         return optimize(checkpoint, folder / "out", task=species.task, targets=TARGETS).manifest
 
 

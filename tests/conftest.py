@@ -51,7 +51,7 @@ def _lowered_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.driver.lower", here)
+        patch.setattr("planish.optimizer.driver.optimize.lower", here)
         yield
 
 

@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from planish.optimizer import Pipeline, presets
+from planish.optimizer import Pipeline
 from planish.optimizer.lowering import lower
-from planish.optimizer.lowering.calls import CALLS
-from planish.optimizer.lowering.module import wrap
+from planish.optimizer.lowering.components.calls import CALLS
+from planish.optimizer.lowering.export.torch_export import wrap
+from planish.optimizer.pipeline import presets
 
 ARCHIVE = Path(__file__).parent / "data" / "exports.zip"
 PAGE = Path(__file__).parents[1] / "docs" / "fusion.md"

@@ -29,12 +29,14 @@ import onnx.reference
 import onnx.shape_inference
 import onnx_ir as ir
 
-from planish.optimizer import Pipeline, registry
-from planish.optimizer.base import Refusal
-from planish.optimizer.graph import graphs_of
-from planish.optimizer.instruments import VerifyEach
-from planish.optimizer.observing import Observe
-from planish.optimizer.program import CACHE_SCALE, Role, Signature, TensorSpec, is_cache_scale
+from planish.optimizer import Pipeline
+from planish.optimizer.calibration.collect import Calibrate
+from planish.optimizer.interfaces import registry
+from planish.optimizer.interfaces.pass_base import Refusal
+from planish.optimizer.ir.graph import graphs_of
+from planish.optimizer.ir.kv_cache import CACHE_SCALE, is_cache_scale
+from planish.optimizer.ir.program import Role, Signature, TensorSpec
+from planish.optimizer.pipeline.instruments import VerifyEach
 
 FOLDER = Path(__file__).parent / "data" / "passes"
 _SIZES = {"batch": 2, "sequence": 5, "N": 3, "M": 4, "past": 3, "total": 8, "heads": 2, "size": 4}
@@ -93,7 +95,7 @@ def run(case: Case) -> tuple[ir.Model, list[Refusal]]:
     model = case.model()
     signature = Signature(tuple(map(_spec, model.graph.inputs)), ())
     feeds = _feeds(model, np.random.default_rng(0))
-    observe = Observe(signature, lambda: [feeds], registry.backend("onnxruntime").load)
+    observe = Calibrate(signature, lambda: [feeds], registry.backend("onnxruntime").load)
     outcome = Pipeline.parse(case.pipeline).run(model, [observe, VerifyEach()])
     return outcome.model, [refusal for report in outcome.reports for refusal in report.refusals]
 

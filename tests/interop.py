@@ -126,7 +126,7 @@ def build(folder: Path, *only: str) -> None:
     from unittest import mock
 
     from planish.optimizer import optimize
-    from planish.optimizer.measure import Timing
+    from planish.optimizer.timing.interleaved import Timing
     from tests.zoo import GENERATORS, IMAGES, ZOO
     from tests.zoo import build as make
 
@@ -150,7 +150,7 @@ def build(folder: Path, *only: str) -> None:
         checkpoint = make(species, place / "checkpoint")
         expected = expectation(checkpoint, species.task)
         shutil.rmtree(place / "out", ignore_errors=True)  # of a build that was stopped
-        with mock.patch("planish.optimizer.building.race", lambda *_: faster):
+        with mock.patch("planish.optimizer.compilation.engine.race", lambda *_: faster):
             optimize(checkpoint, place / "out", task=species.task, targets=["onnxruntime", "openvino"])
         (place / "expected.json").write_text(json.dumps(expected))
         print(f"built {place.name}", flush=True)
@@ -160,7 +160,7 @@ def expectation(checkpoint: Path, task: str) -> dict[str, Any]:
     """What PyTorch gives for a batch of what the task takes."""
     from optimum.exporters.tasks import TasksManager
 
-    from planish.optimizer.lowering.tasks import TASKS, Family
+    from planish.optimizer.lowering.components.tasks import TASKS, Family
 
     auto = TasksManager.get_model_class_for_task(task, model_class_name=TASKS[task].auto)
     model = auto.from_pretrained(checkpoint).eval()

@@ -29,9 +29,9 @@ from pathlib import Path
 import psutil
 
 from planish.optimizer.errors import PlanishError
-from planish.optimizer.manifest import Manifest, digest_of
-from planish.optimizer.output import sweep_up
-from planish.optimizer.scratch import PREFIX, sweep
+from planish.optimizer.output.manifest import Manifest, digest_of
+from planish.optimizer.system.scratch import PREFIX, sweep
+from planish.optimizer.system.staging import sweep_up
 from tests.zoo import Species, build
 
 ANSWER = 2.0

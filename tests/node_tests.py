@@ -28,8 +28,9 @@ from onnx.backend.test.loader import load_model_tests
 from onnx.backend.test.runner import Runner
 from onnxruntime.backend.backend import OnnxRuntimeBackend
 
-from planish.optimizer import Pipeline, presets
-from planish.optimizer.instruments import VerifyEach, text_of
+from planish.optimizer import Pipeline
+from planish.optimizer.pipeline import presets
+from planish.optimizer.pipeline.instruments import VerifyEach, text_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "node-tests.md"
 ON_DISK = ("simple", "pytorch-converted", "pytorch-operator")

@@ -8,8 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from benchmarks import exact, speed, subjects
-from planish.optimizer.manifest import Manifest
-from planish.optimizer.program import Role, Signature, TensorSpec
+from planish.optimizer.ir.program import Role, Signature, TensorSpec
+from planish.optimizer.output.manifest import Manifest
 
 
 class Kept:

@@ -86,8 +86,8 @@ def test_an_installed_wheel_works_without_the_tree(built: Path, tmp_path: Path) 
     script = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
         f"sys.path.insert(0, {str(tmp_path / 'site')!r}); "
-        "import planish.optimizer, planish.passes.fusion.fuse_gelu, planish.backends.onnxruntime as found; "
-        "from planish.optimizer.report import write_report; print(found.__file__)"
+        "import planish.optimizer, planish.passes.fusion.fuse_gelu, planish.backends.onnxruntime.target as found; "
+        "from planish.optimizer.output.report import write_report; print(found.__file__)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -200,7 +200,7 @@ def build(species: Species, folder: Path, seed: int = 0, dtype: str = "float32")
     from optimum.exporters.tasks import TasksManager
     from transformers import AutoConfig
 
-    from planish.optimizer.lowering.tasks import TASKS
+    from planish.optimizer.lowering.components.tasks import TASKS
 
     config = AutoConfig.for_model(species.model_type, **sizes(species))
     config.architectures = []  # where a head has several classes, the first is made

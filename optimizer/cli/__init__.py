@@ -1,6 +1,6 @@
 """The command line: thin.
 
-Importing this package imports next to nothing: until `main` runs, Ctrl-C ends the process as it ends any Python
+Importing this package imports next to empty_cache: until `main` runs, Ctrl-C ends the process as it ends any Python
 program.
 """
 
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Without ``arguments`` this process is the user's command: signals end it, and on Linux another does the work.
     """
-    from planish.optimizer import interrupts
+    from planish.optimizer.system import interrupts
 
     if arguments is None:
         _take_over()
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _take_over() -> None:
-    from planish.optimizer import interrupts
+    from planish.optimizer.system import interrupts
 
     if sys.platform == "linux":
         from planish.optimizer.cli.supervising import supervise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from planish.optimizer.cli.options import json_flag, print_json
-from planish.optimizer.registry import BACKENDS
+from planish.optimizer.interfaces.registry import BACKENDS
 
 
 @click.command("backends")

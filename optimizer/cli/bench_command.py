@@ -29,9 +29,9 @@ def command(
     json_file: Path | None,
 ) -> None:
     """Time MODELS (outputs, engine folders, .onnx and .xml files) in alternation, each in a process of its own."""
-    from planish.optimizer.benching import bench
     from planish.optimizer.cli.display import print_table, progress_bar
-    from planish.optimizer.output import demand_apart, staged_file
+    from planish.optimizer.driver.bench import bench
+    from planish.optimizer.system.staging import demand_apart, staged_file
 
     for model in (*models, *against):
         demand_apart(model, {}, {"--json": json_file if str(json_file) != "-" else None})

@@ -29,7 +29,7 @@ def command(source: Path, pipeline: str, keep: tuple[str, ...], repro: Path | No
     A model of a few nodes that fails by itself is written, and the command that shows it is told. Exits 1 if one was
     found.
     """
-    from planish.optimizer.bisecting import bisect
+    from planish.optimizer.driver.bisect import bisect
     from planish.optimizer.errors import CheckFailed
 
     found = bisect(source, pipeline, repro or source.with_suffix(".repro.onnx"), keep=keep)

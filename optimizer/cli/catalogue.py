@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from planish.optimizer import registry, spec
 from planish.optimizer.cli.display import print_table
+from planish.optimizer.interfaces import option_text, registry
 
 
 def entries(group: str) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def _entry(name: str, entry: registry.Entry) -> dict[str, Any]:
     found = {
         "name": name,
         "summary": (cls.__doc__ or "").strip().partition("\n\n")[0].replace("\n", " "),
-        "options": {option: _option(facts) for option, facts in spec.schema(cls).items()},
+        "options": {option: _option(facts) for option, facts in option_text.schema(cls).items()},
         "from": entry.distribution,
     }
     if hasattr(cls, "missing"):
@@ -72,8 +72,8 @@ def told(entry: Mapping[str, Any], width: int) -> str:
     lines = [text, "", "options" if entry["options"] else "no options"]
     for name, option in entry["options"].items():
         bounds = {key: value for key, value in option.items() if key not in ("type", "default", "help")}
-        limits = "".join(f", {key} {spec.format_value(value)}" for key, value in bounds.items())
-        shown = f"{name}={spec.format_value(option['default'])} ({option['type']}{limits})"
+        limits = "".join(f", {key} {option_text.format_value(value)}" for key, value in bounds.items())
+        shown = f"{name}={option_text.format_value(option['default'])} ({option['type']}{limits})"
         lines += _filled(shown, width, "  ", "      ")
         lines += _filled(option["help"], min(width, _WIDEST_HELP), "      ", "      ")
     return "\n".join(lines)
@@ -114,7 +114,7 @@ def print_catalogue(title: str, found: Sequence[Mapping[str, Any]], *, markdown:
     rows = []
     for entry in found:
         options = "\n".join(
-            f"{name}={spec.format_value(o['default'])}" + (f": {o['help']}" if markdown else "")
+            f"{name}={option_text.format_value(o['default'])}" + (f": {o['help']}" if markdown else "")
             for name, o in entry["options"].items()
         )
         rows.append(

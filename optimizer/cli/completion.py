@@ -13,14 +13,14 @@ from click.shell_completion import CompletionItem
 
 def complete_passes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The name of one pass."""
-    from planish.optimizer import registry
+    from planish.optimizer.interfaces import registry
 
     return _beginning("", incomplete, registry.table(registry.PASSES))
 
 
 def complete_pipeline(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The last name of a list of passes that is being written."""
-    from planish.optimizer import registry
+    from planish.optimizer.interfaces import registry
 
     begun, comma, last = incomplete.rpartition(",")
     return _beginning(begun + comma, last, registry.table(registry.PASSES))
@@ -28,35 +28,35 @@ def complete_pipeline(context: click.Context, parameter: click.Parameter, incomp
 
 def complete_targets(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The name of a target."""
-    from planish.optimizer import registry
+    from planish.optimizer.interfaces import registry
 
     return _beginning("", incomplete, registry.table(registry.BACKENDS))
 
 
 def complete_presets(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The name of a preset."""
-    from planish.optimizer import presets
+    from planish.optimizer.pipeline import presets
 
     return _beginning("", incomplete, presets.PRESETS)
 
 
 def complete_budget(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """A metric, and the relation that goes with it."""
-    from planish.optimizer.compare import METRICS, relation_of
+    from planish.optimizer.fidelity.metrics import METRICS, relation_of
 
     return _beginning("", incomplete, [f"{metric}{relation_of(metric)}" for metric in METRICS])
 
 
 def complete_tasks(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The name of a task."""
-    from planish.optimizer.lowering.tasks import TASKS
+    from planish.optimizer.lowering.components.tasks import TASKS
 
     return _beginning("", incomplete, TASKS)
 
 
 def complete_expectation(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The name of a pass that must fire."""
-    from planish.optimizer import registry
+    from planish.optimizer.interfaces import registry
 
     return _beginning("", incomplete, [f"{name}=" for name in registry.table(registry.PASSES)])
 

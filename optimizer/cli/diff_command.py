@@ -20,7 +20,7 @@ def command(before: Path, after: Path, as_json: bool) -> None:
     Operators, borders, types and shapes of values, initializers (also what they hold), and size.
     """
     from planish.optimizer.cli.display import print_table
-    from planish.optimizer.difference import compare_files
+    from planish.optimizer.ir.diff import compare_files
 
     found = compare_files(before, after)
     if as_json:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from planish.optimizer.compilation.progress import Progress
 from planish.optimizer.errors import printable
-from planish.optimizer.lock import Choice, Speed
-from planish.optimizer.manifest import Manifest
-from planish.optimizer.stages import Progress
+from planish.optimizer.output.lock import Selection, Speed
+from planish.optimizer.output.manifest import Manifest
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def _listed(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], w
     return "\n".join(lines)
 
 
-def print_result(manifest: Manifest, choices: Mapping[str, Choice], latencies: Mapping[str, Any]) -> None:
+def print_result(manifest: Manifest, choices: Mapping[str, Selection], latencies: Mapping[str, Any]) -> None:
     """The result table of a build: one row for each engine and timed shape."""
     rows: list[tuple[str, ...]] = []
     for name, record in manifest.targets.items():

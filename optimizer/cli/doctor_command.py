@@ -12,7 +12,7 @@ from planish.optimizer.cli.options import json_flag, print_json
 def command(as_json: bool) -> None:
     """Say what is installed, what this CPU and GPU can do, which targets would run, and what is missing."""
     from planish.optimizer.cli.display import print_table
-    from planish.optimizer.doctor import examine
+    from planish.optimizer.driver.doctor import examine
 
     findings = examine()
     if as_json:

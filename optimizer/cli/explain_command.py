@@ -14,9 +14,9 @@ from planish.optimizer.cli.completion import complete_passes, complete_pipeline,
 from planish.optimizer.cli.options import existing, expect_option, json_flag, print_json
 
 if TYPE_CHECKING:
-    from planish.optimizer.base import Refusal
-    from planish.optimizer.lock import Product
-    from planish.optimizer.sites import PassSites, Rewritten
+    from planish.optimizer.interfaces.pass_base import Refusal
+    from planish.optimizer.output.lock import Product
+    from planish.optimizer.output.sites import PassSites, Rewritten
 
 CANONICAL = (
     "Attention", "Softmax", "RotaryEmbedding", "LayerNormalization", "RMSNormalization", "Gelu", "Erf", "Tanh", "Gemm",
@@ -59,8 +59,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Say where each pass fired on SOURCE (an output, or an .onnx file), where it refused, and why."""
-    from planish.optimizer.single import explain
-    from planish.optimizer.sites import Expectation, check_expectations, of_pass
+    from planish.optimizer.driver.explain import explain
+    from planish.optimizer.output.sites import Expectation, check_expectations, of_pass
 
     wanted = [Expectation.parse(text) for text in expect]
     found = explain(source, pipeline=pipeline, preset=preset, target=target)
@@ -117,7 +117,7 @@ def _print(source: Path, found: Sequence[PassSites], *, fired: bool) -> None:
 def _print_products(source: Path, only: str | None) -> None:
     """What quantizing passes of an output chose among: all of one pass, or how many and where the line was drawn."""
     from planish.optimizer.cli.display import print_table
-    from planish.optimizer.lock import LOCK, Lock
+    from planish.optimizer.output.lock import LOCK, Lock
 
     if not source.is_dir():
         return

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import click
 
-from planish.optimizer import interrupts
 from planish.optimizer.cli.supervising import INTERRUPTED
 from planish.optimizer.errors import (
     InternalError,
@@ -24,6 +23,7 @@ from planish.optimizer.errors import (
     of_system,
     printable,
 )
+from planish.optimizer.system import interrupts
 
 UNREAD = 141
 """Nobody reads standard output any more: what shells return for a command that SIGPIPE ended."""

@@ -69,7 +69,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, but an unknown name gets the nearest one."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from planish.optimizer.spec import did_you_mean
+            from planish.optimizer.interfaces.option_text import did_you_mean
 
             ctx.fail(f"No such command {args[0]!r}{did_you_mean(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)

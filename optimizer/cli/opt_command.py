@@ -35,8 +35,8 @@ from planish.optimizer.errors import UsageError
 def command(source: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Run a pipeline over the ONNX file SOURCE; every pass is verified and compared."""
     from planish.optimizer.cli.display import print_table
-    from planish.optimizer.manifest import PassRecord
-    from planish.optimizer.single import optimize_file
+    from planish.optimizer.driver.opt import optimize_file
+    from planish.optimizer.output.manifest import PassRecord
 
     if (options["pipeline"] is None) == (options["preset"] is None):
         raise UsageError("give either --pipeline or --preset")

@@ -88,10 +88,10 @@ def command(
 ) -> None:
     """Turn SOURCE (a checkpoint folder or an .onnx file) into checked, measured engines."""
     from planish.optimizer.cli.display import print_result, progress_bar
-    from planish.optimizer.depfile import escaped, write_depfile
-    from planish.optimizer.driver import optimize
-    from planish.optimizer.lock import LOCK, Lock
-    from planish.optimizer.output import MANIFEST, demand_apart, demand_not_read
+    from planish.optimizer.driver.optimize import optimize
+    from planish.optimizer.output.depfile import escaped, write_depfile
+    from planish.optimizer.output.lock import LOCK, Lock
+    from planish.optimizer.system.staging import MANIFEST, demand_apart, demand_not_read
 
     demand_apart(out, {}, {"--depfile": depfile})
     read = {f"--{name}": options[name] for name in ("calibration", "profile")} | {"SOURCE": source, "--lock": lock}
@@ -126,8 +126,8 @@ def command(
 
 def _inputs(source: Path, names: list[str], options: Mapping[str, Any]) -> list[Path]:
     """The files that a build has read, of which ``names`` lie in the source's folder or in the adapter's."""
-    from planish.optimizer.evaluating import Evaluation
-    from planish.optimizer.lowering.adapter import FILES
+    from planish.optimizer.fidelity.user_metric import Evaluation
+    from planish.optimizer.lowering.checkpoint.adapter import FILES
 
     folder, adapter = source if source.is_dir() else source.parent, options["adapter"]
     read = [adapter / name if adapter is not None and name in FILES else folder / name for name in names]

@@ -7,7 +7,7 @@ import click
 from planish.optimizer.cli.completion import complete_passes
 from planish.optimizer.cli.options import json_flag, print_json
 from planish.optimizer.errors import UsageError
-from planish.optimizer.registry import PASSES
+from planish.optimizer.interfaces.registry import PASSES
 
 
 @click.command("passes")

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from planish.optimizer import interrupts
 from planish.optimizer.cli.failures import refuse_closed_output
 from planish.optimizer.cli.options import existing, json_flag, print_json
 from planish.optimizer.errors import BadInput, UsageError, printable
-from planish.optimizer.json_files import check_value
+from planish.optimizer.system import interrupts
+from planish.optimizer.system.json_files import check_value
 
 _SHOWN = 6
 _STREAM = "-"
@@ -82,12 +82,13 @@ def command(
     as_json: bool,
 ) -> None:
     """Ask ENGINE (an output or an engine folder): labels, embeddings, answers, texts, by its task."""
-    from planish.optimizer.answering import open_answerer, with_prompt, with_raw_scores
     from planish.optimizer.cli.run_options import refuse_idle
-    from planish.optimizer.generate import Sampling
-    from planish.optimizer.perceiving import Perceiver, Transcriber
-    from planish.optimizer.questions import Question
-    from planish.optimizer.writing import Writer, with_options
+    from planish.optimizer.inference.requests import Question
+    from planish.optimizer.inference.session import open_task, with_prompt, with_raw_scores
+    from planish.optimizer.inference.speech import SpeechTranscriber
+    from planish.optimizer.inference.text_generation import TextGenerator, with_options
+    from planish.optimizer.inference.vision import ImageTasks
+    from planish.optimizer.runtime.generation import Sampling
 
     if (text is None) == (source is None) or (source is None) != (output is None):
         raise UsageError("give either --text, or --input and --output")
@@ -95,18 +96,18 @@ def command(
         refuse_closed_output()
     for option, asked in (("--text", text), ("--pair", pair), *(("--choice", choice) for choice in choices)):
         check_value(asked, option)
-    answerer = open_answerer(engine, target)
+    answerer = open_task(engine, target)
     refuse_idle(click.get_current_context(), answerer)
     if prompt is not None:
         answerer = with_prompt(answerer, prompt)
     if logits:
         answerer = with_raw_scores(answerer)
-    if text is not None and isinstance(answerer, Perceiver | Transcriber):
+    if text is not None and isinstance(answerer, ImageTasks | SpeechTranscriber):
         names = " and ".join(tensor.name for tensor in answerer.signature.inputs)
         raise UsageError(
             f"this engine takes {names}, not texts", where="--text", advice="give --input FILE.npz and --output FILE"
         )
-    if isinstance(answerer, Writer):
+    if isinstance(answerer, TextGenerator):
         answerer = with_options(answerer, most, Sampling(temperature, top_k, top_p, seed))
         if answerer.settings.get("num_beams", 1) != 1:
             click.echo("planish: note: generation_config.json asks for beam search, which is not done here", err=True)
@@ -137,9 +138,9 @@ def _stream(writer: Any, text: str) -> None:
 
 def _answer_lines(answerer: Any, source: Path, output: Path, kind: str, batch: int, as_json: bool) -> None:
     """Answer a file or standard input, into a file or standard output."""
-    from planish.optimizer.answer_files import answer_lines
-    from planish.optimizer.questions import parse_questions
-    from planish.optimizer.scratch import scratch_folder
+    from planish.optimizer.inference.answer_files import answer_lines
+    from planish.optimizer.inference.requests import parse_questions
+    from planish.optimizer.system.scratch import scratch_folder
 
     piped = str(source) == _STREAM
     if piped and hasattr(answerer, "signature"):
@@ -170,8 +171,8 @@ def _answer_lines(answerer: Any, source: Path, output: Path, kind: str, batch: i
 
 
 def _answer_file(answerer: Any, source: Path, output: Path, batch: int) -> int:
-    from planish.optimizer.answer_files import answer_file, kept_answers, partial_file
     from planish.optimizer.cli.display import progress_bar
+    from planish.optimizer.inference.answer_files import answer_file, kept_answers, partial_file
 
     total = sum(1 for _ in answerer.questions(source))
     partial = partial_file(answerer, source, output)

@@ -29,9 +29,9 @@ def refuse_idle(context: click.Context, answerer: Any) -> None:
 
 def _reasons(options: dict[str, Any], answerer: Any) -> Iterator[tuple[str, str]]:
     """Why options, by name, do not apply: the last reason for an option counts."""
-    from planish.optimizer.writing import Writer
+    from planish.optimizer.inference.text_generation import TextGenerator
 
-    writes, task = isinstance(answerer, Writer), getattr(answerer, "task", None)
+    writes, task = isinstance(answerer, TextGenerator), getattr(answerer, "task", None)
     if options["temperature"] == 0:
         yield from dict.fromkeys(_DRAWN, "nothing is drawn without --temperature").items()
     if not writes:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from planish.optimizer import interrupts
+from planish.optimizer.system import interrupts
 
 INTERRUPTED = 130
 """Exit code that shells return for a command that Ctrl-C ended."""
@@ -193,8 +193,8 @@ def _children() -> list[int]:
 
 def _sweep(lines: list[list[object]]) -> None:
     """Remove what the work left. The next run does it too, if this is interrupted or not allowed."""
-    from planish.optimizer.output import remove_empty, sweep_up
-    from planish.optimizer.scratch import PREFIX, sweep
+    from planish.optimizer.system.scratch import PREFIX, sweep
+    from planish.optimizer.system.staging import remove_empty, sweep_up
 
     for kind, *values in lines:
         with suppress(OSError):

@@ -16,8 +16,8 @@ from planish.optimizer.errors import CheckFailed
 def command(out: Path, as_json: bool) -> None:
     """Check the engines in OUT again on this machine: file hashes, then outputs against the stored reference."""
     from planish.optimizer.cli.display import fidelity_text, print_table, progress_bar
-    from planish.optimizer.manifest import figures
-    from planish.optimizer.verifying import verify
+    from planish.optimizer.driver.verify import verify
+    from planish.optimizer.output.manifest import figures
 
     with progress_bar(quiet=as_json) as progress:
         verdicts = verify(out, progress=progress)

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from planish.optimizer.errors import BadInput, UsageError
-from planish.optimizer.program import Program
-from planish.optimizer.reference import leading_axis
+from planish.optimizer.ir.program import Program, leading_axis
 
 if TYPE_CHECKING:
-    from planish.optimizer.lowering.original import Original
+    from planish.optimizer.lowering.original.original import Original
 
 
 @dataclass(frozen=True)
@@ -106,13 +105,13 @@ def _lower_folder(
 ) -> Lowered:
     if not path.exists():
         raise _absent(path, "a checkpoint folder or an .onnx file")
-    from planish.optimizer.lowering import assemble
-    from planish.optimizer.lowering.checkpoint import open_checkpoint
-    from planish.optimizer.lowering.quantized import BESIDE, text_without_codes
-    from planish.optimizer.lowering.weights import INDEX
+    from planish.optimizer.lowering.checkpoint.checkpoint import open_checkpoint
+    from planish.optimizer.lowering.checkpoint.quantized_weights import BESIDE, text_without_codes
+    from planish.optimizer.lowering.checkpoint.weights import INDEX
+    from planish.optimizer.lowering.components import lower_checkpoint
 
     checkpoint = open_checkpoint(path, task, adapter, last_logits=last_logits)
-    program, original = assemble.lower(checkpoint, kind)
+    program, original = lower_checkpoint.lower(checkpoint, kind)
     companions = tuple(checkpoint.companions())
     settings = text_without_codes(path / "config.json")
     rewritten = {} if settings is None else {Path("config.json"): settings}
@@ -135,10 +134,10 @@ def _absent(path: Path, wanted: str) -> BadInput:
 
 
 def _lower_file(path: Path, task: str | None) -> Lowered:
-    from planish.optimizer.lowering import onnx_file
-    from planish.optimizer.lowering.checkpoint import companions_in
-    from planish.optimizer.lowering.tasks import TASKS, resolve
-    from planish.optimizer.sentence_modules import read_modules
+    from planish.optimizer.lowering.checkpoint.checkpoint import companions_in
+    from planish.optimizer.lowering.components.tasks import TASKS, resolve
+    from planish.optimizer.lowering.export import onnx_file
+    from planish.optimizer.runtime.sentence_modules import read_modules
 
     program, original = onnx_file.lower(path, None if task is None else resolve(task))
     outputs = [tensor.name for tensor in program.sole()[1].outputs]
@@ -155,19 +154,19 @@ def _lower_file(path: Path, task: str | None) -> Lowered:
 
 def _having_read(program: Program, folder: Path, names: Iterable[Path]) -> Program:
     """The program with further files of its source among its provenance: what travels along decides what is built."""
-    from planish.optimizer.lowering.checkpoint import sha256
+    from planish.optimizer.lowering.checkpoint.checkpoint import sha256
 
     files = {name.as_posix(): sha256(folder / name) for name in names}
     return replace(program, provenance=replace(program.provenance, files={**program.provenance.files, **files}))
 
 
 def _lower_module(module: Any, inputs: Mapping[str, Any] | None, axes: Mapping[str, Mapping[int, str]]) -> Lowered:
-    from planish.optimizer.lowering import plain_module
+    from planish.optimizer.lowering.export import nn_module
 
     if not inputs or not callable(getattr(module, "state_dict", None)):
         raise BadInput(
             f"cannot lower a {type(module).__name__}" if inputs else "a module needs sample_inputs",
             advice="give an nn.Module and sample_inputs={name: tensor}",
         )
-    program, original = plain_module.lower(module, inputs, axes)
+    program, original = nn_module.lower(module, inputs, axes)
     return Lowered(program, original)

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 
-from planish.optimizer.base import PassResult
-from planish.optimizer.graph import allow_plain_initializers, graphs_of, location_of
-from planish.optimizer.shape_inference import infer_shapes, quiet_libraries
+from planish.optimizer.interfaces.pass_base import PassResult
+from planish.optimizer.ir.edit import allow_plain_initializers
+from planish.optimizer.ir.graph import graphs_of, location_of
+from planish.optimizer.ir.shape_inference import infer_shapes, quiet_libraries
 
 _MADE_UP = "unk__"
 """How the inference of ONNX begins the names of dimensions that it knows nothing of."""

@@ -14,8 +14,8 @@ from typing import Annotated, ClassVar
 import onnx_ir as ir
 from annotated_types import Ge
 
-from planish.optimizer.base import Pass, PassResult
-from planish.optimizer.tensors import origin_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult
+from planish.optimizer.ir.lazy_tensors import origin_of
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from annotated_types import Ge
 
-from planish.optimizer.base import Pass, PassResult
-from planish.optimizer.graph import is_random
+from planish.optimizer.interfaces.pass_base import Pass, PassResult
+from planish.optimizer.ir.graph import is_random
 from planish.passes.cleanup import _library
 
 

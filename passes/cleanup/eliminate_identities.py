@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, admitted
-from planish.optimizer.graph import constant_of, graphs_of, location_of, rank_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, admitted
+from planish.optimizer.ir.graph import constant_of, graphs_of, location_of, rank_of
 
 _BEYOND = 2**31 - 1
 """What exporters write for "to the end"; no axis is that long."""

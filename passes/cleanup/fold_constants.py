@@ -17,8 +17,8 @@ import onnx_ir.passes.common as common
 from annotated_types import Ge
 from onnxscript import optimizer
 
-from planish.optimizer.base import Pass, PassResult
-from planish.optimizer.graph import constant_of, is_random, opset_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult
+from planish.optimizer.ir.graph import constant_of, is_random, opset_of
 from planish.passes.cleanup import _library
 
 _SPLIT_INTO = 18

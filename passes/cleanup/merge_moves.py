@@ -13,8 +13,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, admitted
-from planish.optimizer.graph import constant_of, location_of, opset_of, rank_of, remove_dead
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, admitted
+from planish.optimizer.ir.edit import remove_dead
+from planish.optimizer.ir.graph import constant_of, location_of, opset_of, rank_of
 
 _AXES_ARE_INPUTS = 13
 

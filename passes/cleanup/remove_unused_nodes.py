@@ -12,7 +12,7 @@ from typing import ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from planish.optimizer.base import Pass, PassResult
+from planish.optimizer.interfaces.pass_base import Pass, PassResult
 from planish.passes.cleanup import _library
 
 

@@ -13,16 +13,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import (
-    add_initializer,
-    allow_plain_initializers,
-    constant_of,
-    location_of,
-    rank_of,
-    sole_user,
-)
-from planish.optimizer.shapes import Entry, Followed, dims_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.ir.data_propagation import Entry, PropagatedInts, dims_of
+from planish.optimizer.ir.edit import add_initializer, allow_plain_initializers
+from planish.optimizer.ir.graph import constant_of, location_of, rank_of, sole_user
 from planish.passes.cleanup._library import infer_again
 
 
@@ -56,7 +50,7 @@ class SimplifyShapes(Pass):
 
     def _once(self, model: ir.Model) -> tuple[list[str], list[Refusal]]:
         """Sites and refusals of one walk through the graph."""
-        known = Followed()
+        known = PropagatedInts()
         sites: list[str] = []
         refusals: list[Refusal] = []
         for node in list(model.graph):
@@ -74,7 +68,7 @@ class SimplifyShapes(Pass):
         return sites, refusals
 
     def _reshape(
-        self, graph: ir.Graph, node: ir.Node, known: Followed, sites: list[str], refusals: list[Refusal]
+        self, graph: ir.Graph, node: ir.Node, known: PropagatedInts, sites: list[str], refusals: list[Refusal]
     ) -> None:
         data, shape = node.inputs[:2]
         entries = known.entries(shape)
@@ -123,7 +117,7 @@ def _unflatten(graph: ir.Graph, softmax: ir.Node) -> bool:
     return True
 
 
-def _spreads_nothing(node: ir.Node, known: Followed) -> bool:
+def _spreads_nothing(node: ir.Node, known: PropagatedInts) -> bool:
     """Whether this is an Expand of what has the shape, or ones in front of it, already."""
     if node.op_type != "Expand" or node.domain != "" or node.outputs[0].is_graph_output():
         return False
@@ -164,7 +158,7 @@ def _allows_zero(node: ir.Node) -> bool:
     return attribute is not None and attribute.as_int() != 0
 
 
-def _numbers(known: Followed, node: ir.Node) -> np.ndarray | None:
+def _numbers(known: PropagatedInts, node: ir.Node) -> np.ndarray | None:
     """The array of a followed node whose entries are all numbers and that may be replaced by a constant."""
     output = node.outputs[0]
     found = known.lookup(output)

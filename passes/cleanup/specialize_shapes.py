@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Self
 
 import onnx_ir as ir
 
-from planish.optimizer import spec
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.errors import UsageError
-from planish.optimizer.program import SUM, size_of
+from planish.optimizer.interfaces import option_text
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.ir.program import SUM, size_of
 from planish.passes.cleanup._library import infer_again
 
 
@@ -45,7 +45,7 @@ class SpecializeShapes(Pass):
 
     def __str__(self) -> str:
         """The text form, one option an axis."""
-        return spec.format_spec(self.name, self.fixed)
+        return option_text.format_spec(self.name, self.fixed)
 
     @property
     def fixed(self) -> Mapping[str, int]:

@@ -16,8 +16,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, admitted
-from planish.optimizer.graph import location_of, rank_of, remove_dead, scalar_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, admitted
+from planish.optimizer.ir.edit import remove_dead
+from planish.optimizer.ir.graph import location_of, rank_of, scalar_of
 
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
 _Dims = list[int | str]

@@ -17,10 +17,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import SPELLED_OUT, made_by, rank_of, scalar_of
-from planish.optimizer.shapes import Followed, dims_of, rows_for
+from planish.optimizer.interfaces.rewrite_pass import NearMiss, Refused, RewritePass
+from planish.optimizer.ir.data_propagation import PropagatedInts, dims_of
+from planish.optimizer.ir.edit import rows_for
+from planish.optimizer.ir.graph import SPELLED_OUT, producer_of, rank_of, scalar_of
 from planish.passes._mask_values import MaskValues, above_lowest, lowest, mask_values, number
-from planish.passes.fusion._fusion import Declined, Fusion, NearMiss, used_by
+from planish.passes.fusion._match import used_by
 
 _RANK = 4
 
@@ -69,7 +71,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class FuseAttention(Fusion[Attention]):
+class FuseAttention(RewritePass[Attention]):
     """Fuse softmax(cap(q · kᵀ · scale) + masks) · v, scale factors wherever they stand, capped and guarded or not."""
 
     name: ClassVar[str] = "fuse-attention"
@@ -91,28 +93,28 @@ class FuseAttention(Fusion[Attention]):
     def check(self, match: Attention) -> None:
         """Four dimensions, softmax and transposition over the last ones, and nobody else who reads inside."""
         if SPELLED_OUT in match.softmax.metadata_props:
-            raise Declined(f"{match.softmax.metadata_props[SPELLED_OUT]} spelled it out", match.softmax)
+            raise Refused(f"{match.softmax.metadata_props[SPELLED_OUT]} spelled it out", match.softmax)
         axis = match.softmax.attributes.get("axis")
         if axis is not None and axis.as_int() not in (-1, _RANK - 1):
-            raise Declined(f"its softmax runs over axis {axis.as_int()}", match.softmax)
+            raise Refused(f"its softmax runs over axis {axis.as_int()}", match.softmax)
         if used_by(match.probabilities, "MatMul") is None:
-            raise Declined("its probabilities are read by another node as well", match.probabilities)
+            raise Refused("its probabilities are read by another node as well", match.probabilities)
         if match.scores is None:
-            raise Declined("its scores are not one product of two matrices", match.softmax.inputs[0])
+            raise Refused("its scores are not one product of two matrices", match.softmax.inputs[0])
         if match.scores.key is None:
-            raise Declined("its keys are not seen to be transposed", match.scores.transposed)
+            raise Refused("its keys are not seen to be transposed", match.scores.transposed)
         if len(match.scores.key.perm) != _RANK:
             rank = len(match.scores.key.perm)
-            raise Declined(f"its keys have rank {rank}, attention is written for {_RANK}", match.scores.transposed)
+            raise Refused(f"its keys have rank {rank}, attention is written for {_RANK}", match.scores.transposed)
         if match.scores.masks and _type_of(match.scores) is None:
-            raise Declined("the type of its mask is not known", match.scores.masks[0])
+            raise Refused("the type of its mask is not known", match.scores.masks[0])
         if match.scores.masks and all(map(_is_narrow, match.scores.masks)):
-            raise Declined("its mask is one number for all keys", match.scores.masks[0])
+            raise Refused("its mask is one number for all keys", match.scores.masks[0])
         for name, value in (("queries", match.scores.query), ("values", match.product.inputs[1])):
             if rank_of(value) not in (None, _RANK):
-                raise Declined(f"its {name} have rank {rank_of(value)}, attention is written for {_RANK}", value)
+                raise Refused(f"its {name} have rank {rank_of(value)}, attention is written for {_RANK}", value)
         if rank_of(match.product.outputs[0]) not in (None, _RANK):
-            raise Declined("its mask or its scale adds axes to its scores", match.product.outputs[0])
+            raise Refused("its mask or its scale adds axes to its scores", match.product.outputs[0])
         _check_spread(match, match.scores.query, match.scores.key)
 
     def rewrite(self, match: Attention) -> tuple[ir.Value, list[ir.Node]]:
@@ -149,7 +151,7 @@ def _check_spread(match: Attention, query: ir.Value, key: Turned) -> None:
             sizes = [sizes[0], sizes[3]]
         known = {size for size in sizes if size is not None}
         if len(known) > 1 and (1 in known or len({size for size in known if isinstance(size, int)}) > 1):
-            raise Declined(f"its {what} are repeated along axis {axis}", match.softmax)
+            raise Refused(f"its {what} are repeated along axis {axis}", match.softmax)
 
 
 def _guarded(probabilities: ir.Value) -> ir.Value:
@@ -170,9 +172,9 @@ def _flattened(probabilities: ir.Value) -> bool:
 def _scores(value: ir.Value) -> Scores | None:
     """Queries, keys, scale and masks of the argument of a softmax; None if it is not one product and other terms."""
     terms = _terms(value)
-    products = [term for term in terms if made_by(_uncapped(term)[0].value, "MatMul") is not None]
+    products = [term for term in terms if producer_of(_uncapped(term)[0].value, "MatMul") is not None]
     scaled, softcap = _uncapped(products[0]) if len(products) == 1 else (None, 0.0)
-    matmul = None if scaled is None else made_by(scaled.value, "MatMul")
+    matmul = None if scaled is None else producer_of(scaled.value, "MatMul")
     if scaled is None or matmul is None or matmul.inputs[0] is None or matmul.inputs[1] is None:
         return None
     query, turned = _unscaled(matmul.inputs[0]), _unscaled(matmul.inputs[1])
@@ -229,7 +231,7 @@ def _as_written(mask: ir.Value, held: MaskValues, guarded: bool) -> tuple[ir.Val
 
 def _terms(value: ir.Value) -> list[ir.Value]:
     """The terms of a sum, however its additions are nested; a product of numbers is one term."""
-    add = made_by(value, "Add")
+    add = producer_of(value, "Add")
     operands = [] if add is None else [operand for operand in add.inputs if operand is not None]
     return [term for operand in operands for term in _terms(operand)] if operands else [value]
 
@@ -237,7 +239,7 @@ def _terms(value: ir.Value) -> list[ir.Value]:
 def _unscaled(value: ir.Value) -> Scaled:
     """Strip products and quotients with one number off a value that nobody else reads."""
     factor = 1.0
-    while (node := made_by(value, "Mul", "Div")) is not None:
+    while (node := producer_of(value, "Mul", "Div")) is not None:
         left, right = node.inputs[0], node.inputs[1]
         number = scalar_of(right)
         if number is not None and left is not None:
@@ -252,7 +254,7 @@ def _unscaled(value: ir.Value) -> Scaled:
 def _uncapped(value: ir.Value) -> tuple[Scaled, float]:
     """x · scale of cap · tanh(x · scale / cap), and the cap; or what is scaled without one, and 0."""
     outer = _unscaled(value)
-    tangent = made_by(outer.value, "Tanh")
+    tangent = producer_of(outer.value, "Tanh")
     if tangent is None or tangent.inputs[0] is None:
         return outer, 0.0
     inner = _unscaled(tangent.inputs[0])
@@ -261,7 +263,7 @@ def _uncapped(value: ir.Value) -> tuple[Scaled, float]:
 
 def _turned_key(value: ir.Value) -> Turned | None:
     """What was transposed to ``value``: by one Transpose, or flattened to rank three, transposed and put back."""
-    transpose = made_by(value, "Transpose")
+    transpose = producer_of(value, "Transpose")
     if transpose is not None:
         perm = transpose.attributes.get("perm")
         order = list(perm.as_ints()) if perm is not None else []
@@ -269,13 +271,13 @@ def _turned_key(value: ir.Value) -> Turned | None:
             return None
         order[-1], order[-2] = order[-2], order[-1]
         return Turned(transpose.inputs[0], tuple(order))
-    outer = made_by(value, "Reshape")
-    middle = made_by(None if outer is None else outer.inputs[0], "Transpose")
-    inner = made_by(None if middle is None else middle.inputs[0], "Reshape")
+    outer = producer_of(value, "Reshape")
+    middle = producer_of(None if outer is None else outer.inputs[0], "Transpose")
+    inner = producer_of(None if middle is None else middle.inputs[0], "Reshape")
     source = None if inner is None else inner.inputs[0]
     if outer is None or middle is None or inner is None or source is None or outer.graph is None:
         return None
-    known = Followed.through(outer.graph)
+    known = PropagatedInts.through(outer.graph)
     dims, flat, back = dims_of(source.shape), known.entries(inner.inputs[1]), known.entries(outer.inputs[1])
     swaps = middle.attributes.get("perm")
     plain = swaps is not None and list(swaps.as_ints()) == [0, 2, 1] and None not in dims and len(dims) == _RANK

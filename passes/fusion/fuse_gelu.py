@@ -15,16 +15,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.graph import made_by, scalar_of
-from planish.passes.fusion._fusion import (
-    Declined,
-    Fusion,
-    NearMiss,
-    check_rank,
-    other_operand,
-    used_by,
-    with_constant,
-)
+from planish.optimizer.interfaces.rewrite_pass import NearMiss, Refused, RewritePass
+from planish.optimizer.ir.graph import producer_of, scalar_of
+from planish.passes.fusion._match import check_rank, other_operand, used_by, with_constant
 
 _TOLERANCE = 1e-4
 _CUBE = 0.044715
@@ -40,7 +33,7 @@ class Gelu:
 
 
 @dataclass(frozen=True)
-class FuseGelu(Fusion[Gelu]):
+class FuseGelu(RewritePass[Gelu]):
     """Fuse x · ½ · (1 + erf(x / √2)) and x · ½ · (1 + tanh(√(2/π) · (x + 0.044715 x³))), factors in any order."""
 
     name: ClassVar[str] = "fuse-gelu"
@@ -50,7 +43,7 @@ class FuseGelu(Fusion[Gelu]):
     def pattern(self, node: ir.Node) -> Gelu | None:
         """From `1 + erf(…)` or `1 + tanh(…)` look inside for x, and outside for the product with x and ½."""
         inner = next((value for value, number in with_constant(node) if number == 1.0), None)
-        curve = made_by(inner, "Erf", "Tanh")
+        curve = producer_of(inner, "Erf", "Tanh")
         if curve is None:
             return None
         arguments = list(_erf_arguments(curve) if curve.op_type == "Erf" else _tanh_arguments(curve))
@@ -67,7 +60,7 @@ class FuseGelu(Fusion[Gelu]):
         """The operator takes floating-point numbers only, and gives as many axes as it takes."""
         check_rank(match.result, match.x)
         if match.x.dtype is not None and not match.x.dtype.is_floating_point():
-            raise Declined(f"Gelu is not defined for {match.x.dtype}", match.x)
+            raise Refused(f"Gelu is not defined for {match.x.dtype}", match.x)
 
     def rewrite(self, match: Gelu) -> tuple[ir.Value, list[ir.Node]]:
         """One node."""
@@ -80,7 +73,7 @@ def _near(number: float, wanted: float) -> bool:
 
 def _erf_arguments(curve: ir.Node) -> Iterator[ir.Value]:
     """x of erf(x / √2) or erf(x · 0.7071)."""
-    inner = made_by(curve.inputs[0], "Div", "Mul")
+    inner = producer_of(curve.inputs[0], "Div", "Mul")
     if inner is None:
         return
     if inner.op_type == "Div":
@@ -103,7 +96,7 @@ def _tanh_arguments(curve: ir.Node) -> Iterator[ir.Value]:
 
 def _below(value: ir.Value | None, depth: int = 5) -> list[ir.Value]:
     """The values that sums, products and powers are taken of, nearest first, each once."""
-    node = made_by(value, "Add", "Mul", "Pow")
+    node = producer_of(value, "Add", "Mul", "Pow")
     inputs = [v for v in (() if node is None or depth == 0 else node.inputs) if v is not None and scalar_of(v) is None]
     deeper = [found for v in inputs for found in _below(v, depth - 1)]
     return list({id(found): found for found in (*inputs, *deeper)}.values())
@@ -119,7 +112,7 @@ def _polynomial(value: ir.Value | None, x: ir.Value) -> _Coefficients | None:
     number = scalar_of(value)
     if number is not None:
         return (number, 0.0, 0.0, 0.0)
-    node = made_by(value, "Add", "Mul", "Pow")
+    node = producer_of(value, "Add", "Mul", "Pow")
     left = None if node is None else _polynomial(node.inputs[0], x)
     if node is None or left is None:
         return None
@@ -149,9 +142,9 @@ def _product(curve: ir.Value, x: ir.Value) -> ir.Value | None:
     if first is None:
         return None
     other = other_operand(first, curve)
-    if any(value is x and number == 0.5 for value, number in with_constant(made_by(other, "Mul"))):
+    if any(value is x and number == 0.5 for value, number in with_constant(producer_of(other, "Mul"))):
         return first.outputs[0]
-    halved = made_by(other, "Div")
+    halved = producer_of(other, "Div")
     if halved is not None and halved.inputs[0] is x and scalar_of(halved.inputs[1]) == 2.0:
         return first.outputs[0]
     second = used_by(first.outputs[0], "Mul")

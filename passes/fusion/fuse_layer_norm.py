@@ -14,10 +14,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.graph import made_by, rank_of
-from planish.passes.fusion._fusion import (
-    Fusion,
-    NearMiss,
+from planish.optimizer.interfaces.rewrite_pass import NearMiss, RewritePass
+from planish.optimizer.ir.graph import producer_of, rank_of
+from planish.passes.fusion._match import (
     check_mean,
     check_rank,
     check_vector,
@@ -43,7 +42,7 @@ class LayerNorm:
 
 
 @dataclass(frozen=True)
-class FuseLayerNorm(Fusion[LayerNorm]):
+class FuseLayerNorm(RewritePass[LayerNorm]):
     """Fuse (x - mean) / √(variance + ε) · scale [+ bias] over the last axis."""
 
     name: ClassVar[str] = "fuse-layer-norm"
@@ -52,8 +51,8 @@ class FuseLayerNorm(Fusion[LayerNorm]):
 
     def pattern(self, node: ir.Node) -> LayerNorm | None:
         """From the square root look inside for the variance of x, and outside for scale and bias."""
-        for variance, epsilon in with_constant(made_by(node.inputs[0], "Add")):
-            outer = made_by(variance, "ReduceMean")
+        for variance, epsilon in with_constant(producer_of(node.inputs[0], "Add")):
+            outer = producer_of(variance, "ReduceMean")
             for deviation in squared(None if outer is None else outer.inputs[0]):
                 inner = _mean_of(deviation)
                 if outer is None or inner is None or inner.inputs[0] is None:
@@ -84,14 +83,14 @@ class FuseLayerNorm(Fusion[LayerNorm]):
 
 def _mean_of(deviation: ir.Value) -> ir.Node | None:
     """The mean m of d = x - m, if it is the mean of that x."""
-    difference = made_by(deviation, "Sub")
-    mean = None if difference is None else made_by(difference.inputs[1], "ReduceMean")
+    difference = producer_of(deviation, "Sub")
+    mean = None if difference is None else producer_of(difference.inputs[1], "ReduceMean")
     return mean if mean is not None and difference is not None and mean.inputs[0] is difference.inputs[0] else None
 
 
 def _same(one: ir.Value, other: ir.Value) -> bool:
     """Whether two deviations are one value, or two subtractions of the same operands."""
-    left, right = made_by(one, "Sub"), made_by(other, "Sub")
+    left, right = producer_of(one, "Sub"), producer_of(other, "Sub")
     return one is other or (left is not None and right is not None and list(left.inputs) == list(right.inputs))
 
 

@@ -15,11 +15,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.graph import rank_of
-from planish.passes.fusion._fusion import (
-    Declined,
-    Fusion,
-    NearMiss,
+from planish.optimizer.interfaces.rewrite_pass import NearMiss, Refused, RewritePass
+from planish.optimizer.ir.graph import rank_of
+from planish.passes.fusion._match import (
     check_mean,
     check_rank,
     check_vector,
@@ -45,7 +43,7 @@ class RmsNorm:
 
 
 @dataclass(frozen=True)
-class FuseRmsNorm(Fusion[RmsNorm]):
+class FuseRmsNorm(RewritePass[RmsNorm]):
     """Fuse x / √(mean(x²) + ε) · scale over the last axis, the quotient as exporters write it."""
 
     name: ClassVar[str] = "fuse-rms-norm"
@@ -68,10 +66,10 @@ class FuseRmsNorm(Fusion[RmsNorm]):
         check_mean(match.mean, match.x)
         check_rank(match.result, match.x)
         if match.scale is None:
-            raise Declined("it has no constant scale of one dimension", match.normalized)
+            raise Refused("it has no constant scale of one dimension", match.normalized)
         check_vector("scale", match.scale, match.x)
         if match.scale.dtype is not None and match.x.dtype is not None and match.scale.dtype != match.x.dtype:
-            raise Declined(f"its scale is {match.scale.dtype}, what it scales is {match.x.dtype}", match.scale)
+            raise Refused(f"its scale is {match.scale.dtype}, what it scales is {match.x.dtype}", match.scale)
 
     def rewrite(self, match: RmsNorm) -> tuple[ir.Value, list[ir.Node]]:
         """One node."""

@@ -19,16 +19,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import constant_of, made_by, rank_of
-from planish.passes.fusion._fusion import (
-    Declined,
-    Fusion,
-    NearMiss,
-    other_operand,
-    slice_of,
-    used_by,
-    with_constant,
-)
+from planish.optimizer.interfaces.rewrite_pass import NearMiss, Refused, RewritePass
+from planish.optimizer.ir.graph import constant_of, producer_of, rank_of
+from planish.passes.fusion._match import other_operand, slice_of, used_by, with_constant
 
 _HEADS = {1: False, 2: True}
 """Axis along which angles are repeated over the heads -> whether heads stand behind the sequence."""
@@ -62,7 +55,7 @@ class Rotary:
 
 
 @dataclass(frozen=True)
-class FuseRotaryEmbedding(Fusion[Rotary]):
+class FuseRotaryEmbedding(RewritePass[Rotary]):
     """Fuse x · cos + rotated(x) · sin, whole or partial, halves or pairs."""
 
     name: ClassVar[str] = "fuse-rotary-embedding"
@@ -71,7 +64,7 @@ class FuseRotaryEmbedding(Fusion[Rotary]):
 
     def pattern(self, node: ir.Node) -> Rotary | None:
         """A sum of two products, one of them with what the other's factor is when it is rotated."""
-        left, right = (made_by(value, "Mul") for value in node.inputs)
+        left, right = (producer_of(value, "Mul") for value in node.inputs)
         for plain, turned in ((left, right), (right, left)):
             for rotated in () if plain is None or turned is None else turned.inputs:
                 found = _rotated(rotated)
@@ -89,18 +82,18 @@ class FuseRotaryEmbedding(Fusion[Rotary]):
     def check(self, match: Rotary) -> None:
         """Angles of equal halves, one axis for the heads, and one row of them for each text."""
         if match.x.shape is None or len(match.x.shape) != 4 or match.x.shape[-1] != 2 * match.half:
-            raise Declined(f"what is rotated is not of four dimensions, the last {2 * match.half}", match.x)
+            raise Refused(f"what is rotated is not of four dimensions, the last {2 * match.half}", match.x)
         if match.cos is None or match.sin is None:
-            raise Declined("its angles are not seen to be made of equal halves", match.result)
+            raise Refused("its angles are not seen to be made of equal halves", match.result)
         if match.cos.axis != match.sin.axis or match.cos.axis not in _HEADS:
-            raise Declined(f"its angles are not repeated over the heads, but along axis {match.cos.axis}", match.x)
+            raise Refused(f"its angles are not repeated over the heads, but along axis {match.cos.axis}", match.x)
         if rank_of(match.cos.value) != 3 or rank_of(match.sin.value) != 3:
-            raise Declined("its angles are not of three dimensions", match.cos.value)
+            raise Refused("its angles are not of three dimensions", match.cos.value)
         sequence = match.x.shape[1 if _HEADS[match.cos.axis] else 2]
         for angles in (match.cos.value, match.sin.value):
             texts, tokens = (None, None) if angles.shape is None else angles.shape[:2]
             if (tokens == 1 and sequence != 1) or (match.x.shape[0] == 1 and texts is not None and texts != 1):
-                raise Declined("its angles are repeated along the tokens, or what is rotated along the texts", angles)
+                raise Refused("its angles are repeated along the tokens, or what is rotated along the texts", angles)
 
     def rewrite(self, match: Rotary) -> tuple[ir.Value, list[ir.Node]]:
         """Each angle once, one row of them for each text, heads before the sequence, and one node."""
@@ -120,16 +113,16 @@ class FuseRotaryEmbedding(Fusion[Rotary]):
 
 def _rotated(value: ir.Value | None) -> tuple[ir.Value, int, bool] | None:
     """x of (-second, first), the number of angles, and whether these are pairs instead of halves."""
-    halves = made_by(value, "Concat")
+    halves = producer_of(value, "Concat")
     if halves is not None:
         return _rotated_halves(halves)
-    joined = made_by(value, "Reshape")
-    pairs = made_by(None if joined is None else joined.inputs[0], "Concat")
+    joined = producer_of(value, "Reshape")
+    pairs = producer_of(None if joined is None else joined.inputs[0], "Concat")
     return None if pairs is None else _rotated_pairs(pairs)
 
 
 def _rotated_halves(concat: ir.Node) -> tuple[ir.Value, int, bool] | None:
-    negated = made_by(concat.inputs[0], "Neg")
+    negated = producer_of(concat.inputs[0], "Neg")
     if negated is None or len(concat.inputs) != 2 or not _is_last(concat.attributes["axis"].as_int(), concat):
         return None
     second, first = slice_of(negated.inputs[0]), slice_of(concat.inputs[1])
@@ -143,8 +136,8 @@ def _rotated_pairs(concat: ir.Node) -> tuple[ir.Value, int, bool] | None:
     """Of (-odd, even), each with an axis more at the end."""
     if len(concat.inputs) != 2 or not _is_last(concat.attributes["axis"].as_int(), concat):
         return None
-    raised = [made_by(value, "Unsqueeze") for value in concat.inputs]
-    negated = made_by(None if raised[0] is None else raised[0].inputs[0], "Neg")
+    raised = [producer_of(value, "Unsqueeze") for value in concat.inputs]
+    negated = producer_of(None if raised[0] is None else raised[0].inputs[0], "Neg")
     odd = slice_of(None if negated is None else negated.inputs[0])
     even = slice_of(None if raised[1] is None else raised[1].inputs[0])
     if odd is None or even is None or odd.source is not even.source or not even.along_last(odd):
@@ -179,7 +172,7 @@ def _angles(value: ir.Value, interleaved: bool) -> Angles | None:
     """Cosines or sines without the axis for the heads; None if they are not seen to be doubled."""
     if interleaved:
         return _repeated(value)
-    raised = made_by(value, "Unsqueeze")
+    raised = producer_of(value, "Unsqueeze")
     axes = None if raised is None else constant_of(raised.inputs[1])
     source = value if raised is None else raised.inputs[0]
     if source is None or not _mirrored(source):
@@ -189,7 +182,7 @@ def _angles(value: ir.Value, interleaved: bool) -> Angles | None:
 
 def _mirrored(value: ir.Value | None) -> bool:
     """Whether both halves of the last axis hold the same numbers: followed back to where they were put together."""
-    node = made_by(value, "Cos", "Sin", "Cast", "Identity", "Mul", "Concat", "Gather")
+    node = producer_of(value, "Cos", "Sin", "Cast", "Identity", "Mul", "Concat", "Gather")
     if node is None:
         array = constant_of(value, limit=1 << 24)
         return array is not None and array.ndim > 0 and array.shape[-1] % 2 == 0 and _equal_halves(array)
@@ -216,9 +209,9 @@ def _equal_halves(array: np.ndarray) -> bool:
 
 def _repeated(value: ir.Value) -> Angles | None:
     """Angles of which each was written twice in a row: an axis more at the end, repeated, and flattened."""
-    joined = made_by(value, "Reshape")
-    paired = made_by(None if joined is None else joined.inputs[0], "Expand", "Tile")
-    raised = made_by(None if paired is None else paired.inputs[0], "Unsqueeze")
+    joined = producer_of(value, "Reshape")
+    paired = producer_of(None if joined is None else joined.inputs[0], "Expand", "Tile")
+    raised = producer_of(None if paired is None else paired.inputs[0], "Unsqueeze")
     before, between, after = (None if node is None else node.outputs[0].shape for node in (raised, paired, joined))
     if raised is None or before is None or between is None or after is None or len(before) != len(after) + 1:
         return None
@@ -233,7 +226,7 @@ def _raised_along(node: ir.Node) -> tuple[ir.Value | None, list[int]]:
     """What one or two Unsqueezes in a row were made of, and the axes that they added."""
     axes = constant_of(node.inputs[1])
     found = [] if axes is None else [int(axis) for axis in axes.reshape(-1)]
-    inner = made_by(node.inputs[0], "Unsqueeze") if len(found) == 1 else None
+    inner = producer_of(node.inputs[0], "Unsqueeze") if len(found) == 1 else None
     if inner is None:
         return node.inputs[0], found
     more = constant_of(inner.inputs[1])

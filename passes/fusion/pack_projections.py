@@ -14,17 +14,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import (
-    add_initializer,
-    copy_location,
-    forget_unread,
-    is_weight_matrix,
-    location_of,
-    sizes_of,
-    sole_user,
-)
-from planish.optimizer.tensors import lazy
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.ir.edit import add_initializer, copy_location, forget_unread
+from planish.optimizer.ir.graph import is_weight_matrix, location_of, sizes_of, sole_user
+from planish.optimizer.ir.lazy_tensors import lazy
 
 
 @dataclass(frozen=True)

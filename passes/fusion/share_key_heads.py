@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.graph import constant_of, made_by
-from planish.passes.fusion._fusion import Declined, Fusion, NearMiss
+from planish.optimizer.interfaces.rewrite_pass import NearMiss, Refused, RewritePass
+from planish.optimizer.ir.graph import constant_of, producer_of
 
 _KEY, _VALUE = 1, 2
 
@@ -39,7 +39,7 @@ class Grouped:
 
 
 @dataclass(frozen=True)
-class ShareKeyHeads(Fusion[Grouped]):
+class ShareKeyHeads(RewritePass[Grouped]):
     """Give Attention the keys and values as they were before their heads were repeated for groups of queries."""
 
     name: ClassVar[str] = "share-key-heads"
@@ -60,11 +60,11 @@ class ShareKeyHeads(Fusion[Grouped]):
         """Keys and values repeated alike, and no cache inside that would be of the repeated ones."""
         if match.key is None or match.value is None:
             lone = match.attention.inputs[_VALUE if match.value is None else _KEY]
-            raise Declined("only one of its keys and values is repeated", lone)
+            raise Refused("only one of its keys and values is repeated", lone)
         if match.key.times != match.value.times:
-            raise Declined(f"keys are repeated {match.key.times} times, values {match.value.times}", match.key.source)
+            raise Refused(f"keys are repeated {match.key.times} times, values {match.value.times}", match.key.source)
         if len(match.attention.inputs) > 4 or len(match.attention.outputs) > 1:
-            raise Declined("it holds its cache itself", match.attention)
+            raise Refused("it holds its cache itself", match.attention)
 
     def rewrite(self, match: Grouped) -> tuple[ir.Value, list[ir.Node]]:
         """The same node with other operands."""
@@ -77,15 +77,15 @@ class ShareKeyHeads(Fusion[Grouped]):
 
 def _expanded(value: ir.Value | None) -> ir.Node | None:
     """The Expand or Tile in front of a Reshape."""
-    joined = made_by(value, "Reshape")
-    return None if joined is None else made_by(joined.inputs[0], "Expand", "Tile")
+    joined = producer_of(value, "Reshape")
+    return None if joined is None else producer_of(joined.inputs[0], "Expand", "Tile")
 
 
 def _repeated(value: ir.Value | None) -> Repeated | None:
     """(batch, heads, keys, size) of Reshape (Expand (Unsqueeze (heads, 2))), if that repeats each head in place."""
-    joined = made_by(value, "Reshape")
-    expanded = made_by(None if joined is None else joined.inputs[0], "Expand")
-    raised = made_by(None if expanded is None else expanded.inputs[0], "Unsqueeze")
+    joined = producer_of(value, "Reshape")
+    expanded = producer_of(None if joined is None else joined.inputs[0], "Expand")
+    raised = producer_of(None if expanded is None else expanded.inputs[0], "Unsqueeze")
     axes = None if raised is None else constant_of(raised.inputs[1])
     source = None if raised is None else raised.inputs[0]
     if joined is None or expanded is None or source is None or axes is None or list(axes.reshape(-1)) != [2]:

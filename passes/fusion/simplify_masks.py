@@ -15,8 +15,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import constant_of, made_by, rank_of, scalar_of
-from planish.passes.fusion._fusion import Declined, Fusion
+from planish.optimizer.interfaces.rewrite_pass import Refused, RewritePass
+from planish.optimizer.ir.graph import constant_of, producer_of, rank_of, scalar_of
 
 _PASSED_ON = ("Identity", "Cast", "Expand")
 
@@ -31,7 +31,7 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class SimplifyMasks(Fusion[Walk]):
+class SimplifyMasks(RewritePass[Walk]):
     """Replace a GatherND whose indices count along axes of their own, from zero to the end, by an Unsqueeze.
 
     1. What counts: a ``Range`` from zero in steps of one; it may get axes, a type and other axes to be spread over.
@@ -44,7 +44,7 @@ class SimplifyMasks(Fusion[Walk]):
 
     def pattern(self, node: ir.Node) -> Walk | None:
         """Each part of the joined indices must count along an axis."""
-        joined, data = made_by(node.inputs[1], "Concat"), node.inputs[0]
+        joined, data = producer_of(node.inputs[1], "Concat"), node.inputs[0]
         rank, within = rank_of(data), node.attributes.get("batch_dims")
         if joined is None or data is None or len(joined.inputs) != rank or (within is not None and within.as_int()):
             return None
@@ -56,15 +56,15 @@ class SimplifyMasks(Fusion[Walk]):
         """All entries in order, none twice."""
         data, result = match.data.shape, match.gather.outputs[0].shape
         if data is None or result is None:
-            raise Declined("the shape of what it gathers is not known", match.gather.inputs[0])
+            raise Refused("the shape of what it gathers is not known", match.gather.inputs[0])
         if list(match.axes) != sorted(set(match.axes)):
-            raise Declined("its indices run along the axes in another order", match.gather.inputs[1])
+            raise Refused("its indices run along the axes in another order", match.gather.inputs[1])
         for dim, axis in zip(data, match.axes, strict=True):
             if not _same(dim, result[axis]):
-                raise Declined(f"it takes {result[axis]} of {dim} entries", match.gather.inputs[1])
+                raise Refused(f"it takes {result[axis]} of {dim} entries", match.gather.inputs[1])
         rest = [dim for axis, dim in enumerate(result) if axis not in match.axes]
         if any(dim != 1 for dim in rest):
-            raise Declined("it repeats entries", match.gather.outputs[0])
+            raise Refused("it repeats entries", match.gather.outputs[0])
 
     def rewrite(self, match: Walk) -> tuple[ir.Value, list[ir.Node]]:
         """Axes of one entry where the result has more than what is gathered."""
@@ -78,7 +78,7 @@ def _counted(value: ir.Value | None) -> int | None:
     """The axis along which a value is 0, 1, 2, …; None if there is none."""
     if value is None or value.dtype is None or not value.dtype.is_integer():
         return None
-    node = made_by(value, "Range", "Unsqueeze", *_PASSED_ON)
+    node = producer_of(value, "Range", "Unsqueeze", *_PASSED_ON)
     if node is None or node.op_type == "Range":
         start, step = (None, None) if node is None else (scalar_of(node.inputs[0]), scalar_of(node.inputs[2]))
         return 0 if (start, step) == (0, 1) else None

@@ -19,10 +19,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import add_initializer, is_weight_matrix, made_by, rank_of, sizes_of
-from planish.optimizer.quantizing import matrix_behind
-from planish.optimizer.tensors import lazy
-from planish.passes.fusion._fusion import Declined, Fusion, used_by
+from planish.optimizer.interfaces.quantization_pass import matrix_behind
+from planish.optimizer.interfaces.rewrite_pass import Refused, RewritePass
+from planish.optimizer.ir.edit import add_initializer
+from planish.optimizer.ir.graph import is_weight_matrix, producer_of, rank_of, sizes_of
+from planish.optimizer.ir.lazy_tensors import lazy
+from planish.passes.fusion._match import used_by
 
 _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 
@@ -37,7 +39,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class UnfuseGemm(Fusion[Product]):
+class UnfuseGemm(RewritePass[Product]):
     """Replace a Gemm between a Reshape that joins the leading axes and one that parts them by MatMul and Add.
 
     1. The leading axes are the same on both sides, nothing is transposed or scaled, each column has one bias.
@@ -60,7 +62,7 @@ class UnfuseGemm(Fusion[Product]):
         return Product(node.inputs[0], node, node.outputs[0])
 
     def _between_reshapes(self, node: ir.Node) -> Product | None:
-        flatten = made_by(node.inputs[0], "Reshape")
+        flatten = producer_of(node.inputs[0], "Reshape")
         part = used_by(node.outputs[0], "Reshape")
         x = None if flatten is None else flatten.inputs[0]
         if part is None or x is None or x.shape is None or part.outputs[0].shape is None:
@@ -82,13 +84,13 @@ class UnfuseGemm(Fusion[Product]):
         allowed = ("transB", "alpha") if self.anywhere else ()
         odd = [name for name, value in written.items() if value != _PLAIN[name] and name not in allowed]
         if odd and not (odd == ["beta"] and bias is None):
-            raise Declined(f"its {odd[0]} is {written[odd[0]]}", gemm)
+            raise Refused(f"its {odd[0]} is {written[odd[0]]}", gemm)
         if _stored(gemm.inputs[1]) is None or not (self.anywhere or is_weight_matrix(gemm.inputs[1])):
-            raise Declined("its second operand is no constant matrix", gemm.inputs[1])
+            raise Refused("its second operand is no constant matrix", gemm.inputs[1])
         if _alpha_of(gemm) != 1 and gemm.inputs[1] is not None and gemm.inputs[1].dtype is not ir.DataType.FLOAT:
-            raise Declined(f"its alpha is {_alpha_of(gemm)}, and its matrix is not of type FLOAT", gemm)
+            raise Refused(f"its alpha is {_alpha_of(gemm)}, and its matrix is not of type FLOAT", gemm)
         if bias is not None and match.result is not gemm.outputs[0] and rank_of(bias) != 1:
-            raise Declined("its third operand has not one entry for each column", bias)
+            raise Refused("its third operand has not one entry for each column", bias)
 
     def rewrite(self, match: Product) -> tuple[ir.Value, list[ir.Node]]:
         """The product, and the sum if there is a bias."""
@@ -114,7 +116,7 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
     """The constant matrix that a value is, or is cast from; None if it is none."""
     if is_weight_matrix(value) or matrix_behind(value) is None:
         return value if is_weight_matrix(value) else None
-    made_float = made_by(value, "Cast")
+    made_float = producer_of(value, "Cast")
     return None if made_float is None else made_float.inputs[0]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import SPELLED_OUT, copy_location, name_nodes
+from planish.optimizer.ir.edit import copy_location, name_nodes
+from planish.optimizer.ir.graph import SPELLED_OUT
 from planish.passes._mask_values import number
 from planish.passes.legalize._masks import line_of
 

@@ -9,13 +9,13 @@ import onnx.parser
 import onnx.shape_inference
 import onnx_ir as ir
 
-from planish.optimizer.base import Question
-from planish.optimizer.program import size_of
+from planish.optimizer.interfaces.pass_base import TuningQuery
+from planish.optimizer.ir.program import size_of
 
 _HEADER = '<ir_version: 10, opset_import: ["" : 23]>'
 
 
-def ask_about_attention(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[Question]:
+def ask_about_attention(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[TuningQuery]:
     """Whether attention without a cache is faster as the standard's operator or as MultiHeadAttention.
 
     Asked for the first attention of rank four whose queries and keys have the same heads.
@@ -32,11 +32,11 @@ def ask_about_attention(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[Q
         given = f", {kind}[{batch},1,{queries},{keys}] m" if kind else ""
         about = f"batch={batch} heads={heads} queries={queries} keys={keys} size={size} mask={kind or 'none'}"
         make = partial(_attention, batch, heads, queries, keys, size, given)
-        yield Question("attention", ("standard", "multi-head"), about, make)
+        yield TuningQuery("attention", ("standard", "multi-head"), about, make)
         return
 
 
-def ask_about_sums(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[Question]:
+def ask_about_sums(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[TuningQuery]:
     """Whether an addition in front of a LayerNormalization had better stay out of the runtime's fusion of the two."""
     for node in graph:
         if node.op_type != "LayerNormalization" or node.domain != "" or node.inputs[0] is None:
@@ -45,7 +45,7 @@ def ask_about_sums(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[Questi
         found = _sizes(node.inputs[0], sizes)
         if add is not None and add.op_type == "Add" and len(found) == 3:
             about = f"batch={found[0]} tokens={found[1]} width={found[2]}"
-            yield Question("keep_sums", (True, False), about, partial(_sum, *found))
+            yield TuningQuery("keep_sums", (True, False), about, partial(_sum, *found))
             return
 
 

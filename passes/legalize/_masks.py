@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import copy_location, name_nodes, stand_in
+from planish.optimizer.ir.edit import copy_location, name_nodes, replace_value
 from planish.passes._mask_values import LOWEST, mask_values, number
 
 
@@ -78,7 +78,7 @@ def scale_rows(graph: ir.Graph, node: ir.Node, share: ir.Value) -> None:
     """Multiply the rows of what an attention gives."""
     old = node.outputs[0]
     product = ir.node("Mul", [old, share], name=f"{old.name}_shares")
-    stand_in(old, product.outputs[0], "of_all_rows")
+    replace_value(old, product.outputs[0], "of_all_rows")
     product.replace_input_with(0, old)
     copy_location(node, product)
     graph.insert_after(node, product)

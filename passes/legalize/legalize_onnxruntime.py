@@ -23,9 +23,10 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Question, Refusal, admitted
-from planish.optimizer.graph import add_initializer, location_of, rank_of, sole_user
-from planish.optimizer.quantizing import products_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, TuningQuery, admitted
+from planish.optimizer.interfaces.quantization_pass import products_of
+from planish.optimizer.ir.edit import add_initializer
+from planish.optimizer.ir.graph import location_of, rank_of, sole_user
 from planish.passes._flat_attention import flatten
 from planish.passes.legalize._forms import ask_about_attention, ask_about_sums
 from planish.passes.legalize._masks import AddedMasks, scale_rows
@@ -57,7 +58,7 @@ class LegalizeOnnxRuntime(Pass):
     attention: Literal["standard", "multi-head"] = "standard"
     """Case 4: the operator for attention whose queries and keys have the same heads, and no cache."""
 
-    def questions(self, model: ir.Model, sizes: Mapping[str, int]) -> Sequence[Question]:
+    def tuning_queries(self, model: ir.Model, sizes: Mapping[str, int]) -> Sequence[TuningQuery]:
         """Both options, where the graph has something that they are about."""
         return [*ask_about_attention(model.graph, sizes), *ask_about_sums(model.graph, sizes)]
 

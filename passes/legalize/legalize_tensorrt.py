@@ -16,9 +16,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import location_of, name_nodes, rank_of
-from planish.optimizer.shapes import rows_for
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.ir.edit import name_nodes, rows_for
+from planish.optimizer.ir.graph import location_of, rank_of
 from planish.passes.legalize._attention import heads_of, size_of_heads, softcap_of, spell_out
 from planish.passes.legalize._masks import AddedMasks
 

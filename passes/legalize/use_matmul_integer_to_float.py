@@ -14,9 +14,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import location_of, rank_of, remove_dead, sizes_of, sole_user, stand_in, vector_operand
-from planish.optimizer.quantizing import products_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.interfaces.quantization_pass import products_of
+from planish.optimizer.ir.edit import remove_dead, replace_value
+from planish.optimizer.ir.graph import location_of, rank_of, sizes_of, sole_user, vector_operand
 
 _CONTRIB = "com.microsoft"
 
@@ -82,7 +83,7 @@ def _rewrite(node: ir.Node, data: ir.Node, weight: ir.Node) -> None:
         metadata_props=dict(node.metadata_props),
     )
     graph.insert_before(node, fused)
-    stand_in(last.outputs[0], fused.outputs[0], "real")
+    replace_value(last.outputs[0], fused.outputs[0], "real")
     if last is not node:
         graph.remove(last, safe=True)
     graph.remove(node, safe=True)

@@ -15,10 +15,11 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import add_initializer, location_of, remove_dead, sizes_of, stand_in
-from planish.optimizer.quantizing import products_of
-from planish.optimizer.tensors import lazy
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.interfaces.quantization_pass import products_of
+from planish.optimizer.ir.edit import add_initializer, remove_dead, replace_value
+from planish.optimizer.ir.graph import location_of, sizes_of
+from planish.optimizer.ir.lazy_tensors import lazy
 
 _CONTRIB = "com.microsoft"
 _BITS = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}
@@ -79,7 +80,7 @@ class UseMatMulNBits(Pass):
             metadata_props=dict(node.metadata_props),
         )
         graph.insert_before(node, fused)
-        stand_in(node.outputs[0], fused.outputs[0], "real")
+        replace_value(node.outputs[0], fused.outputs[0], "real")
         graph.remove(node, safe=True)
         remove_dead(real.graph or graph, real)
 

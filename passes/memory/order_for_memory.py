@@ -16,9 +16,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal
 from planish.optimizer.errors import UsageError
-from planish.optimizer.graph import location_of, sizes_of_values
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal
+from planish.optimizer.ir.graph import location_of
+from planish.passes.memory._sizes import sizes_of_values
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge
 
-from planish.optimizer.base import Pass, PassResult, Refusal
-from planish.optimizer.graph import is_weight_matrix, location_of, sizes_of
-from planish.optimizer.tensors import Turnable, origin_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal
+from planish.optimizer.ir.graph import is_weight_matrix, location_of, sizes_of
+from planish.optimizer.ir.lazy_tensors import Turnable, origin_of
 
 
 @dataclass(frozen=True)

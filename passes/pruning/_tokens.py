@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from planish.optimizer.graph import constant_of, is_weight_matrix, rank_of, sole_user
-from planish.optimizer.program import Role, guess_role
+from planish.optimizer.ir.graph import constant_of, is_weight_matrix, rank_of, sole_user
+from planish.optimizer.ir.program import Role, guess_role
 
 # fmt: off
 _UNARY = frozenset({

@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge, Gt, Le
 
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import is_weight_matrix, location_of, shape_of, sizes_of
-from planish.optimizer.tensors import taken
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.ir.graph import is_weight_matrix, location_of, shape_of, sizes_of
+from planish.optimizer.ir.lazy_tensors import taken
 
 _ELEMENTWISE = frozenset(
     {

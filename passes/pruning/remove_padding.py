@@ -21,9 +21,10 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import location_of, name_nodes
-from planish.optimizer.program import SUM, Role, guess_role
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.ir.edit import name_nodes
+from planish.optimizer.ir.graph import location_of
+from planish.optimizer.ir.program import SUM, Role, guess_role
 from planish.passes.pruning._tokens import PRODUCTS, Tokens
 
 _Axes = tuple[int | ir.SymbolicDim, int | ir.SymbolicDim]

@@ -13,8 +13,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from planish.optimizer.observations import Gram, seen
-from planish.optimizer.quantizing import Site
+from planish.optimizer.interfaces.observers import GramObserver, statistic_of
+from planish.optimizer.interfaces.quantization_pass import MatMulSite
 from planish.passes.quantization._rounding import Blocks, blocks_of, limits, strips
 
 AnyMethod = Literal["nearest", "mse", "hqq", "gptq"]
@@ -38,39 +38,39 @@ class Rounding:
     symmetric: bool
     method: AnyMethod
 
-    def unready(self, site: Site) -> str | None:
+    def not_ready(self, site: MatMulSite) -> str | None:
         """Why a matrix cannot be rounded so; nothing if it can."""
         if self.method != "gptq" or self._key in self._kept(site):
             return None
-        found = seen(site.data, Gram)
+        found = statistic_of(site.data, GramObserver)
         if found is None:
             return "nothing was seen of its activation: gptq needs calibration data"
         return None if found.finite else "its activation holds NaN or infinity"
 
-    def digest(self, site: Site) -> None:
+    def consume(self, site: MatMulSite) -> None:
         """Find the integers of a matrix for gptq, if its activation has just been seen."""
-        if self.method == "gptq" and self.unready(site) is None:
+        if self.method == "gptq" and self.not_ready(site) is None:
             self.blocks(site)
 
-    def blocks(self, site: Site) -> Blocks:
+    def blocks(self, site: MatMulSite) -> Blocks:
         """Scales and, for gptq, integers of a matrix; ValueError if it is not ready."""
         kept = self._kept(site)
         if self._key not in kept:
             kept[self._key] = self._found(site)
         return cast("Blocks", kept[self._key])
 
-    def _kept(self, site: Site) -> MutableMapping[str, Any]:
+    def _kept(self, site: MatMulSite) -> MutableMapping[str, Any]:
         return site.weight.meta if self.method == "gptq" else site.tensor.meta
 
     @property
     def _key(self) -> str:
         return repr(self)
 
-    def _found(self, site: Site) -> Blocks:
+    def _found(self, site: MatMulSite) -> Blocks:
         matrix = site.tensor.numpy()
         if self.method != "gptq":
             return blocks_of(matrix, self.bits, self.block, symmetric=self.symmetric, method=self.method)
-        gram = seen(site.data, Gram)
+        gram = statistic_of(site.data, GramObserver)
         if gram is None:
             raise ValueError(f"{site.data.name!r} was not seen")
         scaled = blocks_of(matrix, self.bits, self.block, symmetric=self.symmetric, method="mse")

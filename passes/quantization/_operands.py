@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.graph import add_initializer, constant_of, forget_unread, sizes_of
-from planish.optimizer.quantizing import matrix_behind
-from planish.optimizer.tensors import lazy
+from planish.optimizer.interfaces.quantization_pass import matrix_behind
+from planish.optimizer.ir.edit import add_initializer, forget_unread
+from planish.optimizer.ir.graph import constant_of, sizes_of
+from planish.optimizer.ir.lazy_tensors import lazy
 
 
 def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from planish.optimizer.observations import BINS, Channels, Range, seen
-from planish.optimizer.quantizing import Site
+from planish.optimizer.interfaces.observers import BINS, ChannelObserver, HistogramObserver, statistic_of
+from planish.optimizer.interfaces.quantization_pass import MatMulSite
 
 RangeMethod = Literal["minmax", "average", "percentile", "entropy", "mse"]
 _PERCENT = 99.99
@@ -19,9 +19,9 @@ _LEVELS = 128
 """Steps of a magnitude in 8 bits."""
 
 
-def range_unready(site: Site) -> str | None:
+def range_unready(site: MatMulSite) -> str | None:
     """Why an activation cannot get fixed steps; nothing if it can."""
-    found = seen(site.data, Range)
+    found = statistic_of(site.data, HistogramObserver)
     if found is None:
         return "nothing was seen of its activation: fixed scales need calibration data"
     return None if found.finite else "its activation holds NaN or infinity"
@@ -41,14 +41,14 @@ class Steps:
         """Type of the integers."""
         return np.dtype(np.int8 if self.signed else np.uint8)
 
-    def heard(self, data: np.ndarray) -> np.ndarray:
+    def dequantized_input(self, data: np.ndarray) -> np.ndarray:
         """Real numbers as their nearest steps stand for them."""
         limits = np.iinfo(self.dtype)
         steps = np.clip(np.rint(data / self.scale) + self.zero_point, limits.min, limits.max)
         return np.asarray((steps - self.zero_point) * self.scale, np.float32)
 
 
-def steps_for(shown: Range, method: RangeMethod, *, signed: bool) -> Steps:
+def steps_for(shown: HistogramObserver, method: RangeMethod, *, signed: bool) -> Steps:
     """Steps for what was seen: symmetric around zero if ``signed``, else from the lowest to the highest entry.
 
     `minmax` keeps everything; `average` the mean of the batches' extremes (Jacob et al. 2018, section 3.1, keep a
@@ -63,7 +63,7 @@ def steps_for(shown: Range, method: RangeMethod, *, signed: bool) -> Steps:
     return Steps(scale, 0 if signed else int(np.clip(round(-low / scale), 0, 255)), signed)
 
 
-def _kept(shown: Range, method: RangeMethod, *, signed: bool) -> tuple[float, float]:
+def _kept(shown: HistogramObserver, method: RangeMethod, *, signed: bool) -> tuple[float, float]:
     if method == "average":
         return shown.lows / shown.batches, shown.highs / shown.batches
     if method == "percentile":
@@ -76,7 +76,7 @@ def _kept(shown: Range, method: RangeMethod, *, signed: bool) -> tuple[float, fl
     return min(tried, key=lambda kept: loss(shown, *kept, signed=signed))
 
 
-def _percentile(shown: Range) -> tuple[float, float]:
+def _percentile(shown: HistogramObserver) -> tuple[float, float]:
     """Limits beyond which lies as much on each side as two-sided percentiles leave out."""
     total = np.cumsum(shown.counts) / max(int(shown.counts.sum()), 1)
     outside = (100 - _PERCENT) / 200
@@ -85,7 +85,7 @@ def _percentile(shown: Range) -> tuple[float, float]:
     return max(float(low), shown.low), min(float(high), shown.high)
 
 
-def _squared_error(shown: Range, low: float, high: float, *, signed: bool) -> float:
+def _squared_error(shown: HistogramObserver, low: float, high: float, *, signed: bool) -> float:
     """Of all entries, each taken to lie in the middle of its bin."""
     filled = np.flatnonzero(shown.counts)
     low, high = (-max(-low, high), max(-low, high)) if signed else (min(low, 0.0), max(high, 0.0))
@@ -97,7 +97,7 @@ def _squared_error(shown: Range, low: float, high: float, *, signed: bool) -> fl
     return float((np.square(error) * shown.counts[filled]).sum())
 
 
-def _divergence(shown: Range, low: float, high: float, *, signed: bool) -> float:
+def _divergence(shown: HistogramObserver, low: float, high: float, *, signed: bool) -> float:
     """Kullback-Leibler divergence of magnitudes from themselves in 128 steps, beyond the range clipped into it."""
     folded = (shown.counts[BINS // 2 :] + shown.counts[: BINS // 2][::-1]).astype(np.float64)
     count = max(_LEVELS, int(np.ceil(max(-low, high) / shown.bound * len(folded))))
@@ -113,7 +113,7 @@ def _divergence(shown: Range, low: float, high: float, *, signed: bool) -> float
     return float((true[inside] * np.log(true[inside] / coarse[inside])).sum())
 
 
-def expected_error(channels: Channels, scale: np.ndarray, matrices: Sequence[np.ndarray]) -> float:
+def expected_error(channels: ChannelObserver, scale: np.ndarray, matrices: Sequence[np.ndarray]) -> float:
     """Expected squared error of products with an activation in 256 fixed steps and columns in 255.
 
     Channels are divided by ``scale``, rows multiplied by it; a channel whose scale is zero is left out. An entry that

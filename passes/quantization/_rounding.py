@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from planish.optimizer.resources import cores
+from planish.optimizer.system.machine import cores
 
 Method = Literal["nearest", "mse", "hqq"]
 _STRIP = 1 << 20

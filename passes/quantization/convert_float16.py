@@ -24,10 +24,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
-from planish.optimizer.graph import add_initializer, copy_location, forget_unread, location_of, sizes_of, subgraphs_of
-from planish.optimizer.observations import Range, seen
-from planish.optimizer.tensors import lazy
+from planish.optimizer.interfaces.observers import HistogramObserver, statistic_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, StatisticRequest, admitted
+from planish.optimizer.ir.edit import add_initializer, copy_location, forget_unread
+from planish.optimizer.ir.graph import location_of, sizes_of, subgraphs_of
+from planish.optimizer.ir.lazy_tensors import lazy
 
 _TYPES = {
     "float16": (ir.DataType.FLOAT16, np.float16, float(np.finfo(np.float16).max)),
@@ -57,10 +58,15 @@ class ConvertFloat16(Pass):
     )  # fmt: skip
     """Operators that stay in float: sums of many terms, and what grows fast."""
 
-    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+    def statistics(self, model: ir.Model) -> Sequence[StatisticRequest]:
         """The range of everything that might be computed in float16."""
         nodes = [node for node in model.graph if self._unfit(node) is None] if self.type == "float16" else []
-        return [Wish(value, Range) for node in nodes if node.op_type not in _STEPS for value in _floats(node.outputs)]
+        return [
+            StatisticRequest(value, HistogramObserver)
+            for node in nodes
+            if node.op_type not in _STEPS
+            for value in _floats(node.outputs)
+        ]
 
     def call(self, model: ir.Model) -> PassResult:
         """Convert what can be converted."""
@@ -104,7 +110,7 @@ class ConvertFloat16(Pass):
         weights = [(value.name, value.const_value) for value in node.inputs if _is_weight(value)]
         reaches = {name: float(np.abs(t.numpy()).max(initial=0)) for name, t in weights if t is not None}
         for value in _floats(node.outputs) if self.type == "float16" else ():
-            found = seen(value, Range)
+            found = statistic_of(value, HistogramObserver)
             if found is None:
                 return f"nothing was seen of {value.name!r}: its range needs calibration data"
             reaches[value.name] = max(-found.low, found.high)

@@ -20,9 +20,17 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import add_initializer, copy_location, made_by, opset_of, remove_dead, subgraphs_of
-from planish.optimizer.program import CACHE_SCALE, INT8_STEPS, PAST_NAME, PRESENT_NAME, SMALLEST_SCALE, is_cache_scale
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.ir.edit import add_initializer, copy_location, remove_dead
+from planish.optimizer.ir.graph import opset_of, producer_of, subgraphs_of
+from planish.optimizer.ir.kv_cache import (
+    CACHE_SCALE,
+    INT8_STEPS,
+    PAST_NAME,
+    PRESENT_NAME,
+    SMALLEST_SCALE,
+    is_cache_scale,
+)
 from planish.passes._flat_attention import appends, spread
 
 _RANK, _TOKENS, _ENTRIES = 4, 2, 3
@@ -100,10 +108,10 @@ def _graphs_in(node: ir.Node) -> set[ir.Graph | ir.Function | None]:
 def _give(graph: ir.Graph, present: ir.Value) -> None:
     """Let the graph give a tensor in 8 bits and its scales: new tokens behind the old, or all of them at once."""
     name, index = present.name or "", graph.outputs.index(present)
-    attention = made_by(present, "Attention")
+    attention = producer_of(present, "Attention")
     if attention is not None and spread(graph, attention):
         present = graph.outputs[index]
-    concat = made_by(present, "Concat")
+    concat = producer_of(present, "Concat")
     old, new = (None, None) if concat is None or not appends(concat) else concat.inputs
     found = _of_cache(old)
     if concat is not None and found is not None and new is not None:
@@ -188,8 +196,8 @@ def _made_real(stored: ir.Value, scale: ir.Value) -> list[ir.Node]:
 
 def _of_cache(value: ir.Value | None) -> tuple[ir.Value, ir.Node] | None:
     """A tensor that the graph takes in 8 bits, and what made this value of it."""
-    real = made_by(value, "Mul")
-    cast = None if real is None else made_by(real.inputs[0], "Cast")
+    real = producer_of(value, "Mul")
+    cast = None if real is None else producer_of(real.inputs[0], "Cast")
     taken = None if cast is None else cast.inputs[0]
     if real is None or taken is None or not taken.is_graph_input() or not (taken.name or "").startswith(PAST_NAME):
         return None

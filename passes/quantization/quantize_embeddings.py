@@ -16,9 +16,10 @@ import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge
 
-from planish.optimizer.base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.graph import add_initializer, copy_location, is_weight_matrix, location_of, sizes_of
-from planish.optimizer.tensors import lazy
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.ir.edit import add_initializer, copy_location
+from planish.optimizer.ir.graph import is_weight_matrix, location_of, sizes_of
+from planish.optimizer.ir.lazy_tensors import lazy
 from planish.passes.quantization._rounding import blocks_of
 
 

@@ -18,11 +18,12 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Wish
-from planish.optimizer.graph import add_initializer, copy_location, sizes_of
-from planish.optimizer.observations import Range, seen
-from planish.optimizer.quantizing import Quantizing, Site
-from planish.optimizer.tensors import lazy
+from planish.optimizer.interfaces.observers import HistogramObserver, statistic_of
+from planish.optimizer.interfaces.pass_base import StatisticRequest
+from planish.optimizer.interfaces.quantization_pass import MatMulSite, QuantizationPass
+from planish.optimizer.ir.edit import add_initializer, copy_location
+from planish.optimizer.ir.graph import sizes_of
+from planish.optimizer.ir.lazy_tensors import lazy
 from planish.passes.quantization._ranges import range_unready
 
 _FLOAT8 = ml_dtypes.float8_e4m3fn
@@ -30,31 +31,34 @@ _LARGEST = float(ir.DataType.FLOAT8E4M3FN.max)
 
 
 @dataclass(frozen=True)
-class QuantizeFloat8(Quantizing):
+class QuantizeFloat8(QuantizationPass):
     """Quantize products with constant matrices; those that read the same activation share its quantization."""
 
     name: ClassVar[str] = "quantize-float8"
 
-    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+    def statistics(self, model: ir.Model) -> Sequence[StatisticRequest]:
         """The range of each activation."""
-        return [*super().wishes(model), *(Wish(site.data, Range) for site in self.candidates(model))]
+        return [
+            *super().statistics(model),
+            *(StatisticRequest(site.data, HistogramObserver) for site in self.candidates(model)),
+        ]
 
-    def unready(self, site: Site) -> str | None:
+    def not_ready(self, site: MatMulSite) -> str | None:
         """Why a scale cannot be given."""
         return range_unready(site)
 
-    def rounded(self, site: Site) -> np.ndarray:
+    def dequantized_weight(self, site: MatMulSite) -> np.ndarray:
         """The matrix as products will see it."""
         matrix = site.tensor.numpy()
         scale = _column_scales(matrix)
         return np.asarray(_float8(matrix, scale).astype(np.float32) * scale)
 
-    def heard(self, site: Site, data: np.ndarray) -> np.ndarray:
+    def dequantized_input(self, site: MatMulSite, data: np.ndarray) -> np.ndarray:
         """An activation as products will see it."""
         scale = _scale_of(site)
         return np.asarray(_float8(data, scale).astype(np.float32) * scale)
 
-    def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
+    def rewrite(self, model: ir.Model, sites: list[MatMulSite]) -> None:
         """Write the 8-bit form of each product; what one graph makes another does not read."""
         made: dict[tuple[ir.Graph, ir.Value], ir.Value] = {}
         for site in sites:
@@ -77,13 +81,13 @@ def _column_scales(matrix: np.ndarray) -> np.ndarray:
     return np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
 
 
-def _scale_of(site: Site) -> np.float32:
-    found = seen(site.data, Range)
+def _scale_of(site: MatMulSite) -> np.float32:
+    found = statistic_of(site.data, HistogramObserver)
     reach = 0.0 if found is None else max(-found.low, found.high)
     return np.float32(f"{reach / _LARGEST:.4g}") if reach > 0 else np.float32(1)
 
 
-def _stored(graph: ir.Graph, site: Site) -> ir.Value:
+def _stored(graph: ir.Graph, site: MatMulSite) -> ir.Value:
     """The matrix in 8 bits, made real again column by column."""
     tensor, name = site.tensor, site.weight.name or ""
     scale = _column_scales(tensor.numpy())
@@ -94,7 +98,7 @@ def _stored(graph: ir.Graph, site: Site) -> ir.Value:
     return _real(site, [matrix, add_initializer(graph, f"{name}_scale", scale)], site.weight, {"axis": 1})
 
 
-def _rounded_data(graph: ir.Graph, site: Site) -> ir.Value:
+def _rounded_data(graph: ir.Graph, site: MatMulSite) -> ir.Value:
     """The activation in 8 bits, made real again."""
     name = site.data.name or ""
     scale = add_initializer(graph, f"{name}_scale", np.array(_scale_of(site), np.float32))
@@ -106,14 +110,14 @@ def _rounded_data(graph: ir.Graph, site: Site) -> ir.Value:
     return _real(site, [steps, *operands], site.data, {})
 
 
-def _real(site: Site, operands: Sequence[ir.Value], like: ir.Value, attributes: dict[str, int]) -> ir.Value:
+def _real(site: MatMulSite, operands: Sequence[ir.Value], like: ir.Value, attributes: dict[str, int]) -> ir.Value:
     node = ir.node("DequantizeLinear", operands, attributes, name=f"{like.name}_DequantizeLinear")
     value = _placed(site, node).outputs[0]
     value.name, value.shape, value.type = f"{like.name}_real", like.shape, ir.TensorType(ir.DataType.FLOAT)
     return value
 
 
-def _placed(site: Site, node: ir.Node) -> ir.Node:
+def _placed(site: MatMulSite, node: ir.Node) -> ir.Node:
     copy_location(site.node, node)
     if site.node.graph is not None:
         site.node.graph.insert_before(site.node, node)

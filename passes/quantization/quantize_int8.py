@@ -27,11 +27,12 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.base import Wish
-from planish.optimizer.graph import add_initializer, constant_of, copy_location, sizes_of, stand_in
-from planish.optimizer.observations import Gram, Observation, Range, seen
-from planish.optimizer.quantizing import Quantizing, Site
-from planish.optimizer.tensors import lazy
+from planish.optimizer.interfaces.observers import GramObserver, HistogramObserver, Observer, statistic_of
+from planish.optimizer.interfaces.pass_base import StatisticRequest
+from planish.optimizer.interfaces.quantization_pass import MatMulSite, QuantizationPass
+from planish.optimizer.ir.edit import add_initializer, copy_location, replace_value
+from planish.optimizer.ir.graph import constant_of, sizes_of
+from planish.optimizer.ir.lazy_tensors import lazy
 from planish.passes.quantization._gptq import Rounding
 from planish.passes.quantization._ranges import RangeMethod, Steps, range_unready, steps_for
 from planish.passes.quantization._rounding import Blocks
@@ -43,7 +44,7 @@ _TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class QuantizeInt8(Quantizing):
+class QuantizeInt8(QuantizationPass):
     """Quantize products with a constant matrix of at least ``minimum`` elements; everything else stays in float.
 
     Products that read the same activation share its quantization.
@@ -70,25 +71,25 @@ class QuantizeInt8(Quantizing):
     """How a column is rounded: `nearest` keeps its whole range, `mse` the share with the least error; `gptq` chooses
     integers that keep the products with calibration data instead of the matrix itself."""
 
-    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+    def statistics(self, model: ir.Model) -> Sequence[StatisticRequest]:
         """The range of each activation if scales are to be fixed, what products depend on for gptq."""
-        kinds: list[type[Observation]] = [Range] if self.activations == "static" else []
-        kinds += [Gram] if self.method == "gptq" else []
+        kinds: list[type[Observer]] = [HistogramObserver] if self.activations == "static" else []
+        kinds += [GramObserver] if self.method == "gptq" else []
         sites = self.candidates(model) if kinds else []
-        return [*super().wishes(model), *(Wish(site.data, kind) for site in sites for kind in kinds)]
+        return [*super().statistics(model), *(StatisticRequest(site.data, kind) for site in sites for kind in kinds)]
 
-    def unready(self, site: Site) -> str | None:
+    def not_ready(self, site: MatMulSite) -> str | None:
         """Why a fixed scale cannot be given, or gptq cannot be done."""
         if self.activations != "static":
-            return self.rounding(site).unready(site)
-        return range_unready(site) or self.rounding(site).unready(site)
+            return self.rounding(site).not_ready(site)
+        return range_unready(site) or self.rounding(site).not_ready(site)
 
-    def digest(self, model: ir.Model) -> None:
+    def consume(self, model: ir.Model) -> None:
         """Find integers by gptq as soon as what they need was seen."""
         for site in self.candidates(model) if self.method == "gptq" else ():
-            self.rounding(site).digest(site)
+            self.rounding(site).consume(site)
 
-    def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
+    def rewrite(self, model: ir.Model, sites: list[MatMulSite]) -> None:
         """Write the integer form of each product."""
         shared = _Shared(model.graph, self)
         writers: dict[ir.Graph, _Writer] = {}
@@ -97,29 +98,29 @@ class QuantizeInt8(Quantizing):
             if isinstance(graph, ir.Graph):
                 writers.setdefault(graph, _Writer(graph, shared)).rewrite(site)
 
-    def rounded(self, site: Site) -> np.ndarray:
+    def dequantized_weight(self, site: MatMulSite) -> np.ndarray:
         """The matrix as products will see it."""
         return self.columns(site).restored(site.tensor.numpy())
 
-    def heard(self, site: Site, data: np.ndarray) -> np.ndarray:
+    def dequantized_input(self, site: MatMulSite, data: np.ndarray) -> np.ndarray:
         """An activation as products will see it: in fixed steps, or in those of each row's or the tensor's largest."""
         if self.activations == "static":
-            return self.steps(site).heard(data)
+            return self.steps(site).dequantized_input(data)
         over = None if self.activations == "tensor" else -1
         step = np.maximum(np.abs(data).max(axis=over, keepdims=True), _TINY) / _LEVELS
         return np.asarray(np.rint(data / step) * step, np.float32)
 
-    def columns(self, site: Site) -> Blocks:
+    def columns(self, site: MatMulSite) -> Blocks:
         """Scales of the columns of a matrix."""
         return self.rounding(site).blocks(site)
 
-    def rounding(self, site: Site) -> Rounding:
+    def rounding(self, site: MatMulSite) -> Rounding:
         """One block for each column."""
         return Rounding(7 if self.reduced else 8, sizes_of(site.tensor)[0], symmetric=True, method=self.method)
 
-    def steps(self, site: Site) -> Steps:
+    def steps(self, site: MatMulSite) -> Steps:
         """The fixed steps of an activation that was seen."""
-        found = seen(site.data, Range)
+        found = statistic_of(site.data, HistogramObserver)
         if found is None:
             raise ValueError(f"{site.data.name!r} was not seen")
         return steps_for(found, self.range, signed=self.signed)
@@ -135,7 +136,7 @@ class _Shared:
     """Matrix in int8 and its scales, by the tensor that was rounded."""
     constants: dict[str, ir.Value] = field(default_factory=dict)
 
-    def stored(self, site: Site) -> tuple[ir.Value, ir.Value]:
+    def stored(self, site: MatMulSite) -> tuple[ir.Value, ir.Value]:
         """The matrix in int8 and its scales, one per column."""
         tensor, name = site.tensor, site.weight.name or ""
         if id(tensor) not in self.weights:
@@ -175,7 +176,7 @@ class _Writer:
     """Activations in fixed steps, by activation."""
     zero_points: dict[ir.Value, ir.Value | None] = field(default_factory=dict)
 
-    def rewrite(self, site: Site) -> None:
+    def rewrite(self, site: MatMulSite) -> None:
         """Replace one product."""
         node, data, activations = site.node, site.data, self.shared.options.activations
         stored, scale = self.shared.stored(site)
@@ -190,10 +191,10 @@ class _Writer:
         sums = self._add(node, "int32", "MatMulInteger", integers, shape=shape, dtype=ir.DataType.INT32)
         real = self._add(node, "float", "Cast", [sums], {"to": ir.DataType.FLOAT}, shape=shape)
         columns = self._add(node, "columns", "Mul", [real, self.shared.channel_scale(scale)], shape=shape)
-        stand_in(node.outputs[0], self._add(node, "rows", "Mul", [columns, size], shape=shape), "float")
+        replace_value(node.outputs[0], self._add(node, "rows", "Mul", [columns, size], shape=shape), "float")
         self.graph.remove(node, safe=True)
 
-    def _fixed(self, site: Site) -> ir.Value:
+    def _fixed(self, site: MatMulSite) -> ir.Value:
         """The activation in fixed steps, made real again."""
         data = site.data
         if data not in self.fixed:

@@ -18,11 +18,12 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import AfterValidator
 
-from planish.optimizer.base import Wish
-from planish.optimizer.graph import add_initializer, copy_location, sizes_of
-from planish.optimizer.observations import Gram
-from planish.optimizer.quantizing import Quantizing, Site, one_of
-from planish.optimizer.tensors import lazy
+from planish.optimizer.interfaces.observers import GramObserver
+from planish.optimizer.interfaces.pass_base import StatisticRequest
+from planish.optimizer.interfaces.quantization_pass import MatMulSite, QuantizationPass, one_of
+from planish.optimizer.ir.edit import add_initializer, copy_location
+from planish.optimizer.ir.graph import sizes_of
+from planish.optimizer.ir.lazy_tensors import lazy
 from planish.passes.quantization._gptq import AnyMethod, Rounding
 
 _TYPES = {
@@ -34,7 +35,7 @@ _TYPES = {
 
 
 @dataclass(frozen=True)
-class QuantizeWeights(Quantizing):
+class QuantizeWeights(QuantizationPass):
     """Quantize the constant matrices of products, each block of a column with a scale of its own."""
 
     name: ClassVar[str] = "quantize-weights"
@@ -53,26 +54,26 @@ class QuantizeWeights(Quantizing):
     zero points) weighs large errors less. `gptq` takes those of `mse`, and chooses integers that keep the products
     with calibration data instead of the matrix itself."""
 
-    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+    def statistics(self, model: ir.Model) -> Sequence[StatisticRequest]:
         """What the error of a product depends on, for gptq."""
         sites = self.candidates(model) if self.method == "gptq" else []
-        return [*super().wishes(model), *(Wish(site.data, Gram) for site in sites)]
+        return [*super().statistics(model), *(StatisticRequest(site.data, GramObserver) for site in sites)]
 
-    def unready(self, site: Site) -> str | None:
+    def not_ready(self, site: MatMulSite) -> str | None:
         """Why gptq cannot be done."""
-        return self._rounding.unready(site)
+        return self._rounding.not_ready(site)
 
-    def digest(self, model: ir.Model) -> None:
+    def consume(self, model: ir.Model) -> None:
         """Find integers by gptq as soon as what they need was seen."""
         for site in self.candidates(model) if self.method == "gptq" else ():
-            self._rounding.digest(site)
+            self._rounding.consume(site)
 
-    def obstacle(self, site: Site) -> str | None:
+    def unsupported(self, site: MatMulSite) -> str | None:
         """Why a matrix cannot be cut into blocks."""
         rows = sizes_of(site.tensor)[0]
         return f"its {rows} rows are no multiple of a block of {self.block}" if rows % self.block else None
 
-    def rewrite(self, model: ir.Model, sites: list[Site]) -> None:
+    def rewrite(self, model: ir.Model, sites: list[MatMulSite]) -> None:
         """Replace each matrix by its integers, once for all that read it, and a DequantizeLinear in each graph."""
         stored: dict[int, list[ir.Value]] = {}
         real: dict[tuple[ir.Graph, ir.Value], ir.Value] = {}
@@ -86,7 +87,7 @@ class QuantizeWeights(Quantizing):
                 real[graph, weight] = self._real(graph, site, stored[id(tensor)])
             site.node.replace_input_with(1, real[graph, weight])
 
-    def rounded(self, site: Site) -> np.ndarray:
+    def dequantized_weight(self, site: MatMulSite) -> np.ndarray:
         """The matrix as products will see it."""
         return self._rounding.blocks(site).restored(site.tensor.numpy())
 
@@ -94,7 +95,7 @@ class QuantizeWeights(Quantizing):
     def _rounding(self) -> Rounding:
         return Rounding(self.bits, self.block, self.symmetric, self.method)
 
-    def _stored(self, graph: ir.Graph, site: Site) -> list[ir.Value]:
+    def _stored(self, graph: ir.Graph, site: MatMulSite) -> list[ir.Value]:
         """Integers, scales and, if there are any, zero points."""
         tensor, name = site.tensor, site.weight.name or ""
         blocks = self._rounding.blocks(site)
@@ -106,7 +107,7 @@ class QuantizeWeights(Quantizing):
             parts.append(add_initializer(graph, f"{name}_zero_point", zero))
         return parts
 
-    def _real(self, graph: ir.Graph, site: Site, parts: Sequence[ir.Value]) -> ir.Value:
+    def _real(self, graph: ir.Graph, site: MatMulSite, parts: Sequence[ir.Value]) -> ir.Value:
         """The matrix made real again, in front of the first product of a graph that reads it."""
         name = site.weight.name or ""
         node = ir.node(

@@ -24,19 +24,17 @@ import onnx_ir as ir
 from annotated_types import Ge, Le
 from pydantic import AfterValidator
 
-from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
-from planish.optimizer.graph import (
-    add_initializer,
-    copy_location,
-    is_constant_vector,
-    location_of,
-    rank_of,
-    sizes_of,
-    sole_user,
-    vector_operand,
+from planish.optimizer.interfaces.observers import ChannelObserver, GramObserver, statistic_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, StatisticRequest, admitted
+from planish.optimizer.interfaces.quantization_pass import (
+    MatMulSite,
+    matrix_behind,
+    one_of,
+    refusals_in_subgraphs,
+    sites_by_data,
 )
-from planish.optimizer.observations import Channels, Gram, seen
-from planish.optimizer.quantizing import Site, matrix_behind, one_of, refusals_in_subgraphs, sites_by_data
+from planish.optimizer.ir.edit import add_initializer, copy_location
+from planish.optimizer.ir.graph import is_constant_vector, location_of, rank_of, sizes_of, sole_user, vector_operand
 from planish.passes.quantization._operands import change_operand
 from planish.passes.quantization._ranges import expected_error
 from planish.passes.quantization._rounding import blocks_of
@@ -71,16 +69,16 @@ class SmoothActivations(Pass):
     anywhere: bool = False
     """Whether a Mul is written where no operator in front of the products takes the scale in."""
 
-    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+    def statistics(self, model: ir.Model) -> Sequence[StatisticRequest]:
         """Each channel's magnitudes, and for a search what the error depends on."""
-        kinds = (Channels, Gram) if self.method == "search" else (Channels,)
-        return [Wish(sites[0].data, kind) for sites in sites_by_data(model) for kind in kinds]
+        kinds = (ChannelObserver, GramObserver) if self.method == "search" else (ChannelObserver,)
+        return [StatisticRequest(sites[0].data, kind) for sites in sites_by_data(model) for kind in kinds]
 
-    def digest(self, model: ir.Model) -> None:
+    def consume(self, model: ir.Model) -> None:
         """Search scales as soon as what they depend on was seen."""
         for sites in sites_by_data(model) if self.method == "search" else ():
             data = sites[0].data
-            gram = seen(data, Gram)
+            gram = statistic_of(data, GramObserver)
             if gram is not None and self._obstacle(sites) is None:
                 data.meta[self._key] = self._searched(sites, gram.mean)
 
@@ -101,9 +99,9 @@ class SmoothActivations(Pass):
         result.modified = bool(result.sites)
         return result
 
-    def _obstacle(self, sites: Sequence[Site]) -> str | None:
+    def _obstacle(self, sites: Sequence[MatMulSite]) -> str | None:
         """Why an activation stays as it is."""
-        channels = seen(sites[0].data, Channels)
+        channels = statistic_of(sites[0].data, ChannelObserver)
         if channels is None:
             return "nothing was seen of its activation: scales need calibration data"
         if not np.isfinite(channels.largest).all():
@@ -116,7 +114,7 @@ class SmoothActivations(Pass):
             return "nothing in front of its products can take a scale in"
         return "its channels are even enough" if self.method == "fit" and self._scale(sites) is None else None
 
-    def _rewrite(self, graph: ir.Graph, sites: Sequence[Site]) -> None:
+    def _rewrite(self, graph: ir.Graph, sites: Sequence[MatMulSite]) -> None:
         scale, taker = self._scale(sites), _taker(sites)
         if scale is None:
             return
@@ -128,7 +126,7 @@ class SmoothActivations(Pass):
         for site in sites:
             change_operand(graph, site.node, 1, "smooth", functools.partial(np.multiply, scale[:, None]))
 
-    def _scale(self, sites: Sequence[Site]) -> np.ndarray | None:
+    def _scale(self, sites: Sequence[MatMulSite]) -> np.ndarray | None:
         """One number for each channel, which the weights are multiplied by; None if nothing is to be won."""
         if self.method == "search":
             return cast("np.ndarray", sites[0].data.meta[self._key])
@@ -138,7 +136,7 @@ class SmoothActivations(Pass):
             return _balanced(channels.largest, rows, self.strength)
         return _fitted(channels, rows, matrices)
 
-    def _searched(self, sites: Sequence[Site], gram: np.ndarray) -> np.ndarray:
+    def _searched(self, sites: Sequence[MatMulSite], gram: np.ndarray) -> np.ndarray:
         """The scale with the least error of the products."""
         magnitude, matrices = _channels(sites).magnitude, [site.tensor.numpy() for site in sites]
         tried = [_balanced(magnitude, np.ones_like(magnitude), ratio) for ratio in _RATIOS]
@@ -152,15 +150,15 @@ class SmoothActivations(Pass):
         return float((error * (gram @ error)).sum())
 
 
-def _channels(sites: Sequence[Site]) -> Channels:
+def _channels(sites: Sequence[MatMulSite]) -> ChannelObserver:
     """What was seen of each channel of the activation that products read."""
-    channels = seen(sites[0].data, Channels)
+    channels = statistic_of(sites[0].data, ChannelObserver)
     if channels is None:
         raise ValueError(f"{sites[0].data.name!r} was not seen")
     return channels
 
 
-def _fitted(channels: Channels, rows: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray | None:
+def _fitted(channels: ChannelObserver, rows: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray | None:
     """The scale of the strength that should leave the least error in 8 bits; None if it is little better than none."""
     tried = [_balanced(channels.largest, rows, strength) for strength in _RATIOS]
     best = min(tried, key=lambda scale: expected_error(channels, scale, matrices))
@@ -183,7 +181,7 @@ Operands = list[tuple[ir.Node, int]]
 """Constants whose last axis has the channels: the node that reads each, and as which input."""
 
 
-def _taker(sites: Sequence[Site]) -> Operands | None:
+def _taker(sites: Sequence[MatMulSite]) -> Operands | None:
     """What in front of the products can take a scale in; nothing if nothing can."""
     data = sites[0].data
     node = data.producer()
@@ -225,7 +223,7 @@ def _product(value: ir.Value | None, width: int) -> Operands | None:
     return [(node, 1)] if tensor.dtype is ir.DataType.FLOAT and sizes_of(tensor)[1] == width else None
 
 
-def _insert(graph: ir.Graph, sites: Sequence[Site], scale: np.ndarray) -> None:
+def _insert(graph: ir.Graph, sites: Sequence[MatMulSite], scale: np.ndarray) -> None:
     """A Mul between the activation and its products."""
     data, first = sites[0].data, sites[0].node
     factor = add_initializer(graph, f"{data.name}_smooth_scale", 1 / scale)

@@ -19,18 +19,11 @@ import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge, Gt, Lt
 
-from planish.optimizer.base import Pass, PassResult, Refusal, Wish, admitted
-from planish.optimizer.graph import (
-    IN_FLOAT,
-    add_initializer,
-    copy_location,
-    location_of,
-    rename_duplicates,
-    sizes_of,
-    stand_in,
-)
-from planish.optimizer.observations import Channels, seen
-from planish.optimizer.quantizing import Site, refusals_in_subgraphs, sites_by_data
+from planish.optimizer.interfaces.observers import ChannelObserver, statistic_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, StatisticRequest, admitted
+from planish.optimizer.interfaces.quantization_pass import MatMulSite, refusals_in_subgraphs, sites_by_data
+from planish.optimizer.ir.edit import add_initializer, copy_location, rename_duplicates, replace_value
+from planish.optimizer.ir.graph import IN_FLOAT, location_of, sizes_of
 from planish.passes.quantization._operands import change_operand
 from planish.passes.quantization._ranges import expected_error
 
@@ -47,15 +40,15 @@ class SplitOutliers(Pass):
     gain: Annotated[float, Gt(0), Lt(1)] = 0.4
     """Share of the expected error in 8 bits that must be left at most, for the second product to be worth it."""
 
-    def wishes(self, model: ir.Model) -> Sequence[Wish]:
+    def statistics(self, model: ir.Model) -> Sequence[StatisticRequest]:
         """Each channel's extremes."""
-        return [Wish(sites[0].data, Channels) for sites in sites_by_data(model)]
+        return [StatisticRequest(sites[0].data, ChannelObserver) for sites in sites_by_data(model)]
 
     def call(self, model: ir.Model) -> PassResult:
         """Split what is worth it in the main graph."""
         result = PassResult(model, modified=False, refusals=refusals_in_subgraphs(model))
         for sites in sites_by_data(model):
-            channels = seen(sites[0].data, Channels)
+            channels = statistic_of(sites[0].data, ChannelObserver)
             reason = self._obstacle(sites, channels)
             if channels is None or reason is not None:
                 result.refusals.append(Refusal.at(sites[0].node, reason or "", sites[0].data))
@@ -67,7 +60,7 @@ class SplitOutliers(Pass):
             rename_duplicates(model.graph)  # a product's result and what reads it get names of one form
         return result
 
-    def _obstacle(self, sites: Sequence[Site], channels: Channels | None) -> str | None:
+    def _obstacle(self, sites: Sequence[MatMulSite], channels: ChannelObserver | None) -> str | None:
         """Why an activation stays whole."""
         if channels is None:
             return "nothing was seen of its activation: outliers need calibration data"
@@ -82,11 +75,11 @@ class SplitOutliers(Pass):
         rest = expected_error(channels, kept, [matrix * kept[:, None] for matrix in matrices])
         return None if rest <= self.gain * whole else "no channels stand out"
 
-    def _outliers(self, channels: Channels) -> np.ndarray:
+    def _outliers(self, channels: ChannelObserver) -> np.ndarray:
         return np.sort(np.argsort(-channels.largest, kind="stable")[: self.channels])
 
 
-def _split(graph: ir.Graph, sites: Sequence[Site], outliers: np.ndarray) -> None:
+def _split(graph: ir.Graph, sites: Sequence[MatMulSite], outliers: np.ndarray) -> None:
     """Write both products of each site, with one selection of channels for all."""
     data, first = sites[0].data, sites[0].node
     name = data.name or ""
@@ -109,7 +102,7 @@ def _split(graph: ir.Graph, sites: Sequence[Site], outliers: np.ndarray) -> None
         total = ir.node("Add", [old, apart.outputs[0]], name=f"{site.name}_joined")
         _place(graph, site.node, apart, f"{old.name}_outliers")
         apart.outputs[0].shape, apart.outputs[0].type = old.shape, old.type
-        stand_in(old, total.outputs[0], "rest")  # with what was observed: the next product may read it
+        replace_value(old, total.outputs[0], "rest")  # with what was observed: the next product may read it
         total.replace_input_with(0, old)
         site.node.replace_input_with(0, ordinary.outputs[0])
         change_operand(graph, site.node, 1, "rest", functools.partial(np.multiply, mask[:, None]))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from planish.optimizer import Pipeline, presets
+from planish.optimizer import Pipeline
+from planish.optimizer.ir.program import Program
 from planish.optimizer.lowering import lower
-from planish.optimizer.program import Program
+from planish.optimizer.pipeline import presets
 from tests.zoo import Species, build
 
 

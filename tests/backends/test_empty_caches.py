@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planish.optimizer import Pipeline, registry
-from planish.optimizer.backend import nothing
+from planish.optimizer import Pipeline
 from planish.optimizer.errors import BadInput
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.kv_cache import empty_cache
+from planish.optimizer.ir.program import Role
 from planish.optimizer.lowering import lower
-from planish.optimizer.presets import pipeline_text
-from planish.optimizer.program import Role
+from planish.optimizer.pipeline.presets import pipeline_text
 from tests.zoo import GENERATORS, Species, build
 
 DECODERS = [species for species in GENERATORS if species.task == "text-generation"]
@@ -48,7 +49,7 @@ def test_an_empty_cache_of_any_heads_changes_nothing(species: Species, tmp_path:
             backend.emit(replace(program, components={"model": model}), folder)
             engine = backend.open(folder)
             caches = [tensor for tensor in engine.inputs if tensor.role is Role.CACHE]
-            wanted = engine.run(prompt | {tensor.name: nothing(tensor, prompt) for tensor in caches})
+            wanted = engine.run(prompt | {tensor.name: empty_cache(tensor, prompt) for tensor in caches})
             for heads, size in HEADS_AND_SIZES:
                 empty = {t.name: np.zeros((ROWS, heads, 0, size), t.numpy_dtype()) for t in caches}
                 results = engine.run(prompt | empty)

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import pytest
 
-from planish.optimizer import registry
 from planish.optimizer.errors import MissingRuntime, UsageError
-from planish.optimizer.program import Program
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.program import Program
 from tests.backends.conftest import contents
 
 FEEDS = {

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planish.backends.openvino import PROPERTIES, OpenVino, Request, RequestPool
-from planish.optimizer import Pipeline, optimize, registry, verify
-from planish.optimizer.checking import check_as_loaders_open
+from planish.backends.openvino.engine import Request, RequestPool
+from planish.backends.openvino.target import PROPERTIES, OpenVino
+from planish.optimizer import Pipeline, optimize, verify
 from planish.optimizer.cli.display import print_result
 from planish.optimizer.errors import BadInput, CheckFailed, InternalError, MissingRuntime, PlanishError, UsageError
-from planish.optimizer.lock import LOCK, Lock
-from planish.optimizer.manifest import Manifest
-from planish.optimizer.program import Program
-from planish.optimizer.reference import References
+from planish.optimizer.fidelity.engine_check import check_as_loaders_open
+from planish.optimizer.fidelity.reference import References
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.program import Program
+from planish.optimizer.output.lock import LOCK, Lock
+from planish.optimizer.output.manifest import Manifest
 from tests.backends.conftest import contents
 from tests.backends.test_onnxruntime import FEEDS
 from tests.backends.test_tensorrt import generator
@@ -144,7 +146,7 @@ def test_a_plain_load_that_breaks_names_no_place(
     def broken(*_: object) -> None:
         raise error(f"OpenVINO refuses the model: cannot read\n {tmp_path}/openvino_model.bin", where=tmp_path)
 
-    monkeypatch.setattr("planish.optimizer.checking.check_engines", broken)
+    monkeypatch.setattr("planish.optimizer.fidelity.engine_check.check_engines", broken)
     fidelity = check_as_loaders_open(OpenVino(), tmp_path, {}, References({}))
     file = f"{tmp_path.name}/openvino_model.bin"
     assert fidelity.violations({}) == [f"it cannot be used (OpenVINO refuses the model: cannot read {file})"]

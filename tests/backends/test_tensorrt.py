@@ -12,10 +12,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from planish.optimizer import Pipeline, optimize, registry
+from planish.optimizer import Pipeline, optimize
 from planish.optimizer.errors import CheckFailed, MissingRuntime
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.program import Program
 from planish.optimizer.lowering import lower
-from planish.optimizer.program import Program
 from tests.backends.conftest import contents
 from tests.train import MODELS as TRAINED
 from tests.zoo import GENERATORS, build

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planish.optimizer import Pipeline, registry
-from planish.optimizer.backend import Arrays
+from planish.optimizer import Pipeline
 from planish.optimizer.errors import BadInput
-from planish.optimizer.generate import ENCODER, FIRST, NEXT, Decoding
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.program import Arrays, Program
 from planish.optimizer.lowering import lower
-from planish.optimizer.presets import pipeline_text
-from planish.optimizer.program import Program
+from planish.optimizer.pipeline.presets import pipeline_text
+from planish.optimizer.runtime.generation import ENCODER, FIRST, NEXT, Decoding
 from tests.zoo import GENERATORS, build
 
 TARGETS = ("onnxruntime{threads=1}", "openvino{threads=1}")

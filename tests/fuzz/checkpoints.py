@@ -23,14 +23,15 @@ from safetensors.torch import load_file, save_file
 from planish.optimizer import optimize
 from planish.optimizer.errors import CheckFailed
 from planish.optimizer.lowering import lower
-from planish.optimizer.lowering.checkpoint import bind, loaded, open_checkpoint, skeleton
-from planish.optimizer.lowering.tokenizer import load_tokenizer
-from planish.optimizer.measure import EngineRef, Timing
+from planish.optimizer.lowering.checkpoint.checkpoint import bind, loaded, open_checkpoint, skeleton
+from planish.optimizer.lowering.checkpoint.tokenizer import load_tokenizer
+from planish.optimizer.runtime.worker import EngineRef
+from planish.optimizer.timing.interleaved import Timing
 from tests.conftest import with_tokenizer
 from tests.fuzz import Wrong
 from tests.fuzz.harness import SECONDS
-from tests.optimizer.test_adapter import adapter
-from tests.optimizer.test_quantized_checkpoints import KINDS
+from tests.optimizer.lowering.test_adapter import adapter
+from tests.optimizer.lowering.test_quantized_weights import KINDS
 from tests.zoo import GENERATORS, IMAGES, ZOO, Species, build
 
 _WHOLE_SHARE = 0.04
@@ -94,8 +95,8 @@ def case(seed: int, folder: Path) -> str:
     if rng.random() < _WHOLE_SHARE:
         try:
             with (
-                mock.patch("planish.optimizer.driver.lower", _lower_here),
-                mock.patch("planish.optimizer.building.race", _last_wins),
+                mock.patch("planish.optimizer.driver.optimize.lower", _lower_here),
+                mock.patch("planish.optimizer.compilation.engine.race", _last_wins),
             ):
                 optimize(checkpoint, folder / "out", task=task, adapter=adapted, pipeline="fold-constants")
         except CheckFailed as error:

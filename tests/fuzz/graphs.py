@@ -19,13 +19,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from planish.optimizer import optimize, presets, registry
-from planish.optimizer.compare import visible_part
+from planish.optimizer import optimize
+from planish.optimizer.driver.opt import optimize_file
+from planish.optimizer.fidelity.inputs import make_inputs
+from planish.optimizer.fidelity.metrics import visible_part
+from planish.optimizer.interfaces import registry
 from planish.optimizer.lowering import lower
-from planish.optimizer.lowering.confined import size_at
-from planish.optimizer.lowering.onnx_file import read_signature
-from planish.optimizer.reference import make_inputs
-from planish.optimizer.single import optimize_file
+from planish.optimizer.lowering.export.onnx_file import read_signature
+from planish.optimizer.lowering.original.limited_process import size_at
+from planish.optimizer.pipeline import presets
 from tests.fuzz import Wrong, seeds
 from tests.fuzz.mutations import mutate
 

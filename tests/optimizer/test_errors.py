@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 ONE_PLACE = {
     "(error).split())[:": "optimizer/errors.py",
     ".errors()[0]": "optimizer/errors.py",
-    "Tokenizers that know no limit": "optimizer/tokenizing.py",
+    "Tokenizers that know no limit": "optimizer/runtime/tokenization.py",
 }
 """Text that stands in one file alone: others call what it does."""
 

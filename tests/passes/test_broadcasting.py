@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planish.optimizer import Pipeline, presets, registry
-from planish.optimizer.instruments import VerifyEach
+from planish.optimizer import Pipeline
+from planish.optimizer.interfaces import registry
+from planish.optimizer.pipeline import presets
+from planish.optimizer.pipeline.instruments import VerifyEach
 from tests.passes.test_properties import Drawn
 
 ROWS, WIDTH = 3, 4

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from planish.optimizer.bisecting import Trial
-from planish.optimizer.compare import Budget
+from planish.optimizer.compilation.references import file_reference
+from planish.optimizer.driver.bisect import Oracle
+from planish.optimizer.fidelity.budget import Budget
 from planish.optimizer.lowering import lower
-from planish.optimizer.pipeline import Pipeline
-from planish.optimizer.single import file_reference
+from planish.optimizer.pipeline.pipeline import Pipeline
 from tests import exporters
 
 FILES = dict(exporters.stored())
@@ -36,7 +36,7 @@ def test_every_block_is_raised(name: str, tmp_path: Path) -> None:
     axes = {name: replace(axis, maximum=LONGEST) for name, axis in signature.axes.items()}
     lowered.program.signatures["model"] = replace(signature, axes=axes)
     reference = file_reference(lowered)
-    trial = Trial(lowered.program.signatures["model"], reference, reference.exact_budget(), Budget.parse([]))
+    trial = Oracle(lowered.program.signatures["model"], reference, reference.exact_budget(), Budget.parse([]))
     pipeline = Pipeline.preset("exact", target="of no target")  # what all share
     model = pipeline.run(model).model
     assert trial.violations(model, pipeline.passes) == []

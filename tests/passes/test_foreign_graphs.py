@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from planish.optimizer import Pipeline, errors
-from planish.optimizer.instruments import VerifyEach
+from planish.optimizer.pipeline.instruments import VerifyEach
 
 GELU = """{ root = Constant <value_float = 1.4142135> ()  one = Constant <value_float = 1.0> ()
   half = Constant <value_float = 0.5> ()

@@ -13,10 +13,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from planish.optimizer import Pipeline, presets, registry
-from planish.optimizer.instruments import VerifyEach
-from planish.optimizer.lowering.onnx_file import signature_of
-from planish.optimizer.program import Program, Provenance
+from planish.optimizer import Pipeline
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.program import Program, Provenance
+from planish.optimizer.lowering.export.onnx_file import signature_of
+from planish.optimizer.pipeline import presets
+from planish.optimizer.pipeline.instruments import VerifyEach
 from planish.passes._mask_values import LOWEST, mask_values
 
 QUERIES, KEYS = 5, 6

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planish.optimizer import Pipeline, presets, registry
-from planish.optimizer.backend import Arrays
-from planish.optimizer.instruments import VerifyEach
-from planish.optimizer.lowering.onnx_file import normalize, signature_of
-from planish.optimizer.observing import Observe
+from planish.optimizer import Pipeline
+from planish.optimizer.calibration.collect import Calibrate
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.program import Arrays
+from planish.optimizer.lowering.export.onnx_file import normalize, signature_of
+from planish.optimizer.pipeline import presets
+from planish.optimizer.pipeline.instruments import VerifyEach
 
 WIDTH = 32
 FLOAT, BOOL, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL, onnx.TensorProto.INT64
@@ -157,7 +159,7 @@ def test_nested_graphs_keep_their_outputs(name: str, seed: int, steps: int) -> N
     load = registry.backend("onnxruntime").load
     engine = load(model.clone())
     right = [next(iter(engine.run(case).values())) for case in cases]
-    observe = Observe(signature_of(model), lambda: cases, load)
+    observe = Calibrate(signature_of(model), lambda: cases, load)
     outcome = Pipeline.parse(everything(PIPELINES[name])).run(model, [observe, VerifyEach()])
     if name == "bfloat16":
         return  # no kernels of ONNX Runtime on a CPU: that the graph is valid must do

@@ -12,14 +12,17 @@ import onnx.numpy_helper as nh
 import onnx_ir as ir
 import pytest
 
-from planish.optimizer import Pipeline, onnx_io, presets, registry
-from planish.optimizer.backend import Arrays, Backend
-from planish.optimizer.base import Refusal
-from planish.optimizer.instruments import VerifyEach
-from planish.optimizer.lowering.onnx_file import normalize, signature_of
-from planish.optimizer.observing import Observe
-from planish.optimizer.program import Program, Provenance
-from planish.optimizer.quantizing import Quantizing
+from planish.optimizer import Pipeline
+from planish.optimizer.calibration.collect import Calibrate
+from planish.optimizer.interfaces import registry
+from planish.optimizer.interfaces.backend import Backend
+from planish.optimizer.interfaces.pass_base import Refusal
+from planish.optimizer.interfaces.quantization_pass import QuantizationPass
+from planish.optimizer.ir import onnx_io
+from planish.optimizer.ir.program import Arrays, Program, Provenance
+from planish.optimizer.lowering.export.onnx_file import normalize, signature_of
+from planish.optimizer.pipeline import presets
+from planish.optimizer.pipeline.instruments import VerifyEach
 
 RNG = np.random.default_rng(0)
 FLOAT, HALF, BOOL, INT64 = (onnx.TensorProto.DataType.Value(name) for name in ("FLOAT", "FLOAT16", "BOOL", "INT64"))
@@ -157,9 +160,9 @@ def engine_answers(target: str, model: ir.Model, folder: Path, cases: list[dict[
 def quantized(text: str, model: ir.Model, cases: list[dict[str, np.ndarray]]) -> tuple[ir.Model, int, list[Refusal]]:
     """The model after a pipeline, how many products were rounded, and every refusal of the last that rounds."""
     load = registry.backend("onnxruntime").load
-    observe = Observe(signature_of(model), lambda: cast("list[Arrays]", cases), load)
+    observe = Calibrate(signature_of(model), lambda: cast("list[Arrays]", cases), load)
     outcome = Pipeline.parse(text).run(model, [observe, VerifyEach()])
-    rounding = [one.name for one in Pipeline.parse(text).passes if isinstance(one, Quantizing)]
+    rounding = [one.name for one in Pipeline.parse(text).passes if isinstance(one, QuantizationPass)]
     reports = [report for report in outcome.reports if report.name in rounding]
     return outcome.model, sum(len(report.sites) for report in reports), list(reports[-1].refusals)
 
@@ -210,7 +213,7 @@ def test_split_products_in_a_row_are_what_they_were() -> None:
         case["x"][..., 5] *= 400
     load = registry.backend("onnxruntime").load
     right = load(model.clone()).run(cases[0])["y"]
-    observe = Observe(signature_of(model), lambda: cast("list[Arrays]", cases), load)
+    observe = Calibrate(signature_of(model), lambda: cast("list[Arrays]", cases), load)
     text = "split-outliers{channels=4 gain=0.99}"
     (report,) = Pipeline.parse(text).run(model, [observe, VerifyEach()]).reports
     assert len(report.sites) == 2  # x, and the result of the first product

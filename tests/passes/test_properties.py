@@ -15,8 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planish.optimizer import Pipeline, presets, registry
-from planish.optimizer.instruments import VerifyEach, fingerprint
+from planish.optimizer import Pipeline
+from planish.optimizer.interfaces import registry
+from planish.optimizer.pipeline import presets
+from planish.optimizer.pipeline.instruments import VerifyEach, fingerprint
 
 EXACT = sorted(name for name, entry in registry.table(registry.PASSES).items() if entry.load().exact)
 PIPELINES = [*EXACT, *{presets.pipeline_text("exact", target) for target in ("onnxruntime", "openvino")}]

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planish.optimizer import Pipeline, registry
-from planish.optimizer.backend import Arrays
-from planish.optimizer.instruments import VerifyEach
-from planish.optimizer.observing import Observe
-from planish.optimizer.program import Role, Signature, TensorSpec
+from planish.optimizer import Pipeline
+from planish.optimizer.calibration.collect import Calibrate
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.program import Arrays, Role, Signature, TensorSpec
+from planish.optimizer.pipeline.instruments import VerifyEach
 from planish.passes.quantization._rounding import Blocks, Method, blocks_of
 
 ROWS, COLUMNS = 64, 96  # of more than 1024 bytes in 4 bits: what checks lend to the runtime
@@ -136,7 +136,7 @@ def observed(model: ir.Model, data: np.ndarray, text: str) -> ir.Model:
     names = [value.name or "" for value in model.graph.inputs]
     signature = Signature(tuple(TensorSpec(n, ir.DataType.FLOAT, (), Role.VALUES) for n in names), ())
     load = registry.backend("onnxruntime").load
-    Pipeline.parse(text).run(model, [Observe(signature, lambda: [dict.fromkeys(names, data)], load), VerifyEach()])
+    Pipeline.parse(text).run(model, [Calibrate(signature, lambda: [dict.fromkeys(names, data)], load), VerifyEach()])
     return model
 
 
@@ -187,10 +187,12 @@ def test_what_is_bulky_is_seen_in_turns_and_forgotten(text: str) -> None:
         model, data = normalized(matrix_of(0)), heavy(1, (1, 200, ROWS))
         signature = Signature((TensorSpec("x", ir.DataType.FLOAT, ("batch", "sequence", ROWS), Role.VALUES),), ())
         batches: list[Arrays] = [{"x": data}]
-        observe = Observe(signature, batches.copy, registry.backend("onnxruntime").load, limit=limit)
+        observe = Calibrate(signature, batches.copy, registry.backend("onnxruntime").load, limit=limit)
         (pass_,) = Pipeline.parse(text).passes
         observe.gather(pass_, model)
-        held += [value for node in model.graph for value in node.inputs if value is not None and "Gram" in value.meta]
+        held += [
+            value for node in model.graph for value in node.inputs if value is not None and "GramObserver" in value.meta
+        ]
         assert pass_(model).modified
         made.append(stored(model))
     assert not held

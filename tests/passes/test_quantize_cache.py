@@ -12,18 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planish.optimizer import Pipeline, optimize, registry, verify
-from planish.optimizer.backend import round_cache
+from planish.optimizer import Pipeline, optimize, verify
 from planish.optimizer.errors import CheckFailed
-from planish.optimizer.generate import Decoding
-from planish.optimizer.graph import border_of
-from planish.optimizer.instruments import VerifyEach
+from planish.optimizer.fidelity.inputs import make_case
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.graph import io_signature
+from planish.optimizer.ir.kv_cache import CACHE_SCALE, PAST, PAST_NAME, round_cache
+from planish.optimizer.ir.program import Program, Provenance, Role
 from planish.optimizer.lowering import lower
-from planish.optimizer.lowering.onnx_file import read_signature
-from planish.optimizer.measure import EngineRef, Timing
-from planish.optimizer.presets import pipeline_text
-from planish.optimizer.program import CACHE_SCALE, PAST, PAST_NAME, Program, Provenance, Role
-from planish.optimizer.reference import make_case
+from planish.optimizer.lowering.export.onnx_file import read_signature
+from planish.optimizer.pipeline.instruments import VerifyEach
+from planish.optimizer.pipeline.presets import pipeline_text
+from planish.optimizer.runtime.generation import Decoding
+from planish.optimizer.runtime.worker import EngineRef
+from planish.optimizer.timing.interleaved import Timing
 from tests.train import MODELS as TRAINED
 from tests.zoo import GENERATORS, Species, build
 
@@ -99,7 +101,7 @@ def test_a_cache_inside_attention_is_brought_out(model_type: str, tmp_path: Path
 @pytest.mark.breadth
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "t5", "bart", "whisper"])
 def test_texts_go_on_as_before(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planish.optimizer.building.race", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
+    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
     species = by_name(model_type)
     checkpoint = build(species, tmp_path / "checkpoint")
     decodings = {}
@@ -158,12 +160,12 @@ def test_components_that_hand_each_other_something_else_go_together(
         own = speed if "with_past" in str(engines[0].path) else 1.3 if speed < 1 else 0.9
         return [Timing(1, own, 0.99 * own, 1.01 * own, 1)] * len(engines)
 
-    monkeypatch.setattr("planish.optimizer.building.race", race)
+    monkeypatch.setattr("planish.optimizer.compilation.engine.race", race)
     text = EXACT.replace("legalize-onnxruntime", "quantize-cache,legalize-onnxruntime")
     lowered = lower(build(by_name("t5"), tmp_path / "checkpoint"))
     optimize(tmp_path / "checkpoint", tmp_path / "out", pipeline=text, keep=["cosine>=0.99"])
     changed = {
-        name: border_of(ir.load(tmp_path / "out" / PLAIN / f"{name}.onnx")) != border_of(model)
+        name: io_signature(ir.load(tmp_path / "out" / PLAIN / f"{name}.onnx")) != io_signature(model)
         for name, model in lowered.program.components.items()
         if name != "encoder_model"
     }

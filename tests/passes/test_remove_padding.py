@@ -14,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planish.optimizer import Pipeline, registry
-from planish.optimizer.instruments import VerifyEach
+from planish.optimizer import Pipeline
+from planish.optimizer.fidelity.inputs import make_case
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.kv_cache import PAST
 from planish.optimizer.lowering import lower
-from planish.optimizer.program import PAST
-from planish.optimizer.reference import make_case, positions_of
+from planish.optimizer.pipeline.instruments import VerifyEach
+from planish.optimizer.runtime.cases import positions_of
 from tests.zoo import GENERATORS, build
 
 WIDTH = 4

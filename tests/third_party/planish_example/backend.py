@@ -10,7 +10,7 @@ import onnx.reference
 import onnx_ir as ir
 
 from planish.optimizer import Backend, Engine, Program
-from planish.optimizer.program import TensorSpec, guess_role
+from planish.optimizer.ir.program import TensorSpec, guess_role
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from planish.optimizer import Pass, PassResult
-from planish.optimizer.graph import location_of
+from planish.optimizer.ir.graph import location_of
 
 
 @dataclass(frozen=True)

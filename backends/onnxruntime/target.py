@@ -1,0 +1,148 @@
+"""ONNX Runtime: `model.onnx` (and `model.onnx.data`), run by the CPU provider unless told otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import onnx_ir as ir
+from annotated_types import Ge, Le
+
+from planish.backends.onnxruntime.emit import open_cache_sizes
+from planish.backends.onnxruntime.engine import OnnxRuntimeEngine, ort_value_of
+from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime, in_one_line
+from planish.optimizer.interfaces import registry
+from planish.optimizer.interfaces.backend import MOST_THREADS, Backend, Engine
+from planish.optimizer.interfaces.pass_base import PassResult
+from planish.optimizer.ir import onnx_io
+from planish.optimizer.ir.program import Program
+from planish.optimizer.ir.weightless import detach_weights
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_WARNING, _FATAL = 2, 4
+_PACKED = frozenset({"MatMulNBits"})
+"""Operators whose constants must stay constant."""
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(Backend):
+    """ONNX Runtime through its Python binding."""
+
+    name: ClassVar[str] = "onnxruntime"
+    distribution: ClassVar[str] = "onnxruntime"
+    model_file: ClassVar[str] = "model.onnx"
+
+    threads: Annotated[int, Ge(0), Le(MOST_THREADS)] = 0
+    """Threads that share one operator; 0 lets the runtime take one per core."""
+
+    provider: Literal["cpu", "cuda"] = "cpu"
+    """The execution provider that runs the graph."""
+
+    cache: Literal["f32", "int8"] = "f32"
+    """How a decoder keeps keys and values between its steps; int8 with a scale for each token and head (the pass
+    `quantize-cache`): a quarter of the memory, and a little slower for single texts."""
+
+    weights: Literal["packed", "mapped"] = "packed"
+    """`packed` copies them into memory in the order that kernels read fastest; `mapped` leaves them in the file, for a
+    model larger than memory: slower."""
+
+    @property
+    def rounds(self) -> bool:
+        """Where the cache is kept in 8 bits."""
+        return self.cache != "f32"
+
+    def emit(self, program: Program, folder: Path) -> None:
+        """Write `model.onnx`, with its weights beside it if they are large; several components share theirs."""
+        models = {name: self._keeping(model) for name, model in program.components.items()}
+        if len(models) > 1:
+            onnx_io.save_together({self.file_of(name): model for name, model in models.items()}, folder)
+        else:
+            onnx_io.save(open_cache_sizes(next(iter(models.values()))), folder / self.model_file)
+
+    def _keeping(self, model: ir.Model) -> ir.Model:
+        """The model with its cache kept as is asked for, a copy if that changes it; CheckFailed if that cannot be."""
+        if self.cache == "f32":
+            return model
+        result = registry.pass_class("quantize-cache")()(model.clone())
+        if isinstance(result, PassResult) and result.refusals:
+            first = result.refusals[0]
+            reason = f"{first.site} cannot be kept in 8 bits: {first.reason}; leave out cache=int8"
+            raise CheckFailed(reason, where=f"target {self}")
+        return result.model
+
+    def open(self, path: Path) -> Engine:
+        """Open an engine folder or an `.onnx` file, with all of the runtime's own optimizations."""
+        file = path / self.model_file if path.is_dir() else path
+        if not file.is_file():
+            raise BadInput("there is no ONNX model here", where=file)
+        ort = self._import()
+        options = self._options(ort)
+        try:
+            session = ort.InferenceSession(str(file), options, providers=[_PROVIDERS[self.provider]])
+        except Exception as error:
+            raise BadInput(f"ONNX Runtime refuses the model: {in_one_line(error)}", where=file) from error
+        return OnnxRuntimeEngine(ort, session)
+
+    def load(self, model: ir.Model) -> Engine:
+        """Run a graph as it is written: no optimization, no packing, weights lent to the runtime and not copied.
+
+        Matrices in blocks are lent as constants, and packed: as inputs their operator misreads them, and unpacked it
+        computes in float.
+        """
+        ort = self._import()
+        options = self._options(ort)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = _FATAL
+        weights = detach_weights(model, constant_for=_PACKED)
+        lent, constants = (
+            {name: ort_value_of(ort, tensor) for name, tensor in tensors.items()}
+            for tensors in (weights.inputs, weights.constants)
+        )
+        blocks = any(node.op_type in _PACKED for node in model.graph)
+        options.add_session_config_entry("session.disable_prepacking", "0" if blocks else "1")
+        options.add_external_initializers(list(constants), list(constants.values()))
+        try:
+            session = ort.InferenceSession(
+                ir.to_proto(weights.model).SerializeToString(), options, providers=[_PROVIDERS[self.provider]]
+            )
+        except Exception as error:
+            raise CheckFailed(f"ONNX Runtime refuses the graph: {in_one_line(error)}") from error
+        return OnnxRuntimeEngine(ort, session, lent, constants)
+
+    def mapped(self) -> Self | None:
+        """Weights stay in `model.onnx.data`."""
+        return replace(self, weights="mapped") if self.provider == "cpu" else None
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Not installed, or broken; None if it imports."""
+        try:
+            import onnxruntime  # noqa: F401
+        except ImportError as error:
+            return f"onnxruntime does not import ({error}); pip install 'planish[cpu]'"
+        return None
+
+    def _import(self) -> Any:
+        reason = self.missing()
+        if reason is not None:
+            raise MissingRuntime(reason, where="target onnxruntime")
+        import onnxruntime as ort
+
+        ort.disable_telemetry_events()
+        wanted = _PROVIDERS[self.provider]
+        if wanted not in ort.get_available_providers():
+            raise MissingRuntime(
+                f"this build of ONNX Runtime has no {wanted}",
+                where=f"target {self}",
+                advice="pip install 'planish[gpu]' in an environment without planish[cpu]",
+            )
+        return ort
+
+    def _options(self, ort: Any) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = _FATAL if self.provider == "cpu" else _WARNING  # failures are raised as well
+        if self.weights == "mapped":
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return options

@@ -1,0 +1,139 @@
+"""OpenVINO: `openvino_model.xml` and `openvino_model.bin`, compiled for the CPU device unless told otherwise.
+
+The IR is written by OpenVINO's own ONNX frontend, so this backend needs the package to emit as well as to run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from annotated_types import Ge, Le, MaxLen
+
+from planish.backends.openvino.emit import drop_guards, give_stable_names, import_quietly, make_stateful
+from planish.backends.openvino.engine import MOST_BUCKETS, PAGE, OpenVinoEngine, Size, of_size
+from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime, in_one_line
+from planish.optimizer.interfaces.backend import MOST_THREADS, Backend, Engine
+from planish.optimizer.ir import onnx_io
+from planish.optimizer.ir.graph import FINITE_MASK
+from planish.optimizer.ir.program import Program
+from planish.optimizer.system.scratch import scratch_folder
+
+PROPERTIES = "openvino_properties.json"
+"""The file of properties that loaders must give to get what was checked."""
+
+
+@dataclass(frozen=True)
+class OpenVino(Backend):
+    """OpenVINO through its Python binding."""
+
+    name: ClassVar[str] = "openvino"
+    distribution: ClassVar[str] = "openvino"
+    model_file: ClassVar[str] = "openvino_model.xml"
+
+    threads: Annotated[int, Ge(0), Le(MOST_THREADS)] = 0
+    """Threads of one inference; 0 lets the runtime take one per core."""
+
+    device: Literal["CPU", "GPU", "NPU"] = "CPU"
+    """The device that the model is compiled for."""
+
+    precision: Literal["f32", "bf16", "f16", "default"] = "f32"
+    """Arithmetic of floating-point operators. `default` is what loaders get that are given no options: bf16 on CPUs
+    that have it, f16 on GPUs; no file can tell the runtime otherwise, so `openvino_properties.json` goes with it."""
+
+    cache: Literal["f32", "f16", "u8"] = "f32"
+    """How a decoder keeps keys and values between its steps; u8 in groups, each with a scale. It is written into the
+    file: every loader does it so."""
+
+    buckets: Annotated[tuple[Size, ...], MaxLen(MOST_BUCKETS)] = ()
+    """Texts and tokens, as `1x16`, for which the model is compiled a second time: calls of exactly this size run with
+    shapes that are known, for the memory of another copy; all others run as ever. Not for models that keep a cache."""
+
+    @property
+    def rounds(self) -> bool:
+        """Where arithmetic or the cache has fewer bits than 32."""
+        return (self.precision, self.cache) != ("f32", "f32")
+
+    def emit(self, program: Program, folder: Path) -> None:
+        """Convert through ONNX and write the IR, weights as they are (never halved in silence).
+
+        A decoder that is a program of its own keeps its cache inside, as variables. Beside it lie the properties that
+        loaders must give, and a page that says so.
+        """
+        ov = self._import()
+        self._write_properties(folder, [self.file_of(name) for name in program.components])
+        for name, model in program.components.items():
+            with scratch_folder(folder.parent) as scratch:
+                source = scratch / "model.onnx"
+                onnx_io.save(model, source)
+                try:
+                    converted = ov.Core().read_model(str(source))
+                    drop_guards(converted, {n.name for n in model.graph if FINITE_MASK in n.metadata_props})
+                    if len(program.components) == 1 and program.signatures[name].cached:
+                        make_stateful(ov, converted, self.cache)
+                except RuntimeError as error:
+                    raise CheckFailed(f"OpenVINO cannot convert the graph: {in_one_line(error)}") from error
+                give_stable_names(converted)
+                ov.save_model(converted, str(folder / self.file_of(name)), compress_to_fp16=False)
+                del converted  # it maps the scratch file
+
+    def open(self, path: Path) -> Engine:
+        """Open an engine folder, an `.xml` or an `.onnx` file."""
+        file = path / self.model_file if path.is_dir() else path
+        if not file.is_file():
+            raise BadInput("there is no OpenVINO model here", where=file)
+        ov = self._import()
+        core = ov.Core()
+        if self.device not in {device.partition(".")[0] for device in core.available_devices}:
+            raise MissingRuntime(f"OpenVINO finds no {self.device} on this machine", where=f"target {self}")
+        try:
+            compiled = core.compile_model(str(file), self.device, self._config())
+            sizes = [tuple(map(int, text.split("x"))) for text in self.buckets]
+            models = {size: of_size(core, file, size) for size in sizes}
+            buckets = {size: core.compile_model(m, self.device, self._config()) for size, m in models.items()}
+        except RuntimeError as error:
+            raise BadInput(f"OpenVINO refuses the model: {in_one_line(error)}", where=file) from error
+        return OpenVinoEngine(ov, compiled, buckets)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Not installed, or broken; None if it imports."""
+        try:
+            import_quietly()
+        except ImportError as error:
+            return f"openvino does not import ({error}); pip install 'planish[cpu]'"
+        return None
+
+    def _import(self) -> Any:
+        reason = self.missing()
+        if reason is not None:
+            raise MissingRuntime(reason, where="target openvino")
+        return import_quietly()
+
+    def as_loaders_open(self) -> Self | None:
+        """With the runtime's own precision, where that is another one here."""
+        if self.precision == "default" or self.missing() is not None:
+            return None
+        core = import_quietly().Core()
+        if self.device not in {device.partition(".")[0] for device in core.available_devices}:
+            return None
+        preferred = core.get_property(self.device, "INFERENCE_PRECISION_HINT").get_type_name()
+        return None if preferred == self.precision else replace(self, precision="default", threads=0, buckets=())
+
+    def _write_properties(self, folder: Path, files: Sequence[str]) -> None:
+        properties = self._precision()
+        if properties:
+            (folder / PROPERTIES).write_text(json.dumps(properties) + "\n", encoding="utf-8")
+            calls = [f'{Path(name).stem} = core.compile_model("{name}", "{self.device}", properties)' for name in files]
+            page = PAGE.format(properties=json.dumps(properties), calls="\n".join(calls))
+            (folder / "README.md").write_text(page, encoding="utf-8")
+
+    def _precision(self) -> dict[str, object]:
+        return {} if self.precision == "default" else {"INFERENCE_PRECISION_HINT": self.precision}
+
+    def _config(self) -> dict[str, object]:
+        config: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", **self._precision()}
+        return config | ({"INFERENCE_NUM_THREADS": self.threads} if self.threads else {})

@@ -1,0 +1,1 @@
+"""Calibration data, statistics of activations, sensitivities for mixed precision."""

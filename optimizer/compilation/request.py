@@ -1,0 +1,208 @@
+"""What was asked for, checked before anything is done."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from planish.optimizer.errors import UsageError
+from planish.optimizer.fidelity.budget import Budget, measured_metrics, metrics_of
+from planish.optimizer.fidelity.inputs import refuse_other_sizes
+from planish.optimizer.fidelity.user_metric import Evaluation
+from planish.optimizer.interfaces import option_text, registry
+from planish.optimizer.interfaces.backend import Backend
+from planish.optimizer.interfaces.pass_base import Pass
+from planish.optimizer.ir.program import Program, Signature
+from planish.optimizer.pipeline import presets
+from planish.optimizer.pipeline.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Request:
+    """Targets, pipelines, budget and sizes."""
+
+    targets: tuple[Backend, ...]
+    preset: str | None
+    pipelines: Mapping[str, Pipeline]
+    """By the name of the target."""
+    asked: Budget
+    """What `--keep` says; without it, the default of the preset."""
+    shapes: tuple[Mapping[str, int], ...]
+    extra: Pipeline
+    """Passes that are tried behind the pipeline of each target, and kept where that is faster."""
+    alternatives: Mapping[str, Sequence[Pipeline]]
+    """Pipelines that are tried instead, by the name of the target, and kept where they are faster."""
+    stepping: Mapping[str, Sequence[Pipeline]]
+    """More of them, for programs that write token by token."""
+    evaluation: Evaluation | None
+    """The user's own measure of an engine."""
+    last_logits: bool
+    """Whether a decoder gives the scores behind the last token alone."""
+    profile: Path | None
+    """Where is kept what the targets run fast; passes keep their usual options without."""
+
+    @property
+    def fixed(self) -> Mapping[str, int]:
+        """Axes that every engine has in one size only."""
+        return next(iter(self.pipelines.values())).fixed
+
+    def described(self) -> dict[str, str]:
+        """The request as texts, for lock and manifest."""
+        what = {"preset": self.preset} if self.preset else {"pipeline": str(next(iter(self.pipelines.values())))}
+        fixed = {"fixed": ",".join(f"{axis}={size}" for axis, size in self.fixed.items())} if self.fixed else {}
+        own = {} if self.evaluation is None else {"evaluate": str(self.evaluation)}
+        last = {"logits": "last"} if self.last_logits else {}
+        return what | fixed | last | own | {"budget": str(self.asked)}
+
+    def instead(self, target: Backend, *, writes: bool) -> list[Pipeline]:
+        """What is tried instead of a target's pipeline, for a program that writes token by token or does not."""
+        return [*self.alternatives.get(target.name, ()), *(self.stepping.get(target.name, ()) if writes else ())]
+
+    @property
+    def beginning(self) -> tuple[Pass, ...]:
+        """What all pipelines begin with, up to the first pass that asks the target or wants to see activations."""
+        others = [one for known in (self.alternatives, self.stepping) for group in known.values() for one in group]
+        every = [pipeline.passes for pipeline in (*self.pipelines.values(), *others)]
+        alike = itertools.takewhile(lambda steps: len(set(map(str, steps))) == 1, zip(*every, strict=False))
+        plain = itertools.takewhile(lambda step: not step.is_adaptive, (steps[0] for steps in alike))
+        return tuple(plain) if len(every) > 1 else ()
+
+    def steering(self, signature: Signature) -> Budget:
+        """The budget that each pass on a component must keep: the clauses that can be measured of its outputs.
+
+        If there are none (a budget of tokens, of the user's own measure, or of scores that only another component
+        has), it is the default of the preset.
+        """
+        clauses = self.asked.only(metrics_of(signature))
+        return clauses if clauses.clauses or not self.asked.clauses else presets.budget(self.preset)
+
+    def replaced(self, program: Program) -> list[str]:
+        """Notes on the components whose passes are held against the default of the preset, since `--keep` says nothing
+        of their outputs."""
+        return [
+            f"--keep {self.asked} cannot be measured of {'its graph' if name == 'model' else f'the {name}'} alone: "
+            f"passes that are not exact are held against {self.steering(signature)} there"
+            for name, signature in program.signatures.items()
+            if self.asked.clauses and self.preset is not None and not self.asked.only(metrics_of(signature)).clauses
+            if presets.budget(self.preset).clauses
+        ]
+
+    def passes_for(self, target: Backend) -> list[Pass]:
+        """Every pass that may run for a target: of its pipeline, and of what is tried behind or instead of it."""
+        others = [*self.alternatives.get(target.name, ()), *self.stepping.get(target.name, ()), self.extra]
+        return [step for pipeline in (self.pipelines[target.name], *others) for step in pipeline.passes]
+
+    @property
+    def observes(self) -> bool:
+        """Whether any pass that may run wants to have seen activations."""
+        return any(step.observes for target in self.targets for step in self.passes_for(target))
+
+    def check_fits(self, program: Program) -> None:
+        """UsageError if a budget or a size was asked for that this program cannot be held against."""
+        self.asked.refuse_unmeasured(measured_metrics(program, evaluated=self.evaluation is not None))
+        refuse_other_sizes(program.signatures.values(), self.shapes)
+
+
+def request_of(
+    targets: Sequence[str],
+    preset: str | None,
+    pipeline: str | None,
+    keep: Sequence[str],
+    shapes: Sequence[Mapping[str, int]],
+    fix: Mapping[str, int] | None,
+    profile: str | Path | None,
+    evaluate: str | None,
+    logits: Literal["all", "last"],
+    *,
+    calibrated: bool,
+    reference: str = "full",
+) -> Request:
+    """The request, or UsageError: the preset is `exact` where nothing is said."""
+    targets, keep = _several(targets), _several(keep)
+    _refuse_idle(reference, keep, shapes, evaluate, runs=pipeline is not None, calibrated=calibrated)
+    if preset is not None and pipeline is not None:
+        raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
+    if profile is not None and pipeline is not None:
+        raise UsageError("a profile chooses for presets, not for a pipeline", advice="write the options into the text")
+    backends = tuple(registry.backend(text) for text in targets)
+    names = [backend.name for backend in backends]
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"each target must be given once, got {names}", advice="build two folders for two variants")
+    preset = "exact" if pipeline is None and preset is None else preset
+    asked = Budget.parse(keep) if keep else presets.budget(preset)
+    first = [option_text.format_spec(presets.SPECIALIZE, fix)] if fix else []
+    pipelines = _pipelines_for(backends, preset, pipeline, first, calibrated=calibrated)
+    own = None if evaluate is None else Evaluation.parse(evaluate)
+    if own is None and any(clause.metric.startswith("score") for clause in asked.clauses):
+        raise UsageError("a budget on score needs a command that prints it", where="--keep", advice="give --evaluate")
+    if logits == "last" and any(clause.metric == "perplexity" for clause in asked.clauses):
+        raise UsageError("perplexity needs the scores behind every token", where="--logits last", advice="keep kl<=X")
+    return Request(
+        targets=backends,
+        preset=preset,
+        pipelines=pipelines,
+        asked=asked,
+        shapes=tuple(shapes),
+        extra=_extra_for(preset, shapes),
+        alternatives=_alternatives_for(backends, presets.CALIBRATED.get(preset or "", {}) if calibrated else {}, first),
+        stepping=_alternatives_for(backends, presets.STEPS.get(preset or "", {}), first),
+        evaluation=own,
+        last_logits=logits == "last",
+        profile=None if profile is None else Path(profile),
+    )
+
+
+def _several(texts: Sequence[str]) -> Sequence[str]:
+    """The texts; a single one, which is a sequence of letters, as one."""
+    return (texts,) if isinstance(texts, str) else texts
+
+
+def _refuse_idle(
+    reference: str,
+    keep: Sequence[str],
+    shapes: Sequence[Mapping[str, int]],
+    evaluate: str | None,
+    *,
+    runs: bool,
+    calibrated: bool,
+) -> None:
+    """UsageError for options that would do nothing beside this way of treating the original; without it a preset
+    ``runs`` no pass."""
+    where, advice = f"--reference {reference}", "leave one of the two out"
+    if reference == "none" and keep:
+        raise UsageError("nothing is compared, so no budget can be kept", where=f"--keep {keep[0]}", advice=advice)
+    if reference == "none" and evaluate is not None:
+        raise UsageError("engines that nothing is compared with are not judged", where="--evaluate")
+    if reference == "none" and calibrated and not runs:
+        raise UsageError("a preset runs no pass then, so nothing is calibrated", where=where, advice=advice)
+    if reference != "full" and shapes:
+        raise UsageError("nothing is timed then, at no --shape", where=where, advice=advice)
+
+
+def _pipelines_for(
+    targets: Sequence[Backend], preset: str | None, text: str | None, first: Sequence[str], *, calibrated: bool
+) -> dict[str, Pipeline]:
+    """The pipeline of each target, behind ``first``: the text that was given, or what the preset says."""
+    said = functools.partial(presets.pipeline_text, preset or "exact", calibrated=calibrated)
+    texts = {t.name: said(t.name) if text is None else text for t in targets}
+    return {name: Pipeline.parse(",".join([*first, own])) for name, own in texts.items()}
+
+
+def _extra_for(preset: str | None, shapes: Sequence[Mapping[str, int]]) -> Pipeline:
+    """What is tried behind the pipeline of a preset: where several texts are timed at once, some of them are padded."""
+    several = any(sizes.get("batch", 1) > 1 for sizes in shapes)
+    return Pipeline.parse(presets.EXTRA) if several and preset is not None else Pipeline()
+
+
+def _alternatives_for(
+    targets: Sequence[Backend], texts: Mapping[str, Sequence[str]], first: Sequence[str]
+) -> dict[str, list[Pipeline]]:
+    """Pipelines that are tried instead of the preset's, each behind ``first``."""
+    return {t.name: [Pipeline.parse(",".join([*first, text])) for text in texts.get(t.name, ())] for t in targets}
+
+
+ReferenceMode = Literal["full", "offload", "none"]

@@ -1,0 +1,1 @@
+"""One file for each command: optimize, verify, bench, opt, explain, bisect, doctor."""

@@ -1,0 +1,166 @@
+"""Any mix of outputs, `.onnx` and `.xml` files, timed side by side on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from planish.optimizer.compilation.progress import Progress, Stages, silent
+from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.fidelity.inputs import default_shapes, refuse_other_sizes, sized_case
+from planish.optimizer.interfaces import registry
+from planish.optimizer.interfaces.registry import target_of
+from planish.optimizer.ir.program import Axis, Signature, TensorSpec
+from planish.optimizer.output.manifest import Manifest, engine_folder, refuse_links_of
+from planish.optimizer.runtime.worker import EngineRef
+from planish.optimizer.system.staging import MANIFEST
+from planish.optimizer.timing.interleaved import Timing, time_against_first
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One engine in the race: how it is called in the table, where it is, what it takes."""
+
+    label: str
+    engine: EngineRef
+    signature: Signature
+    component: str = "model"
+    """Only engines of the same component race."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine at one shape."""
+
+    label: str
+    shape: str
+    timing: Timing
+    component: str = "model"
+
+
+def bench(
+    models: Sequence[str | Path],
+    against: Sequence[str | Path] = (),
+    shapes: Sequence[Mapping[str, int]] = (),
+    targets: Sequence[str] = (),
+    *,
+    progress: Progress = silent,
+) -> list[Row]:
+    """Time every engine of ``models`` in alternation, compared with the first of ``against`` (or of ``models``).
+
+    Components of an encoder-decoder race apart, each with the same component of other engines.
+
+    ``targets`` give options to the runtimes (`onnxruntime{threads=2}`) and say which engines of an output take part,
+    each once for every target of its runtime; without them all do. Raises BadInput if nothing is there to time, and
+    UsageError for sizes or targets that nothing here can have.
+    """
+    entrants = [entrant for path in (*against, *models) for entrant in _entrants(Path(path), targets)]
+    if not entrants:
+        raise BadInput("there is no engine to time here", where=", ".join(map(str, models)))
+    opened = {registry.backend(entrant.engine.target).name for entrant in entrants}
+    idle = [text for text in targets if registry.backend(text).name not in opened]
+    if idle:
+        advice = f"there are engines of {', '.join(sorted(opened))}"
+        raise UsageError("nothing here is opened with it", where=f"--target {idle[0]}", advice=advice)
+    refuse_other_sizes([entrant.signature for entrant in entrants], shapes)
+    components = dict.fromkeys(entrant.component for entrant in entrants)
+    races = {name: [entrant for entrant in entrants if entrant.component == name] for name in components}
+    sizes = {name: shapes or default_shapes(alike[0].signature) for name, alike in races.items()}
+    stages = Stages(progress, sum(map(len, sizes.values())))
+    return [row for name, alike in races.items() for row in _race(alike, sizes[name], stages)]
+
+
+def _race(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]], stages: Stages) -> list[Row]:
+    bounds = {t.name: t.bound for e in entrants for t in e.signature.inputs if t.bound is not None}
+    rows = []
+    for sizes in shapes:
+        cases = [sized_case(_bounded(entrant.signature, bounds), sizes) for entrant in entrants]
+        with stages.stage(f"timing {entrants[0].component} at {cases[0][1]}"):
+            timings = time_against_first([entrant.engine for entrant in entrants], [case for case, _ in cases])
+        rows += [Row(e.label, text, t, e.component) for e, (_, text), t in zip(entrants, cases, timings, strict=True)]
+    return rows
+
+
+def _entrants(path: Path, targets: Sequence[str]) -> list[Entrant]:
+    """The engines of an output, the engine of an engine folder, or the one that opens a file."""
+    asked: dict[str, list[str]] = {}
+    for text in targets:
+        asked.setdefault(registry.backend(text).name, []).append(text)
+    if (path / MANIFEST).is_file():
+        manifest = Manifest.read(path)
+        names = [name for name in manifest.targets if not asked or name in asked]
+        return [
+            entrant
+            for name in names
+            if manifest.backend(name).missing() is None
+            for entrant in _components(
+                engine_folder(path, name), asked.get(name, [manifest.targets[name].target]), manifest
+            )
+        ]
+    refuse_links_of(path)
+    target = target_of(path)
+    ways = asked.get(target, [target])
+    if path.is_dir() and (path.parent / MANIFEST).is_file():
+        return _components(path, ways, Manifest.read(path.parent))
+    signature = _signature_of(path, target)
+    return [Entrant(_label(str(path), way, ways), EngineRef(way, path), signature) for way in ways]
+
+
+def _label(what: str, target: str, ways: Sequence[str]) -> str:
+    """What an engine is called in the table: with its options, if it takes part with several."""
+    return what if len(ways) == 1 else f"{what} {target}"
+
+
+def _components(folder: Path, targets: Sequence[str], manifest: Manifest) -> list[Entrant]:
+    """Every component of an engine folder, for each way to open it."""
+    return [
+        Entrant(
+            _label(str(folder) if len(manifest.signatures) == 1 else f"{folder} {component}", target, targets),
+            EngineRef(target, registry.backend(target).path_of(component, folder)),
+            record.signature(),
+            component,
+        )
+        for component, record in manifest.signatures.items()
+        for target in targets
+    ]
+
+
+def _signature_of(path: Path, target: str) -> Signature:
+    """The signature in the manifest above an engine's file, else what the graph or the runtime says."""
+    above = path.parent.parent
+    if (above / MANIFEST).is_file():
+        backend = registry.backend(target)
+        signatures = Manifest.read(above).signatures
+        return next(record.signature() for name, record in signatures.items() if backend.file_of(name) == path.name)
+    if path.suffix == ".onnx":
+        from planish.optimizer.lowering.export.onnx_file import read_signature
+
+        return read_signature(path)
+    engine = registry.backend(target).open(path)
+    return _named_axes(engine.inputs, engine.outputs)
+
+
+def _named_axes(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Signature:
+    """A signature for an engine that has lost the names of its axes: batch first, sequence second."""
+    names = ("batch", "sequence")
+
+    def named(tensor: TensorSpec) -> TensorSpec:
+        shape = tuple(
+            names[index] if isinstance(dim, str) and index < len(names) else dim
+            for index, dim in enumerate(tensor.shape)
+        )
+        return TensorSpec(tensor.name, tensor.dtype, shape, tensor.role, tensor.bound, tensor.pad)
+
+    made = tuple(map(named, inputs))
+    used = {dim for tensor in made for dim in tensor.shape if isinstance(dim, str)}
+    return Signature(made, outputs, {name: Axis(name) for name in sorted(used)})
+
+
+def _bounded(signature: Signature, bounds: Mapping[str, int | None]) -> Signature:
+    """The signature with bounds that another engine of the same race knows."""
+    inputs = tuple(
+        TensorSpec(t.name, t.dtype, t.shape, t.role, bounds.get(t.name) if t.bound is None else t.bound, t.pad)
+        for t in signature.inputs
+    )
+    return Signature(inputs, signature.outputs, signature.axes)

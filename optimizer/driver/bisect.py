@@ -1,0 +1,307 @@
+"""Which pass, and which of its sites, moves the outputs too far: `planish bisect`.
+
+Passes run one after the other, each held against the reference of the model that they started from. The first that
+leaves the budget is run again on fewer and fewer of its sites, until one is left that makes the difference; what that
+site rewrites is cut out of the graph, as a model of a few nodes that fails by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.calibration.collect import Calibrate
+from planish.optimizer.compilation.references import file_reference
+from planish.optimizer.driver.opt import files_of
+from planish.optimizer.errors import BadInput, CheckFailed, PlanishError, UsageError
+from planish.optimizer.fidelity.budget import Budget, metrics_of
+from planish.optimizer.fidelity.inputs import QUICK
+from planish.optimizer.fidelity.metrics import compare
+from planish.optimizer.fidelity.reference import Reference, References
+from planish.optimizer.interfaces import registry
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, at_most
+from planish.optimizer.ir import onnx_io
+from planish.optimizer.ir.program import Arrays, Signature
+from planish.optimizer.ir.verifier import verify
+from planish.optimizer.lowering import lower
+from planish.optimizer.output.manifest import Manifest, engine_folder
+from planish.optimizer.pipeline.pipeline import Pipeline
+from planish.optimizer.runtime.cases import size_of_case
+from planish.optimizer.runtime.interpreter import CHECKER
+from planish.optimizer.system.links import refuse_links_out
+from planish.optimizer.system.scratch import scratch_folder
+from planish.optimizer.system.staging import demand_not_read, staged_file
+
+_ALL = 1 << 40
+_RINGS = 3
+"""How far around a site the cut may reach before the whole graph is kept."""
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The first pass that leaves the budget, and, where it goes from site to site, the first site that does."""
+
+    text: str
+    """The pass with its options."""
+    site: str | None
+    violations: tuple[str, ...]
+    runs: int
+    """How often the pass was run."""
+    nodes: int
+    """Nodes of the model that was written, which the pass alone breaks."""
+    command: str
+    """What shows it."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One run of a pass: what it did (None: it broke), what is wrong with the model then, and its rewritten sites."""
+
+    result: PassResult | None
+    violations: Sequence[str]
+    sites: int
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A model's signature and reference: what its rewritten forms are held against."""
+
+    signature: Signature
+    reference: Reference
+    exact: Budget
+    """What passes may change that are exact."""
+    asked: Budget
+
+    @classmethod
+    def of(cls, source: Path, asked: Budget, fixed: Mapping[str, int]) -> tuple[ir.Model, Oracle]:
+        """The model in an ONNX file, asked for these sizes of axes only, and the trial that it passes itself."""
+        model, trial = _of_output(source, asked) if source.is_dir() else _of_file(source, asked, fixed)
+        bad = trial.violations(model, [])
+        if bad:
+            raise CheckFailed(f"it does not match its own reference before any pass: {bad[0]}", where=source)
+        return model, trial
+
+    def violations(self, model: ir.Model, applied: Sequence[Pass]) -> list[str]:
+        """Why a model that came out of these passes is not good: broken, not running, or too far off."""
+        exact = all(step.exact for step in applied)
+        budget = self.exact if exact else self.asked
+        try:
+            verify(model)
+            engine = registry.backend(CHECKER).load(model)
+            outputs = [engine.run(case) for case in self.reference.inputs]
+            found = compare(self.signature, self.reference.inputs, self.reference.outputs, outputs)
+        except (CheckFailed, ValueError) as error:  # what does not run, or gives outputs of other shapes
+            return [str(error)]
+        return budget.violations(found)
+
+    def attempt(self, model: ir.Model, applied: Sequence[Pass], sites: int = _ALL) -> Attempt:
+        """Run the last of the passes, on at most so many of its sites, over what the others made of the model."""
+        with at_most(sites) as left:
+            try:
+                load = registry.backend(CHECKER).load
+                Calibrate(self.signature, lambda: self.reference.inputs, load).gather(applied[-1], model)
+                result = applied[-1](model)
+            except Exception as error:  # noqa: BLE001 - a pass that breaks is what is looked for
+                return Attempt(None, [f"{type(error).__name__}: {error}"], sites - max(left[0], 0))
+        found = result if isinstance(result, PassResult) else PassResult(result.model, result.modified)
+        return Attempt(found, self.violations(model, applied) if found.modified else [], sites - max(left[0], 0))
+
+
+def _of_file(source: Path, asked: Budget, fixed: Mapping[str, int]) -> tuple[ir.Model, Oracle]:
+    """The model in a file, held against what it computes itself."""
+    lowered = lower(source).with_fixed(fixed)
+    model, signature = lowered.program.sole()
+    asked.refuse_unmeasured(metrics_of(signature))
+    reference = file_reference(lowered)
+    return model, Oracle(signature, reference, reference.exact_budget(), asked)
+
+
+def _of_output(folder: Path, asked: Budget) -> tuple[ir.Model, Oracle]:
+    """The first engine of an output that is an ONNX file, held against the reference of the original in it."""
+    refuse_links_out(folder)
+    manifest = Manifest.read(folder)
+    files = {
+        name: [engine_folder(folder, name) / registry.backend_class(name).file_of(part) for part in manifest.signatures]
+        for name in manifest.targets
+    }
+    name = next((name for name, own in files.items() if all(file.suffix == ".onnx" for file in own)), None)
+    if name is None or len(files[name]) > 1 or not manifest.reference.noise:
+        why = "no engine of ONNX files" if name is None else "several components" if len(files[name]) > 1 else ""
+        raise BadInput(f"this output has {why or 'no reference'}", where=folder, advice="give the .onnx file of one")
+    references = References.load(folder / "reference", manifest.reference.noise, manifest.reference.origin)
+    ((component, reference),) = references.components.items()
+    pairs = sorted(zip(reference.inputs, reference.outputs, strict=True), key=lambda pair: size_of_case(pair[0]))
+    inputs, outputs = zip(*pairs[:QUICK], strict=True)
+    budget = manifest.targets[name].budget(component)
+    signature = manifest.signatures[component].signature()
+    asked.refuse_unmeasured(metrics_of(signature))
+    budget = budget if budget.clauses else reference.exact_budget()  # what was asked for is about whole engines
+    model, _ = lower(files[name][0]).program.sole()
+    return model, Oracle(
+        signature, replace(reference, inputs=inputs, outputs=outputs), budget, asked if asked.clauses else budget
+    )
+
+
+def bisect(source: Path, pipeline: str, repro: Path, *, keep: Sequence[str] = ()) -> Culprit | None:
+    """The first pass and site of ``pipeline`` that leaves the budget on the ONNX file ``source``; None if none does.
+
+    Of an output, the pipeline goes on from its first engine that is an ONNX file, held against the original's reference
+    and the engine's budget. Passes that are not exact are held against ``keep``, which a file needs for them. A small
+    model that the pass alone breaks is written to ``repro``, if any does.
+    """
+    steps, asked = Pipeline.parse(pipeline), Budget.parse(keep)
+    demand_not_read({"SOURCE": source}, files_of(repro))
+    if source.is_dir() and repro.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"this lies inside {source}, which is only read", where=f"-o {repro}", advice="name another")
+    bent = next((step for step in steps.passes if not step.exact), None)
+    if keep and bent is None:
+        raise UsageError(
+            "all passes are exact, and held against rounding alone", where=f"--keep {asked}", advice="leave it out"
+        )
+    if not keep and bent is not None and not source.is_dir():
+        raise UsageError(
+            f"{bent.name} is not exact, and nothing says how far it may go",
+            where=source,
+            advice="give --keep METRIC>=X",
+        )
+    model, trial = Oracle.of(source, asked, steps.fixed)
+    demand_not_read(_weights_of(model), files_of(repro))
+    for count in range(1, len(steps.passes) + 1):
+        before = model.clone()
+        attempt = trial.attempt(model, steps.passes[:count])
+        if attempt.violations:
+            return _blame(_Search(trial, steps.passes[:count], before), attempt, repro, keep)
+    return None
+
+
+def _weights_of(model: ir.Model) -> dict[str, Path]:
+    """The files that tensors of a model are read from, by what to call them."""
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    paths = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return {f"weights of SOURCE, {path.name},": path for path in sorted(paths)}
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A pass that fails, the passes before it, and the model that it fails on."""
+
+    trial: Oracle
+    applied: Sequence[Pass]
+    before: ir.Model
+
+    def first_site(self, attempt: Attempt) -> tuple[int, Attempt, int]:
+        """The number of the first site that leaves the budget, the run that ends there, and how many runs it took."""
+        good, bad, runs = 0, attempt.sites, 1
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            tried = self.trial.attempt(self.before.clone(), self.applied, middle)
+            runs += 1
+            if tried.violations:
+                bad, attempt = middle, tried
+            else:
+                good = middle
+        return bad, attempt, runs
+
+    def until(self, sites: int) -> ir.Model:
+        """The model with the first sites rewritten."""
+        model = self.before.clone()
+        self.trial.attempt(model, self.applied, sites)
+        return model
+
+
+def _blame(search: _Search, attempt: Attempt, repro: Path, keep: Sequence[str]) -> Culprit:
+    """Find the site, and write what reproduces it."""
+    step = search.applied[-1]
+    number, last, runs = search.first_site(attempt)
+    good = search.until(number - 1) if number else search.before
+    site = None if number == 0 else last.result.sites[-1] if last.result and last.result.sites else f"number {number}"
+    piece = _smallest(search, good) if number and last.result else good
+    with staged_file(repro) as path:
+        onnx_io.save(piece, path)
+    options = "".join(f" --keep '{text}'" for text in keep)
+    command = f"planish opt {repro} --pipeline '{step}' -o {repro.with_suffix('.after.onnx')}{options}"
+    return Culprit(str(step), site, tuple(last.violations), runs, len(piece.graph), command)
+
+
+def _smallest(search: _Search, good: ir.Model) -> ir.Model:
+    """The smallest cut around the next site that the pass still breaks by itself, or the whole graph."""
+    bad = good.clone()
+    search.trial.attempt(bad, search.applied, 1)
+    with scratch_folder() as scratch:
+        for number, piece in enumerate(_cuts(search.trial, good, bad)):
+            path = scratch / f"{number}.onnx"
+            onnx_io.save(piece, path)
+            if _fails(path, search.applied[-1], search.trial.asked):
+                return piece
+    return good
+
+
+def _fails(path: Path, step: Pass, asked: Budget) -> bool:
+    """Whether the pass breaks the model in a file, as `planish opt` would see it."""
+    try:
+        model, trial = Oracle.of(path, asked, step.fixed)
+    except PlanishError:
+        return False  # the cut does not run by itself: a wider one is tried
+    return bool(trial.attempt(model, [step]).violations)
+
+
+def _cuts(trial: Oracle, good: ir.Model, bad: ir.Model) -> Iterator[ir.Model]:
+    """What is different between two graphs, cut out of the first one, then with its neighbours, and theirs."""
+    kept = {_key(node) for node in bad.graph}
+    region = {id(node): node for node in good.graph if _key(node) not in kept}
+    for _ in range(_RINGS if region else 0):
+        piece = _cut(trial, good, list(region.values()))
+        if piece is not None:
+            yield piece
+        region |= {id(near): near for node in region.values() for near in _neighbours(node, good.graph)}
+
+
+def _key(node: ir.Node) -> tuple[object, ...]:
+    """Equal for nodes of two graphs that do the same between values of the same names."""
+    attributes = sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items())
+    names = [None if value is None else value.name for value in node.inputs]
+    return (node.domain, node.op_type, *names, *(value.name for value in node.outputs), str(attributes))
+
+
+def _neighbours(node: ir.Node, graph: ir.Graph) -> Iterator[ir.Node]:
+    producers = (value.producer() for value in node.inputs if value is not None)
+    readers = (use.node for value in node.outputs for use in value.uses())
+    return (near for near in (*producers, *readers) if near is not None and near.graph is graph)
+
+
+def _cut(trial: Oracle, model: ir.Model, region: Sequence[ir.Node]) -> ir.Model | None:
+    """The nodes as a model of fixed shapes, those that a run of the whole model shows; None if they cannot be seen."""
+    inside = {id(node) for node in region}
+    read = {id(v): v for node in region for v in node.inputs if v is not None and id(v.producer()) not in inside}
+    inputs = [value for value in read.values() if value.const_value is None]
+    made = [value for node in region for value in node.outputs]
+    outputs = [v for v in made if v.is_graph_output() or any(id(use.node) not in inside for use in v.uses())]
+    seen = _seen(trial, model, [*inputs, *outputs])
+    if seen is None:
+        return None
+    try:
+        graph = ir.convenience.extract(model.graph, inputs, outputs)
+    except ValueError:
+        return None  # a node outside lies between two inside: a wider cut holds it
+    for value in (*graph.inputs, *graph.outputs):
+        array = seen[value.name or ""]
+        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    return ir.Model(graph, ir_version=model.ir_version, producer_name="planish")
+
+
+def _seen(trial: Oracle, model: ir.Model, values: Sequence[ir.Value]) -> Arrays | None:
+    """What these values of the main graph are on the first reference input; None if the model does not show them."""
+    case = trial.reference.inputs[0]
+    shown = model.clone()
+    by_name = ir.convenience.create_value_mapping(shown.graph, include_subgraphs=False)
+    known = [by_name[value.name or ""] for value in values]
+    hidden = [value for value in known if not value.is_graph_output() and not value.is_graph_input()]
+    if any(value.dtype is None for value in hidden):
+        return None
+    shown.graph.outputs.extend(hidden)
+    found: dict[str, np.ndarray] = {**case, **registry.backend(CHECKER).load(shown).run(case)}
+    return found if all((value.name or "") in found for value in values) else None

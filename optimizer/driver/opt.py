@@ -1,0 +1,126 @@
+"""One graph through one pipeline, without engines: what `planish opt` and `planish explain` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from planish.optimizer.calibration.collect import Calibrate
+from planish.optimizer.calibration.data import NOT_OBSERVED, Given, Samples
+from planish.optimizer.compilation.references import file_reference, refuse_random
+from planish.optimizer.errors import CheckFailed, UsageError
+from planish.optimizer.fidelity.budget import Budget, measured_metrics
+from planish.optimizer.fidelity.inputs import make_inputs, quick
+from planish.optimizer.fidelity.metrics import compare
+from planish.optimizer.interfaces import registry
+from planish.optimizer.interfaces.pass_base import Pass
+from planish.optimizer.ir import onnx_io
+from planish.optimizer.lowering import Lowered, lower
+from planish.optimizer.output.sites import Expectation, Rewritten, check_expectations, refuse_absent
+from planish.optimizer.pipeline import instruments, presets
+from planish.optimizer.pipeline.instruments import Instrument
+from planish.optimizer.pipeline.pipeline import PassReport, Pipeline
+from planish.optimizer.runtime.cases import thin
+from planish.optimizer.runtime.interpreter import CHECKER
+from planish.optimizer.system.staging import demand_not_read, staged_file
+
+
+def optimize_file(
+    source: Path,
+    out: Path,
+    *,
+    pipeline: str | None = None,
+    preset: str | None = None,
+    target: str | None = None,
+    keep: Sequence[str] = (),
+    print_before: bool = False,
+    print_after: bool = False,
+    print_after_change: bool = False,
+    check: bool = True,
+    expect: Sequence[str] = (),
+    calibration: Given | None = None,
+) -> list[PassReport]:
+    """Run a pipeline over the ONNX file ``source`` and write the result to ``out``.
+
+    A failed check raises CheckFailed after a reproducer was written beside ``out``; ``out`` is then not written. So
+    does an expectation (`fuse-attention=12`) that does not hold. Passes see activations on ``calibration`` (arrays by
+    input name), or on small made inputs. ``target`` is whose preset it is, ONNX Runtime's if that is not said. Passes
+    that are exact must keep the noise floor and ``keep``, others ``keep`` alone.
+    """
+    if keep and not check:
+        raise UsageError("nothing is compared, so no budget can be kept", where="--no-check", advice="leave one out")
+    wanted = [Expectation.parse(text) for text in expect]
+    name = target_name(target, pipeline)
+    steps = steps_of(pipeline, preset, name, calibrated=calibration is not None)
+    refuse_absent(wanted, {name: steps.passes})
+    if calibration is not None and not any(step.observes for step in steps.passes):
+        raise UsageError(NOT_OBSERVED, where="--calibration", advice="leave it out")
+    asked = Budget.parse(keep) if keep else presets.budget(preset)
+    lowered = lower(source).with_fixed(steps.fixed)
+    asked.refuse_unmeasured(measured_metrics(lowered.program))
+    given = Path(calibration) if isinstance(calibration, str | Path) else None
+    demand_not_read({**lowered.files(), "--calibration": given, "SOURCE": source}, files_of(out))
+    watchers: list[Instrument] = [
+        instruments.Reproducer(Path(f"{out}.failed"), onnx_io.save, [f"--keep '{k}'" for k in keep])
+    ]
+    if print_before:
+        watchers.append(instruments.PrintIR("before"))
+    if print_after or print_after_change:
+        watchers.append(instruments.PrintIR("after" if print_after else "after-change"))
+    watchers += _checks(lowered, asked) if check else []
+    watchers = [observing(lowered, calibration), *watchers, instruments.MeasureCost()]
+    outcome = steps.run(lowered.program.sole()[0], watchers)
+    check_expectations(wanted, [Rewritten.of(name, {"model": outcome})])
+    with staged_file(out) as path:
+        onnx_io.save(outcome.model, path)
+    return outcome.reports
+
+
+def files_of(out: Path) -> dict[str, Path]:
+    """The files that an ONNX file called ``out`` is written to, by what to call them."""
+    return {"-o": out, "weights of -o": out.with_name(f"{out.name}.data")}
+
+
+def target_name(target: str | None, pipeline: str | None) -> str:
+    """The name of the target that a preset is resolved for; UsageError if there is none to resolve."""
+    if target is not None and pipeline is not None:
+        raise UsageError("a target chooses among presets, not for a pipeline", where="--target", advice="leave it out")
+    return registry.backend(target or CHECKER).name
+
+
+def observing(lowered: Lowered, calibration: Given | None = None) -> Calibrate:
+    """What lets passes see activations of an ONNX file: on arrays that were given, or on small made ones."""
+    signature = lowered.program.sole()[1]
+    inputs = quick(make_inputs(signature)) if calibration is None else Samples.of(calibration).batches(signature, None)
+    cases = list(inputs)
+    return Calibrate(signature, lambda: cases, registry.backend(CHECKER).load)
+
+
+def steps_of(pipeline: str | None, preset: str | None, target: str, *, calibrated: bool = False) -> Pipeline:
+    """The passes of a text or of a preset; UsageError if both are given."""
+    if pipeline is not None and preset is not None:
+        raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
+    if pipeline is None:
+        pipeline = presets.pipeline_text(preset or "exact", target, calibrated=calibrated)
+    return Pipeline.parse(pipeline)
+
+
+def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:
+    reference = file_reference(lowered)
+    exact = reference.exact_budget()
+
+    def budget_of(step: Pass) -> Budget:
+        return Budget((*exact.clauses, *asked.clauses)) if step.exact else asked
+
+    signature = lowered.program.sole()[1]
+    load = registry.backend(CHECKER).load
+    engine = load(lowered.program.sole()[0])
+    refuse_random(lowered, engine, reference.inputs)
+    outputs = [engine.run(case) for case in reference.inputs]
+    moved = compare(signature, reference.inputs, reference.outputs, list(map(thin, outputs)))
+    violations = exact.violations(moved)
+    if violations:  # converters of opsets have errors as well
+        notes = "; ".join(lowered.program.provenance.notes)
+        raise CheckFailed(f"reading the file moved its outputs ({notes or 'inlined'}): {'; '.join(violations)}")
+    comparing = instruments.CompareEach(signature, reference.inputs, budget_of, load, outputs)
+    return [comparing, instruments.VerifyEach()]

@@ -1,0 +1,105 @@
+"""Reference inputs and outputs: what every engine is held against.
+
+Inputs are made from the signature (several lengths, a padded batch, batch 1, the longest length) or given. Outputs come
+from the original model. How precisely the original knows them itself, its noise floor, is estimated on the short cases
+by computing them in double precision as well; tolerances of exact rewrites follow from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from planish.optimizer.errors import BadInput
+from planish.optimizer.fidelity.budget import Budget, Clause
+from planish.optimizer.fidelity.metrics import CACHE, compare
+from planish.optimizer.ir.program import Role, Signature
+from planish.optimizer.runtime.cases import Case, load_cases, save_cases
+from planish.optimizer.runtime.teacher_forcing import GreedyContinuation, load_continuations, save_continuations
+
+NOISE_FACTOR = 64.0
+"""An exact rewrite may move an output by this many noise floors: another order of summation in every layer, in a
+runtime with other kernels, on inputs that the floor was not measured on."""
+NOISE_MINIMUM = 2.0**-22
+"""No floor is taken to be below this relative value (two units in the last place of float32)."""
+_CONTINUATIONS = "continuations.safetensors"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Cases, the outputs of the original for them, and its noise floor by output."""
+
+    inputs: tuple[Case, ...]
+    outputs: tuple[Case, ...]
+    noise: Mapping[str, float]
+    """Largest relative difference between the original in float32 and in double precision."""
+    origin: str
+    """How the outputs were made."""
+
+    def exact_budget(self) -> Budget:
+        """What an exact rewrite may change: a multiple of the largest noise floor."""
+        floor = max([*self.noise.values(), NOISE_MINIMUM])
+        return Budget((Clause("max_rel", "<=", float(f"{NOISE_FACTOR * floor:.2e}")),))
+
+    def save(self, folder: Path) -> None:
+        """Write `inputs.safetensors` and `outputs.safetensors` into a folder, which is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_cases(self.inputs, folder / "inputs.safetensors")
+        save_cases(self.outputs, folder / "outputs.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, noise: Mapping[str, float], origin: str) -> Reference:
+        """Read what `save` wrote; BadInput if it is not there or broken."""
+        inputs, outputs = (tuple(load_cases(folder / f"{kind}.safetensors")) for kind in ("inputs", "outputs"))
+        measured = noise.keys() - {CACHE}
+        whole = all(measured <= case.keys() == outputs[0].keys() for case in outputs)
+        if not inputs or len(inputs) != len(outputs) or not whole:
+            raise BadInput(
+                f"its {len(inputs)} inputs and {len(outputs)} outputs do not belong together, or some of "
+                f"{', '.join(sorted(measured))} are missing",
+                where=folder,
+                advice="build it again",
+            )
+        return cls(inputs, outputs, noise, origin)
+
+
+@dataclass(frozen=True)
+class References:
+    """What the engine of a program is held against: a reference for each component, and continuations of prompts."""
+
+    components: Mapping[str, Reference]
+    continuations: tuple[GreedyContinuation, ...] = ()
+    """Empty for a program that does not generate."""
+
+    def save(self, folder: Path) -> None:
+        """Write the reference of each component, and `continuations.safetensors` if there are any."""
+        for name, reference in self.components.items():
+            reference.save(_place(folder, name))
+        if self.continuations:
+            save_continuations(self.continuations, folder / _CONTINUATIONS)
+
+    @classmethod
+    def load(cls, folder: Path, noise: Mapping[str, Mapping[str, float]], origin: str) -> References:
+        """Read what `save` wrote; BadInput if it is not there or broken."""
+        path = folder / _CONTINUATIONS
+        found = {name: Reference.load(_place(folder, name), own, origin) for name, own in noise.items()}
+        return cls(found, tuple(load_continuations(path)) if path.is_file() else ())
+
+
+def _place(folder: Path, component: str) -> Path:
+    """Where the reference of a component lies: a folder of its own if it is not the only one."""
+    return folder if component == "model" else folder / component
+
+
+def noise_floor(
+    signature: Signature, inputs: Sequence[Case], outputs: Sequence[Case], precise: Sequence[Case] | None
+) -> dict[str, float]:
+    """Relative difference of each output from its more precise self; a multiple of the minimum where there is none."""
+    if precise is None:
+        return {tensor.name: 8 * NOISE_MINIMUM for tensor in signature.outputs if tensor.role is not Role.CACHE}
+    found = compare(signature, inputs, precise, outputs).outputs
+    noise = {name: max(float(f"{metrics['max_rel']:.2e}"), NOISE_MINIMUM) for name, metrics in found.items()}
+    return {name: value if np.isfinite(value) else 8 * NOISE_MINIMUM for name, value in noise.items()}

@@ -1,0 +1,1 @@
+"""`planish run` and `load`: engines that answer texts, images and recordings."""

@@ -1,0 +1,1 @@
+"""What a pass and a backend implement: everything that third parties import."""

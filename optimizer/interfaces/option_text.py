@@ -1,0 +1,244 @@
+"""The text that names a thing and its options: `name{option=value other=[a,b]}`, alone or in a list.
+
+Grammar (blanks may stand between any two tokens)::
+
+    specs   = [ spec { "," spec } [ "," ] ]
+    spec    = NAME [ "{" { option } "}" ]
+    option  = NAME [ "=" value ]                 a bare option means true
+    value   = WORD | STRING | "[" [ value { "," value } ] "]"
+
+NAME and WORD are runs of letters, digits and `_ . + : / -`; STRING is a JSON string. Values stay texts here: the
+dataclass that takes the options gives them their types (`build`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from planish.optimizer.errors import UsageError
+
+T = TypeVar("T")
+
+Value: TypeAlias = "str | list[Value]"
+"""An option's text, or a list of them."""
+
+_WORD = re.compile(r"[A-Za-z0-9_.+:/\-]+")
+_TOKEN = re.compile(r'\s*(?:(?P<word>[A-Za-z0-9_.+:/\-]+)|(?P<string>"(?:[^"\\]|\\.)*")|(?P<mark>[{}=,\[\]]))')
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A name, the texts of its options, and where in the source text the name begins (0-based)."""
+
+    name: str
+    options: Mapping[str, Value]
+    column: int = 0
+
+
+@dataclass(frozen=True)
+class _Token:
+    kind: str
+    text: str
+    column: int
+
+
+def parse(text: str, *, what: str = "pipeline") -> list[Spec]:
+    """Read a list of specs; a UsageError shows the text with a caret under the place that is wrong."""
+    return _Parser(text, what).specs()
+
+
+def parse_one(text: str, *, what: str) -> Spec:
+    """Read exactly one spec."""
+    found = parse(text, what=what)
+    if len(found) != 1:
+        raise UsageError(f"expected one {what}, found {len(found)} in {text!r}", advice="write name{option=value}")
+    return found[0]
+
+
+def format_spec(name: str, options: Mapping[str, object]) -> str:
+    """The text that `parse` reads back to the same name and options."""
+    inner = " ".join(f"{key}={format_value(value)}" for key, value in options.items())
+    return f"{name}{{{inner}}}" if inner else name
+
+
+def format_value(value: object) -> str:
+    """The text of one option value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return "[" + ",".join(format_value(item) for item in value) + "]"
+    text = repr(value) if isinstance(value, int | float) else str(value)
+    return text if _WORD.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+def format_dataclass(name: str, owner: Any) -> str:
+    """The text of a dataclass of options; options that have their default are left out."""
+    changed = {
+        option.name: value
+        for option in dataclasses.fields(owner)
+        if (value := getattr(owner, option.name)) != option.default
+    }
+    return format_spec(name, changed)
+
+
+def point_at(text: str, column: int) -> str:
+    """Two lines: the text, and a caret under ``column``."""
+    return f"{text}\n{' ' * column}^"
+
+
+def build(cls: type[T], options: Mapping[str, Any], *, owner: str) -> T:
+    """Make a dataclass of option texts; UsageError names each option that does not fit and what it takes."""
+    from pydantic import ValidationError
+
+    try:
+        built: T = _adapter(cls).validate_python(dict(options))
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(cls, fault) for fault in error.errors()), where=owner) from None
+    return built
+
+
+def schema(cls: type[Any]) -> dict[str, Any]:
+    """JSON schema of the fields of a dataclass of options: type, bounds, default, documentation.
+
+    Of a field that a base class has, the documentation stands there.
+    """
+    found = dict(_adapter(cls).json_schema().get("properties", {}))
+    for base in [base for base in cls.__mro__[1:] if dataclasses.is_dataclass(base) and found]:
+        for name, facts in _adapter(base).json_schema().get("properties", {}).items():
+            found[name] = facts | found[name]
+    return found
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or what there is, for the end of an error message."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    return f" (there are: {', '.join(names)})" if names else " (there are none)"
+
+
+_ADAPTERS: dict[type[Any], Any] = {}
+
+
+def _adapter(cls: type[Any]) -> Any:
+    from pydantic import TypeAdapter
+
+    if cls not in _ADAPTERS:
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
+
+
+def _explain(cls: type[Any], fault: Mapping[str, Any]) -> str:
+    option = str(fault["loc"][0]) if fault["loc"] else "?"
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown option {option!r}{did_you_mean(option, [f.name for f in dataclasses.fields(cls)])}"
+    return f"option {option}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+class _Parser:
+    """Recursive descent over the grammar above, one method a rule."""
+
+    def __init__(self, text: str, what: str) -> None:
+        self.text = text
+        self.what = what
+        self.tokens = self._tokens()
+        self.position = 0
+
+    def specs(self) -> list[Spec]:
+        found: list[Spec] = []
+        while self._peek().kind != "end":
+            found.append(self._spec())
+            if self._peek().kind != "end":
+                self._take(",", "',' between two names")
+        return found
+
+    def _spec(self) -> Spec:
+        name = self._take("word", "a name")
+        options: dict[str, Value] = {}
+        if self._accept("{"):
+            while not self._accept("}"):
+                self._option(options)
+        return Spec(name.text, options, name.column)
+
+    def _option(self, options: dict[str, Value]) -> None:
+        key = self._take("word", "an option or '}'")
+        name = key.text.replace("-", "_")
+        if name in options:
+            raise self._error(f"option {key.text!r} is given twice", key)
+        options[name] = self._value() if self._accept("=") else "true"
+
+    def _value(self) -> Value:
+        token = self._peek()
+        if self._accept("["):
+            return self._items()
+        self.position += token.kind in ("word", "string")
+        if token.kind == "string":
+            return self._string(token)
+        if token.kind != "word":
+            raise self._error("expected a value", token)
+        return token.text
+
+    def _items(self) -> list[Value]:
+        items: list[Value] = []
+        while not self._accept("]"):
+            items.append(self._value())
+            if self._peek().kind != "]":
+                self._take(",", "',' or ']'")
+        return items
+
+    def _string(self, token: _Token) -> str:
+        try:
+            return str(json.loads(token.text))
+        except json.JSONDecodeError:
+            raise self._error("this string has an escape that JSON does not know", token) from None
+
+    def _tokens(self) -> Sequence[_Token]:
+        found: list[_Token] = []
+        column = 0
+        text = self.text.rstrip()
+        while column < len(text):
+            match = _TOKEN.match(text, column)
+            if match is None:
+                column += len(text[column:]) - len(text[column:].lstrip())
+                raise self._error(f"unexpected character {text[column]!r}", _Token("?", text[column], column))
+            kind = match.lastgroup or ""
+            token = match.group(kind)
+            found.append(_Token(token if kind == "mark" else kind, token, match.start(kind)))
+            column = match.end()
+        return [*found, _Token("end", "", len(text))]
+
+    def _peek(self) -> _Token:
+        return self.tokens[self.position]
+
+    def _accept(self, kind: str) -> bool:
+        taken = self._peek().kind == kind
+        self.position += taken
+        return taken
+
+    def _take(self, kind: str, expected: str) -> _Token:
+        token = self._peek()
+        if not self._accept(kind):
+            raise self._error(f"expected {expected}", token)
+        return token
+
+    def _error(self, message: str, token: _Token) -> UsageError:
+        found = repr(token.text) if token.text else "the end"
+        message = f"{message}, found {found}" if message.startswith("expected") else message
+        return UsageError(
+            f"{message} at column {token.column + 1} of the {self.what}", picture=point_at(self.text, token.column)
+        )
+
+
+OPTIONS_CONFIG: dict[str, Any] = {
+    "arbitrary_types_allowed": True,
+    "extra": "forbid",
+    "use_attribute_docstrings": True,
+}
+"""How pydantic reads the fields of a pass or backend: the docstring under a field documents the option."""

@@ -1,0 +1,109 @@
+"""Where passes and backends are found: name -> `module:Class` tables behind entry points.
+
+Each entry of the groups `planish.passes` and `planish.backends` names such a table (a mapping). The built-in tables
+come through the same door as everybody else's. A class is imported when somebody asks for it by name, not before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from planish.optimizer.errors import UsageError
+from planish.optimizer.interfaces import option_text
+
+if TYPE_CHECKING:
+    from planish.optimizer.interfaces.backend import Backend
+    from planish.optimizer.interfaces.pass_base import Pass
+
+
+from pathlib import Path
+
+from planish.optimizer.errors import BadInput
+from planish.optimizer.interfaces import registry
+
+PASSES = "planish.passes"
+BACKENDS = "planish.backends"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered class: where it lives, and which distribution brought it."""
+
+    path: str
+    """`module:Class`."""
+    distribution: str
+
+    def load(self) -> Any:
+        """Import the module and return the class."""
+        module, _, name = self.path.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+@functools.cache
+def table(group: str) -> Mapping[str, Entry]:
+    """All names of one group; a name that two distributions claim is a UsageError that names both."""
+    found: dict[str, Entry] = {}
+    for point in sorted(metadata.entry_points(group=group), key=lambda point: (point.name, point.value)):
+        owner = point.dist.name if point.dist is not None else point.value
+        for name, path in point.load().items():
+            if name in found and found[name].path != path:
+                raise UsageError(
+                    f"{name!r} is registered by {found[name].distribution} and by {owner}",
+                    where=f"entry points {group}",
+                    advice="uninstall one of the two",
+                )
+            found[name] = Entry(path, owner)
+    return dict(sorted(found.items()))
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The pass called ``name``; UsageError with the nearest name if there is none."""
+    found: type[Pass] = _load(PASSES, name, "pass")
+    return found
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The backend called ``name``; UsageError with the nearest name if there is none."""
+    found: type[Backend] = _load(BACKENDS, name, "target")
+    return found
+
+
+def backend(text: str) -> Backend:
+    """A backend with its options, from text: `openvino{threads=2}`."""
+    parsed = option_text.parse_one(text, what="target")
+    return backend_class(parsed.name).from_options(parsed.options)
+
+
+def _load(group: str, name: str, kind: str) -> Any:
+    entries = table(group)
+    if name not in entries:
+        raise UsageError(f"unknown {kind} {name!r}{option_text.did_you_mean(name, entries)}")
+    return entries[name].load()
+
+
+_BY_SUFFIX = {".onnx": "onnxruntime", ".xml": "openvino"}
+
+
+def target_of(path: Path) -> str:
+    """The backend that opens a file, by its ending, or an engine folder, by the file it holds."""
+    if path.is_dir():
+        found = [
+            name
+            for name in registry.table(registry.BACKENDS)
+            if any((path / registry.backend_class(name).file_of(part)).is_file() for part in ("model", "decoder_model"))
+        ]
+        if found:
+            return path.name if path.name in found else found[0]
+    elif path.is_file() and path.suffix in _BY_SUFFIX:
+        return _BY_SUFFIX[path.suffix]
+    kinds = "give an output of planish, an engine folder, an .onnx or an .xml file"
+    raise BadInput(
+        "this holds no engine" if path.exists() else "there is no such file or folder",
+        where=path,
+        advice="a checkpoint is built first (planish optimize)" if (path / "config.json").is_file() else kinds,
+    )

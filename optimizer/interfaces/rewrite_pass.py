@@ -1,0 +1,109 @@
+"""Rewrite passes: a pattern, a check that gives its reason, and a replacement."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import onnx_ir as ir
+
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.ir.edit import copy_location, remove_dead
+from planish.optimizer.ir.graph import location_of, opset_of
+
+Match = TypeVar("Match")
+
+
+class Refused(Exception):
+    """What a check raises when a site cannot be rewritten: the reason, and the value or node in the way."""
+
+    def __init__(self, reason: str, culprit: ir.Value | ir.Node | None = None) -> None:
+        super().__init__(reason)
+        self.culprit = culprit
+
+
+class NearMiss(Refused):
+    """What a pattern raises when it finds the heart of the computation, but not what belongs around it."""
+
+
+@dataclass(frozen=True)
+class RewritePass(Pass, Generic[Match]):
+    """Replaces each match by what `rewrite` builds; nodes that nothing reads any more are removed."""
+
+    root: ClassVar[str]
+    """The operator that the pattern is found by."""
+    since: ClassVar[int]
+    """The first opset that has the operator that is written."""
+
+    @abc.abstractmethod
+    def pattern(self, node: ir.Node) -> Match | None:
+        """What stands around ``node``, or None if it is not this computation; NearMiss if it almost is."""
+
+    @abc.abstractmethod
+    def check(self, match: Match) -> None:
+        """Raise Declined if the match must stay as it is."""
+
+    @abc.abstractmethod
+    def rewrite(self, match: Match) -> tuple[ir.Value, list[ir.Node]]:
+        """The value to replace, and the nodes that replace it; the last one's first output takes its place."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Visit every node of every graph once; functions stay as they are, for they have opsets of their own."""
+        sites: list[str] = []
+        refusals: list[Refusal] = []
+        for graph in model.graphs():
+            for node in [node for node in graph if node.op_type == self.root and node.domain == ""]:
+                location = location_of(node)
+                try:
+                    if node.graph is graph and self._fire(model, graph, node):
+                        sites.append(location)
+                except Refused as declined:
+                    near = isinstance(declined, NearMiss)
+                    refusals.append(Refusal.at(node, str(declined), declined.culprit, near=near))
+        return PassResult(model, bool(sites), sites=sites, refusals=refusals)
+
+    def _fire(self, model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node) -> bool:
+        """Whether the computation stood at this node and was replaced."""
+        match = self.pattern(node)
+        if match is None:
+            return False
+        self._check_opset(model)
+        self.check(match)
+        if not admitted():
+            return False
+        replace(graph, *self.rewrite(match))
+        return True
+
+    def _check_opset(self, model: ir.Model) -> None:
+        if opset_of(model) < self.since:
+            raise Refused(f"the model is written in opset {opset_of(model)}, the operator exists since {self.since}")
+
+
+def replace(graph: ir.Graph | ir.Function, old: ir.Value, nodes: list[ir.Node]) -> None:
+    """Put ``nodes`` before the producer of ``old``, let their last output replace it, remove what died.
+
+    A computation may begin in ``graph`` and end in a branch inside it: the producer's own graph is changed.
+    """
+    producer = old.producer()
+    if producer is None:
+        raise ValueError(f"{old.name!r} is produced by nothing")
+    graph = producer.graph or graph
+    new = nodes[-1].outputs[0]
+    _inherit(producer, nodes)
+    graph.insert_before(producer, nodes)
+    name = old.name
+    new.shape, new.type = old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    remove_dead(graph, producer)
+    old.name, new.name = f"{name}_replaced", name
+
+
+def _inherit(source: ir.Node, nodes: list[ir.Node]) -> None:
+    """Give new nodes names of their own and the source location of what they replace."""
+    for index, node in enumerate(nodes):
+        node.name = f"{source.name or source.outputs[0].name}_{node.op_type}_{index}"
+        copy_location(source, node)
+        for output in node.outputs:
+            if output.name is None:
+                output.name = f"{source.outputs[0].name}_{node.op_type}_{index}"

@@ -1,0 +1,1 @@
+"""Programs and graphs: structure, edits, reading and writing, verification. No policy."""

@@ -1,0 +1,90 @@
+"""Tensors that are recipes: read, cut or quantized when somebody needs them, and forgotten afterwards."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO, Protocol, runtime_checkable
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.optimizer.ir.graph import sizes_of
+
+Read = Callable[[], np.ndarray]
+
+
+class Recipe:
+    """How to make an array. One that somebody still holds is handed out again instead of made again."""
+
+    def __init__(self, read: Read, dtype: ir.DataType, origin: object = None) -> None:
+        self._read = read
+        self._dtype = dtype
+        self.origin = origin
+        """What the array is made from, for those who can improve on the recipe (equal origins, equal arrays)."""
+        self._last: weakref.ref[np.ndarray] | None = None
+
+    def __call__(self) -> ir.TensorProtocol:
+        """The array as a tensor."""
+        array = None if self._last is None else self._last()
+        if array is None:
+            array = self._read()
+            self._last = weakref.ref(array)
+        return ir.Tensor(array, dtype=self._dtype)
+
+
+class _Streamed(ir.LazyTensor):
+    """A lazy tensor that is written to a file piece by piece."""
+
+    strips: Callable[[], Iterator[np.ndarray]] | None = None
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write its bytes."""
+        if self.strips is None:
+            super().tofile(file)
+            return
+        for strip in self.strips():
+            ir.Tensor(strip, dtype=self.dtype).tofile(file)
+
+
+def lazy(
+    read: Read,
+    dtype: ir.DataType,
+    shape: Sequence[int],
+    name: str,
+    origin: object = None,
+    strips: Callable[[], Iterator[np.ndarray]] | None = None,
+) -> ir.LazyTensor:
+    """A tensor of known type and shape whose values come from ``read`` each time they are needed.
+
+    With ``strips``, which gives the same values piece by piece in the order of memory, it is never whole in memory when
+    it is written to a file.
+    """
+    tensor = _Streamed(Recipe(read, dtype, origin), dtype, ir.Shape(shape), cache=False, name=name)
+    tensor.strips = strips
+    return tensor
+
+
+def origin_of(tensor: ir.TensorProtocol | None) -> object:
+    """What identifies the content of a tensor without reading it: equal origins mean equal content.
+
+    None where the content itself would have to be read.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        return (str(tensor.path), tensor.offset, tensor.length)
+    recipe = getattr(tensor, "_func", None)
+    return recipe.origin if isinstance(recipe, Recipe) else None
+
+
+@runtime_checkable
+class Turnable(Protocol):
+    """An origin that also tells what the transposed tensor comes from."""
+
+    def transposed(self, permutation: tuple[int, ...]) -> object:
+        """The origin of the tensor with its axes in this order."""
+
+
+def taken(tensor: ir.TensorProtocol, kept: np.ndarray, axis: int, name: str) -> ir.TensorProtocol:
+    """The entries ``kept`` of a tensor along ``axis``, cut out when it is read."""
+    shape = [len(kept) if index == axis else size for index, size in enumerate(sizes_of(tensor))]
+    return lazy(lambda: np.ascontiguousarray(tensor.numpy().take(kept, axis)), tensor.dtype, shape, name)

@@ -1,0 +1,1 @@
+"""Checkpoint folders: configuration, weights as references, adapters, quantized weights, tokenizers."""

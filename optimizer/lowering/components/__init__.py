@@ -1,0 +1,1 @@
+"""Components of a checkpoint (encoder, decoder, …): their inputs, outputs and calls."""

@@ -1,0 +1,1 @@
+"""From a module or an ONNX file to a graph."""

@@ -1,0 +1,1 @@
+"""The original model in PyTorch: reference outputs in a child process."""

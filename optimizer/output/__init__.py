@@ -1,0 +1,1 @@
+"""Files of an output folder as records: manifest, lock, sites, report."""

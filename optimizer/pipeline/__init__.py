@@ -1,0 +1,1 @@
+"""Passes in a row, and the instruments that watch them."""

@@ -1,0 +1,1 @@
+"""Engines at work: worker processes, generation, batches, cases."""

@@ -1,0 +1,393 @@
+"""The whole way, on a tiny checkpoint: output, lock, equal bytes, interruption, full disk."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from planish.optimizer import errors, optimize
+from planish.optimizer.driver.verify import verify
+from planish.optimizer.interfaces.pass_base import PassResult
+from planish.optimizer.ir.program import Arrays
+from planish.optimizer.output.lock import LOCK, Lock
+from planish.optimizer.output.manifest import Manifest
+from planish.optimizer.pipeline import presets
+from planish.optimizer.runtime.worker import EngineRef
+from planish.optimizer.system.staging import MEASUREMENTS
+from planish.optimizer.timing.interleaved import Timing
+from planish.passes.fusion.fuse_attention import FuseAttention
+from tests.conftest import Planish
+from tests.zoo import GENERATORS, build
+
+pytestmark = pytest.mark.slow
+SHAPE = ["--shape", "batch=1,sequence=16"]
+
+
+@pytest.fixture(scope="module")
+def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory, planish: Planish) -> Path:
+    """An output with two engines and its lock beside it, made by the command line."""
+    folder = tmp_path_factory.mktemp("built")
+    done = planish(
+        *(
+            "optimize",
+            tiny,
+            "-o",
+            folder / "out",
+            "--target",
+            "onnxruntime",
+            "--target",
+            "openvino",
+            "--preset",
+            "fast",
+        ),
+        *("--lock", folder / "tiny.lock", "--depfile", folder / "out.d", *SHAPE),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "report: " in done.stdout
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the measurements."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MEASUREMENTS
+    }
+
+
+def test_the_output_holds_what_loaders_expect(built: Path) -> None:
+    out = built / "out"
+    names = set(digests(out))
+    common = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {"planish.json", "planish.lock", "report.html", "reference/inputs.safetensors"} <= names
+    assert {f"onnxruntime/{name}" for name in common | {"model.onnx"}} <= names
+    assert {
+        f"openvino/{name}" for name in common | {"openvino_model.xml", "openvino_model.bin", "openvino_properties.json"}
+    } <= names
+    for path in out.rglob("*"):
+        assert not path.is_symlink()
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
+        assert path.is_dir() or path.stat().st_nlink == 1
+    assert [path.name for path in built.iterdir() if path.name.startswith(".")] == []
+
+
+def test_nothing_of_the_building_machine_is_in_the_files(built: Path, tiny: Path) -> None:
+    secrets = [str(tiny), str(built), str(Path.home()), time.strftime("%Y-%m-%d")]
+    for path in (path for path in (built / "out").rglob("*") if path.is_file() and path.name != MEASUREMENTS):
+        content = path.read_bytes()
+        assert not [secret for secret in secrets if secret.encode() in content], path
+
+
+def test_manifest_hashes_and_reference_agree_with_the_files(built: Path) -> None:
+    out = built / "out"
+    manifest = Manifest.read(out)
+    assert manifest.files == {k: v for k, v in digests(out).items() if k != "planish.json"}
+    assert manifest.source.architecture == "BertForSequenceClassification"
+    assert manifest.task == "text-classification"
+    for verdict in verify(out).values():
+        assert verdict.problems == ()
+    measured = json.loads((out / MEASUREMENTS).read_text())
+    assert set(measured["targets"]) == {"onnxruntime", "openvino"}
+
+
+def test_the_depfile_names_what_was_read(built: Path, tiny: Path) -> None:
+    target, _, inputs = (built / "out.d").read_text().partition(": ")
+    assert target == str(built / "out" / "planish.json")
+    assert {str(tiny / "config.json"), str(tiny / "model.safetensors")} <= set(inputs.split())
+
+
+def test_a_locked_build_gives_the_same_bytes_elsewhere(
+    built: Path, tiny: Path, tmp_path: Path, planish: Planish
+) -> None:
+    """Another folder, another working folder, another hash seed, another zone and language; nothing is measured."""
+    moved = shutil.copytree(tiny, tmp_path / "moved" / "checkpoint")
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "TZ": "Pacific/Auckland", "LC_ALL": "C", "COLUMNS": "40"}
+    done = planish(
+        *("optimize", moved, "-o", tmp_path / "again", "--target", "onnxruntime", "--target", "openvino"),
+        *("--preset", "fast", "--lock", built / "tiny.lock", *SHAPE),
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "again") == digests(built / "out")
+    assert "measurement" not in done.stderr
+    latencies = json.loads((tmp_path / "again" / MEASUREMENTS).read_text())["targets"]["openvino"]["latency_ms"]
+    assert latencies == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--preset", "exact"], "this lock was made for"),
+        (["--keep", "cosine>=0.5"], "this lock was made for"),
+        (["--target", "openvino"], "this lock was made for the targets"),
+    ],
+)
+def test_a_lock_fits_one_request_only(
+    change: list[str], message: str, built: Path, tiny: Path, tmp_path: Path, planish: Planish
+) -> None:
+    targets = [] if "--target" in change else ["--target", "onnxruntime", "--target", "openvino"]
+    preset = [] if "--preset" in change else ["--preset", "fast"]
+    lock = ["--lock", built / "tiny.lock"]
+    done = planish("optimize", tiny, "-o", tmp_path / "out", *targets, *preset, *change, *lock)
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_notices_a_changed_file(built: Path, tmp_path: Path, planish: Planish) -> None:
+    out = shutil.copytree(built / "out", tmp_path / "out")
+    assert planish("verify", out).returncode == 0
+    model = out / "onnxruntime" / "model.onnx"
+    model.write_bytes(model.read_bytes() + b"\0")
+    done = planish("verify", out)
+    assert done.returncode == 1
+    assert "onnxruntime: onnxruntime/model.onnx is not the file that was written" in done.stderr
+    assert "openvino" in done.stdout
+
+
+def test_verify_notices_other_outputs(built: Path, tmp_path: Path) -> None:
+    """Outputs of the reference that the engines do not give: as on a machine whose kernels are wrong."""
+    from planish.optimizer.output.manifest import digest_of
+    from planish.optimizer.runtime.cases import load_cases, save_cases
+
+    out = shutil.copytree(built / "out", tmp_path / "out")
+    path = out / "reference" / "outputs.safetensors"
+    save_cases([{name: -array for name, array in case.items()} for case in load_cases(path)], path)
+    manifest = Manifest.read(out)
+    files = {**manifest.files, "reference/outputs.safetensors": digest_of(path) or ""}
+    manifest.model_copy(update={"files": files}).write(out)
+    for verdict in verify(out).values():
+        assert "of logits is" in verdict.problems[0]
+
+
+def test_engines_answer_from_python(built: Path, tiny: Path) -> None:
+    result = optimize(tiny, built / "python", targets=["onnxruntime{threads=1}"], shapes=[{"batch": 1, "sequence": 8}])
+    engine = result.engines["onnxruntime"]
+    ids = np.array([[2, 7, 8, 3]], np.int32)
+    whole = engine.run({"input_ids": ids, "attention_mask": np.ones((1, 4), np.int64)})
+    assert whole["logits"].shape == (1, 3)
+    np.testing.assert_array_equal(engine.run({"input_ids": ids})["logits"], whole["logits"])
+    with pytest.raises(errors.BadInput, match="has no input 'inputs_ids'"):
+        engine.run({"inputs_ids": ids})
+    with pytest.raises(errors.BadInput, match="input 'input_ids' is missing"):
+        engine.run({})
+    with pytest.raises(errors.BadInput, match="is float64, the engine takes int64"):
+        engine.run({"input_ids": ids.astype(np.float64)})
+    with pytest.raises(errors.BadInput, match="ONNX Runtime cannot run these inputs"):
+        engine.run({"input_ids": np.zeros((1, 99), np.int64)})
+
+
+@pytest.mark.parametrize(
+    ("low", "shipped", "why"),
+    [
+        (1.01, "optimized", "faster than the plain lowering"),
+        (0.99, "plain", "not measurably faster than the plain lowering"),
+    ],
+)
+def test_only_what_is_faster_is_shipped(
+    low: float, shipped: str, why: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = [Timing(2.0, 1.0, 1.0, 1.0, 20), Timing(1.9, 1.05, low, 1.1, 20)]
+    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda engines, inputs: timings)
+    result = optimize(tiny, tmp_path / "out", preset="exact")
+    record = result.manifest.targets["onnxruntime"]
+    assert (record.shipped, record.why) == (shipped, why)
+    assert bool(record.pipelines) == (shipped == "optimized")
+    domains = [node.op_type for node in onnx.load(tmp_path / "out" / "onnxruntime" / "model.onnx").graph.node]
+    assert ("Sum" in domains) == (shipped == "optimized")  # the mark of legalize-onnxruntime
+    assert f'shipped = "{shipped}"' in (tmp_path / "out" / "planish.lock").read_text()
+
+
+@pytest.mark.parametrize(("low", "kept"), [(1.5, True), (1.05, False)])
+def test_padding_is_removed_where_that_is_faster(
+    low: float, kept: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = [Timing(2.0, 1.0, 1.0, 1.0, 20), Timing(1.8, 1.1, 1.08, 1.2, 20), Timing(1.2, 1.6, low, 1.7, 20)]
+    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda engines, inputs: timings[: len(engines)])
+    build = functools.partial(
+        optimize, tiny, preset="exact", shapes=[{"batch": 4, "sequence": 8}], lock=tmp_path / "lock"
+    )
+    result = build(tmp_path / "out")
+    record = result.manifest.targets["onnxruntime"]
+    assert ("remove-padding" in record.pipelines["model"]) == kept
+    (trial,) = Lock.read(tmp_path / "lock").targets["onnxruntime"].tried
+    assert (trial.passes, trial.kept, trial.measured[0].low) == ("remove-padding", kept, low)
+    operators = [node.op_type for node in onnx.load(tmp_path / "out" / "onnxruntime" / "model.onnx").graph.node]
+    assert ("CumSum" in operators) == kept
+    build(tmp_path / "again")
+    built = [(tmp_path / name / "onnxruntime" / "model.onnx").read_bytes() for name in ("out", "again")]
+    assert built[0] == built[1]
+    assert trial.why == ("faster than without" if kept else "not measurably faster than without")
+    single = optimize(tiny, tmp_path / "single", preset="exact", shapes=[{"batch": 1, "sequence": 8}])
+    assert not Lock.read(single.folder / "planish.lock").targets["onnxruntime"].tried
+
+
+def test_each_component_is_chosen_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def race(engines: list[EngineRef], inputs: list[Arrays]) -> list[Timing]:
+        own = Timing(2.0, 1.25, 1.2, 1.3, 20) if "encoder" in engines[0].path.name else Timing(2.0, 1.0, 0.98, 1.02, 20)
+        return [Timing(2.0, 1.0, 1.0, 1.0, 20), *[own] * (len(engines) - 1)]
+
+    monkeypatch.setattr("planish.optimizer.compilation.engine.race", race)
+    checkpoint = build(next(each for each in GENERATORS if each.model_type == "t5"), tmp_path / "checkpoint")
+    lock = tmp_path / "lock"
+    record = optimize(checkpoint, tmp_path / "out", preset="exact", lock=lock).manifest.targets["onnxruntime"]
+    assert record.why == "faster than the plain lowering; left plain: decoder_model, decoder_with_past_model"
+    assert [name for name, text in record.pipelines.items() if text] == ["encoder_model"]
+    again = optimize(checkpoint, tmp_path / "again", preset="exact", lock=lock).manifest.targets["onnxruntime"]
+    assert again.pipelines == record.pipelines
+    for name in ("encoder_model", "decoder_model", "decoder_with_past_model"):
+        made = [(tmp_path / folder / "onnxruntime" / f"{name}.onnx").read_bytes() for folder in ("out", "again")]
+        assert made[0] == made[1]
+
+
+def test_a_trial_that_changes_nothing_says_so(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "EXTRA", "fuse-rms-norm")
+    result = optimize(tiny, tmp_path / "out", preset="exact", shapes=[{"batch": 4, "sequence": 8}])
+    (trial,) = Lock.read(result.folder / "planish.lock").targets["onnxruntime"].tried
+    assert (trial.kept, trial.why, trial.measured) == (False, "changed nothing: no place for it", [])
+
+
+def test_a_pass_that_misses_what_was_asked_for_is_undone(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {"fast": {"onnxruntime": "fold-constants,prune-ffn{keep=0.5 multiple=4}"}}
+    monkeypatch.setattr(presets, "PRESETS", table)
+    result = optimize(tiny, tmp_path / "out", preset="fast", keep=["max_abs<=1e-5"], shapes=[{"sequence": 8}])
+    record = result.manifest.targets["onnxruntime"]
+    (undone,) = record.rolled_back
+    assert undone.text == "prune-ffn{keep=0.5 multiple=4}"
+    assert "max_abs of logits is" in undone.reason
+    assert [step.text for step in record.passes] == ["fold-constants"]
+    assert result.notes == []  # it did what it is made for: no bug, no reproducer
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_pruning_shrinks_and_says_what_it_costs(tiny: Path, tmp_path: Path) -> None:
+    plain = optimize(tiny, tmp_path / "plain", pipeline="fold-constants", shapes=[{"batch": 1, "sequence": 8}])
+    pruned = optimize(
+        tiny, tmp_path / "pruned", pipeline="prune-ffn{keep=0.5 multiple=4}", shapes=[{"batch": 1, "sequence": 8}]
+    )
+    (step,) = pruned.manifest.targets["onnxruntime"].passes
+    assert step.sites == 2
+    assert step.weight_bytes[1] < step.weight_bytes[0]
+    assert step.difference is not None
+    assert step.difference["logits"]["max_abs"] > 0
+    assert plain.manifest.reference.noise == pruned.manifest.reference.noise
+
+
+def start(tiny: Path, out: Path, **options: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "planish.optimizer.cli", "optimize", str(tiny), "-o", str(out), *SHAPE]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize("seconds", [0.5, 6.0, 10.0])
+def test_a_killed_run_leaves_the_previous_output_whole(seconds: float, built: Path, tiny: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(built / "out", tmp_path / "out")
+    before = digests(out)
+    process = start(tiny, out)
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+    assert digests(out) == before or Manifest.read(out).files  # killed before the exchange, or after it
+    assert all(verdict.problems == () for verdict in verify(out).values())
+
+
+def test_the_next_run_sweeps_up_after_a_killed_one(built: Path, tiny: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".out.abcdefgh.partial"
+    left.mkdir()
+    (tmp_path / ".out.abcdefgh.lock").touch()
+    (left / "model.onnx").write_bytes(b"half")
+    optimize(tiny, tmp_path / "out", shapes=[{"batch": 1, "sequence": 8}])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_cleans_up(how: signal.Signals, tiny: Path, tmp_path: Path) -> None:
+    def heed() -> None:
+        """Where the tests run behind a shell's `&`, which lets what it starts ignore Ctrl-C, as well."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = start(tiny, tmp_path / "out", start_new_session=True, preexec_fn=heed)
+    while not list(tmp_path.glob(".out.*.partial")):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    # Python ends itself by SIGINT, which shells report as 130 too, if the interrupt came while it ran code from a text
+    assert process.returncode in (130, -signal.SIGINT), said
+    assert b"interrupted; nothing was written" in said
+    assert b"Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk(tiny: Path, tmp_path: Path) -> None:
+    """A limit on the size of files: what writes beyond it gets the error that a full disk gives, with another number."""
+    process = start(
+        tiny, tmp_path / "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    )
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 5, said
+    assert b"there is no room to write" in said
+    assert b"Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError("65536 requested and 24864 written")]
+)
+def test_a_full_disk_is_known_however_it_is_told(
+    error: OSError, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(model: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr("planish.optimizer.ir.onnx_io.save", full)
+    with pytest.raises(errors.OutOfResources, match="there is no room to write"):
+        optimize(tiny, tmp_path / "out", shapes=[{"batch": 1, "sequence": 8}])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_not_checked_says_so_everywhere(tiny: Path, tmp_path: Path, planish: Planish) -> None:
+    done = planish("optimize", tiny, "-o", tmp_path / "out", "--reference", "none", "--pipeline", "fold-constants")
+    assert done.returncode == 0, done.stderr
+    assert "NOT CHECKED" in done.stdout
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.reference.origin == "NOT CHECKED"
+    (record,) = manifest.targets.values()
+    assert "NOT CHECKED" in record.why
+    assert record.checked_with == "NOT CHECKED"
+    assert record.comparison == {}
+    assert "NOT CHECKED" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_all_pipelines_begin_with_is_run_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    call = FuseAttention.call
+
+    def counted(step: FuseAttention, model: ir.Model) -> PassResult:
+        runs.append(step.name)
+        return call(step, model)
+
+    monkeypatch.setattr(FuseAttention, "call", counted)
+    optimize(tiny, tmp_path / "out", targets=["onnxruntime", "openvino"], shapes=[{"sequence": 8}])
+    assert runs == ["fuse-attention"]
+    choices = Lock.read(tmp_path / "out" / LOCK).targets
+    assert all("fuse-attention" in choice.pipelines["model"] for choice in choices.values())
+    assert len(choices) == 2
