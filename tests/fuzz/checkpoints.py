@@ -96,7 +96,7 @@ def case(seed: int, folder: Path) -> str:
         try:
             with (
                 mock.patch("planish.optimizer.driver.optimize.lower", _lower_here),
-                mock.patch("planish.optimizer.compilation.engine.race", _last_wins),
+                mock.patch("planish.optimizer.compilation.engine.time_against_first", _last_wins),
             ):
                 optimize(checkpoint, folder / "out", task=task, adapter=adapted, pipeline="fold-constants")
         except CheckFailed as error:

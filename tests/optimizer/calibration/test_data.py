@@ -92,7 +92,7 @@ def test_the_longest_input_is_made_of_the_users_texts(tokens: tuple[Signature, A
 def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each engine is twice as fast as the one before it."""
     monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.race",
+        "planish.optimizer.compilation.engine.time_against_first",
         lambda engines, *_: [Timing(1, 2.0**n, 2.0**n, 2.0**n, 1) for n in range(len(engines))],
     )
 

@@ -139,7 +139,8 @@ def test_a_preset_keeps_what_it_can_and_the_lock_says_what(
     tiny: Path, tmp_path: Path, planish: Planish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1), Timing(1, 2, 2, 2, 1)]
+        "planish.optimizer.compilation.engine.time_against_first",
+        lambda *_: [Timing(1, 1, 1, 1, 1), Timing(1, 2, 2, 2, 1)],
     )
     table = {"fast": {"onnxruntime": "quantize-int8{minimum=1}"}}
     monkeypatch.setattr("planish.optimizer.pipeline.presets.PRESETS", table)

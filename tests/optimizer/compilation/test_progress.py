@@ -56,7 +56,9 @@ def test_the_number_of_stages_stays_the_same(tmp_path: Path, monkeypatch: pytest
     """With an engine that is looked at once more, and one that is not measured."""
     default = registry.backend("openvino{precision=default}")
     monkeypatch.setattr(OpenVino, "as_loaders_open", lambda _: default)  # on machines without bf16 as well
-    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+    monkeypatch.setattr(
+        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
+    )
     onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "model.onnx")
     told: list[tuple[str, int, int]] = []
     optimize(
@@ -82,7 +84,9 @@ def test_building_an_engine_again_is_no_further_stage(tmp_path: Path, monkeypatc
         Candidate, "violations", property(lambda own: ["far"] if next(strayed, False) else violations(own))
     )
     monkeypatch.setattr(Builder, "_products", lambda *_: next(answers, []))
-    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+    monkeypatch.setattr(
+        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
+    )
     monkeypatch.setattr("planish.optimizer.compilation.engine._STRICTER", (0.5,))
     onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "model.onnx")
     told: list[tuple[str, int, int]] = []

@@ -274,7 +274,7 @@ def test_expectations_fail_before_anything_is_timed(
     def check(*_: object, **__: object) -> None:
         raise AssertionError("nothing shall be emitted and checked")
 
-    monkeypatch.setattr("planish.optimizer.compilation.engine.race", race)
+    monkeypatch.setattr("planish.optimizer.compilation.engine.time_against_first", race)
     with pytest.raises(CheckFailed, match="passes left 2 nodes Attention, 3 were expected"):
         optimize(tiny, tmp_path / "out", expect=["Attention=3"])
     monkeypatch.setattr("planish.optimizer.compilation.engine.check_engines", check)

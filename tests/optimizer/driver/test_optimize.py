@@ -204,7 +204,7 @@ def test_only_what_is_faster_is_shipped(
     low: float, shipped: str, why: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timings = [Timing(2.0, 1.0, 1.0, 1.0, 20), Timing(1.9, 1.05, low, 1.1, 20)]
-    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda engines, inputs: timings)
+    monkeypatch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda engines, inputs: timings)
     result = optimize(tiny, tmp_path / "out", preset="exact")
     record = result.manifest.targets["onnxruntime"]
     assert (record.shipped, record.why) == (shipped, why)
@@ -219,7 +219,9 @@ def test_padding_is_removed_where_that_is_faster(
     low: float, kept: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timings = [Timing(2.0, 1.0, 1.0, 1.0, 20), Timing(1.8, 1.1, 1.08, 1.2, 20), Timing(1.2, 1.6, low, 1.7, 20)]
-    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda engines, inputs: timings[: len(engines)])
+    monkeypatch.setattr(
+        "planish.optimizer.compilation.engine.time_against_first", lambda engines, inputs: timings[: len(engines)]
+    )
     build = functools.partial(
         optimize, tiny, preset="exact", shapes=[{"batch": 4, "sequence": 8}], lock=tmp_path / "lock"
     )
@@ -243,7 +245,7 @@ def test_each_component_is_chosen_by_itself(tmp_path: Path, monkeypatch: pytest.
         own = Timing(2.0, 1.25, 1.2, 1.3, 20) if "encoder" in engines[0].path.name else Timing(2.0, 1.0, 0.98, 1.02, 20)
         return [Timing(2.0, 1.0, 1.0, 1.0, 20), *[own] * (len(engines) - 1)]
 
-    monkeypatch.setattr("planish.optimizer.compilation.engine.race", race)
+    monkeypatch.setattr("planish.optimizer.compilation.engine.time_against_first", race)
     checkpoint = build(next(each for each in GENERATORS if each.model_type == "t5"), tmp_path / "checkpoint")
     lock = tmp_path / "lock"
     record = optimize(checkpoint, tmp_path / "out", preset="exact", lock=lock).manifest.targets["onnxruntime"]

@@ -74,7 +74,7 @@ def stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
             Here(engine).run(feeds)
         return [Timing(1, 1, 1, 1, 1)] * len(engines)
 
-    monkeypatch.setattr("planish.optimizer.driver.bench.race", race)
+    monkeypatch.setattr("planish.optimizer.driver.bench.time_against_first", race)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,9 @@ def outputs_in(folder: Path) -> Outputs:
     def make(kind: str) -> Path:
         if not (folder / kind).is_dir():
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+                patch.setattr(
+                    "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
+                )
                 optimize(with_tokenizer(build(KINDS[kind], folder / f"{kind}-checkpoint")), folder / kind)
         return folder / kind
 

@@ -47,7 +47,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     def make(kind: str) -> Path:
         if not (folder / kind).is_dir():
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+                patch.setattr(
+                    "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
+                )
                 optimize(with_tokenizer(build(KINDS[kind], folder / f"{kind}-checkpoint")), folder / kind)
         return folder / kind
 

@@ -29,7 +29,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Engines of both models for both CPU targets; nothing is timed."""
     folder = tmp_path_factory.mktemp("written")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
+        patch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
         for name in ("writer", "translator"):
             optimize(MODELS / name, folder / name, targets=TARGETS)
     return {name: folder / name for name in ("writer", "translator")}

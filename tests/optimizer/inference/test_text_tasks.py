@@ -44,7 +44,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             folder = tmp_path_factory.mktemp(task)
             checkpoint = with_tokenizer(build(Species("bert", task), folder / "checkpoint"))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+                patch.setattr(
+                    "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
+                )
                 optimize(checkpoint, folder / "out")
             answerer = open_task(folder / "out")
             assert isinstance(answerer, TextTasks)
@@ -93,7 +95,7 @@ def test_scores_are_those_of_the_pipelines_of_transformers(config: dict[str, Any
 
     checkpoint = with_tokenizer(build(Species("bert", "text-classification", config), tmp_path / "checkpoint"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+        patch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
         optimize(checkpoint, tmp_path / "out")
     answerer = open_task(tmp_path / "out")
     asked = pipeline("text-classification", str(checkpoint), top_k=None)
@@ -215,7 +217,9 @@ def test_embeddings_of_the_real_checkpoint(minilm: Path, tmp_path: Path, monkeyp
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+    monkeypatch.setattr(
+        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
+    )
     optimize(minilm, tmp_path / "out")
     texts = ["A cat sits on the mat.", "Compilers turn one text into another, step by step."]
     found = np.array([a["embedding"] for a in open_task(tmp_path / "out").answer([Question(t) for t in texts])])

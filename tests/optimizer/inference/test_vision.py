@@ -43,7 +43,7 @@ def made(species: Species, folder: Path, *, tokenizer: bool = False) -> Path:
     if tokenizer:
         with_tokenizer(checkpoint)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
+        patch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
         optimize(checkpoint, folder / "out", targets=TARGETS)
     return folder
 
@@ -146,7 +146,7 @@ def test_engines_take_what_they_are_made_for(
         list(answerer.questions(file_of(tmp_path, input_ids=np.ones((1, 4)))))
     assert not (tmp_path / "no.jsonl").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+        patch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
         optimize(tiny, tmp_path / "text")
     with pytest.raises(BadInput, match="takes texts, not arrays"):
         list(open_task(tmp_path / "text").questions(file_of(tmp_path, input_ids=np.ones((1, 4)))))

@@ -80,7 +80,9 @@ def test_weights_are_those_that_peft_merges(kind: str, tmp_path: Path) -> None:
 
 
 def test_an_engine_with_an_adapter_equals_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+    monkeypatch.setattr(
+        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
+    )
     checkpoint = base("gpt2", tmp_path)
     folder = adapter(checkpoint, "LoraConfig", TURNED, tmp_path)
     result = optimize(checkpoint, tmp_path / "out", task="text-generation", adapter=folder)

@@ -239,13 +239,15 @@ def test_sampling_is_reproducible_and_bounded() -> None:
 
 @pytest.mark.breadth
 def test_an_output_of_a_decoder_is_verified_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+    monkeypatch.setattr(
+        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
+    )
     optimize(build(by_name("t5"), tmp_path / "c"), tmp_path / "out", targets=TARGETS)
     verdicts = verify(tmp_path / "out")
     assert {name: verdict.problems for name, verdict in verdicts.items()} == dict.fromkeys(TARGETS, ())
     assert all("generation.next token" in (v.comparison.outputs if v.comparison else {}) for v in verdicts.values())
     monkeypatch.setattr(
-        "planish.optimizer.driver.bench.race", lambda engines, _: [Timing(1, 1, 1, 1, 1) for _ in engines]
+        "planish.optimizer.driver.bench.time_against_first", lambda engines, _: [Timing(1, 1, 1, 1, 1) for _ in engines]
     )
     rows = [(row.component, Path(row.label.split()[0]).name, row.shape) for row in bench([tmp_path / "out"])]
     assert [row[:2] for row in rows if row[0] == "encoder_model"] == [("encoder_model", target) for target in TARGETS]
@@ -259,7 +261,9 @@ def test_an_output_of_a_decoder_is_verified_again(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.breadth
 def test_locked_builds_are_equal_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
+    monkeypatch.setattr(
+        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2
+    )
     checkpoint = build(by_name("t5"), tmp_path / "c")
     for name in ("one", "other"):
         optimize(checkpoint, tmp_path / name, targets=TARGETS, lock=tmp_path / "lock")

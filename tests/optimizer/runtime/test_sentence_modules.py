@@ -212,7 +212,7 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     ):  # fmt: skip
         (folder / name).write_text(json.dumps(value))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
+        patch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
         optimize(folder, folder.parent / "out")
     return folder, folder.parent / "out"
 

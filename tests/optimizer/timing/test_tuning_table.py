@@ -63,7 +63,7 @@ def test_what_is_asked(raised: ir.Model) -> None:
 
 def test_an_answer_is_measured_once_and_kept(raised: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     race, raced = racing(1.5, 1.2)
-    monkeypatch.setattr(module, "race", race)
+    monkeypatch.setattr(module, "time_against_first", race)
     step = LegalizeOnnxRuntime()
     tuning_queries = [q for q in step.tuning_queries(raised, SIZES) if q.option == "attention"]
     for target in ("onnxruntime", "onnxruntime", "onnxruntime{threads=1}"):
@@ -78,7 +78,7 @@ def test_an_answer_is_measured_once_and_kept(raised: ir.Model, tmp_path: Path, m
 def test_only_what_is_clearly_faster_is_chosen_and_only_where_nothing_was_written(
     raised: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low: float, wanted: str
 ) -> None:
-    monkeypatch.setattr(module, "race", racing(1.5, low)[0])
+    monkeypatch.setattr(module, "time_against_first", racing(1.5, low)[0])
     tune = Tune(Profile(registry.backend("onnxruntime"), tmp_path / "profile.json"), [SIZES])
 
     def chosen(text: str) -> Pass:
@@ -111,8 +111,10 @@ def test_forms_are_really_timed(raised: ir.Model, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_a_lock_repeats_what_a_profile_chose(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "race", racing(1.5, 1.2)[0])
-    monkeypatch.setattr("planish.optimizer.compilation.engine.race", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
+    monkeypatch.setattr(module, "time_against_first", racing(1.5, 1.2)[0])
+    monkeypatch.setattr(
+        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2
+    )
     lock = tmp_path / "build.lock"
     first = optimize(tiny, tmp_path / "first", profile=tmp_path / "profile.json", lock=lock)
     assert "legalize-onnxruntime{keep_sums=false attention=multi-head}" in lock.read_text()
