@@ -19,16 +19,16 @@ PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 TARGETS = ("onnxruntime", "openvino")
 _HEAD = """# Architectures
 
-Texts are encoded by whatever takes token ids; `tests/zoo.py` lists what is tested. Here are those that generate, and
-those that see.
+Text encoders of any architecture that takes token ids can be built; `tests/zoo.py` lists those under test. This page
+lists the decoders, encoder-decoders and vision encoders.
 
-## Those that generate
+## Text generation
 
-Tiny checkpoints with random weights and odd sizes, built with the preset `exact` and compared with PyTorch: `prefill` is
+Tiny checkpoints with random weights and odd sizes, built with the preset `exact` and compared with PyTorch. `prefill` is
 the largest relative error of a component's scores and caches over single calls (empty, short and long pasts, padded
-batches), `steps` the Kullback-Leibler divergence of the next token over 16 steps behind the engine's own cache, rows
-reordered in the middle. Greedy tokens are the same everywhere. Written by `python -m tests.architectures`; the tests
-check every row again. `make interop` loads the same engines with optimum's `ORTModelFor…` and `OVModelFor…` and compares
+batches). `steps` is the Kullback-Leibler divergence of the next token over 16 steps on the engine's own cache, with
+batch rows reordered in the middle. Greedy tokens are equal in all rows. Written by `python -m tests.architectures`; the
+tests check every row again. `make interop` loads the same engines with optimum's `ORTModelFor…` and `OVModelFor…` and compares
 greedy and beam-search tokens with PyTorch's.
 
 | architecture | task | components | onnxruntime: prefill | steps | openvino: prefill | steps |
@@ -37,7 +37,7 @@ greedy and beam-search tokens with PyTorch's.
 
 
 _IMAGES = """
-## Those that see
+## Vision
 
 Built and compared in the same way; the figure is the largest relative error of the output, over batches of one and of
 several images. Height, width and channels are those of the checkpoint.

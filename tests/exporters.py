@@ -143,7 +143,7 @@ BLOCKS = [
         {"Attention": LAYERS, "LayerNormalization": 2 * LAYERS + 2, "Gelu": LAYERS},
         _GPT,
         spelled=True,
-        why="by way of TorchScript, the shapes of what merges heads and texts are not known",
+        why="in the TorchScript export, the shapes around the Reshape that merges heads and batch are unknown",
         lost={"Attention": 0},
     ),
     Block(
@@ -169,7 +169,7 @@ BLOCKS = [
         {"Attention": 0, "LayerNormalization": 2 * LAYERS + 1, "Gelu": LAYERS},
         {"relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0, "position_buckets": 4},
         spelled=True,
-        why="its scores are sums of several products, which the operator does not take",
+        why="its scores are sums of several MatMuls, which the Attention operator cannot express",
     ),
     Block(
         "gpt2",
@@ -349,12 +349,12 @@ def block_of(name: str) -> Block:
 def table() -> str:
     """The page: for each block and exporter the operators found, of those expected."""
     lines = [
-        "# What is raised, of whose export",
+        "# Fusion coverage by exporter",
         "",
         "Written by `python -m tests.exporters table` from the graphs in `tests/data/exports.zip`: tiny models of two",
-        "layers, exported by PyTorch 2.13 by way of TorchScript and of today's exporter, at several opsets, attention",
-        "written as `scaled_dot_product_attention` or spelled out (eager). Each cell holds, after raising, the number of",
-        "standard operators found, of those that the architecture should give; a test holds every cell.",
+        "layers, exported by PyTorch 2.13 with its TorchScript and its current (dynamo) exporter, at several opsets, attention",
+        "written as `scaled_dot_product_attention` or decomposed (eager). Each cell holds, after fusion, the number of",
+        "fused operators, of those that the architecture has; a test checks every cell.",
         "",
         f"| architecture | exporter | {' | '.join(RAISED)} |",
         f"| --- | --- |{' --- |' * len(RAISED)}",
@@ -368,7 +368,7 @@ def table() -> str:
             cells = [f"{found[op]} of {expected[op]}" if op in expected else "" for op in RAISED]
             lines.append(f"| {block.name} | {name.partition(' ')[2]} | {' | '.join(cells)} |")
     reasons = [f"- `{block.name}`: {block.why}." for block in BLOCKS if block.why]
-    return "\n".join([*lines, "", "Left alone:", "", *reasons, ""])
+    return "\n".join([*lines, "", "Not fused:", "", *reasons, ""])
 
 
 if __name__ == "__main__":
