@@ -12,11 +12,11 @@ from planish.optimizer.interfaces.registry import BACKENDS
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @json_flag
 def command(markdown: bool, as_json: bool) -> None:
-    """List the targets: the runtimes that engines are built for, and whether they run here."""
+    """List the targets (runtimes that engines are built for), with their availability on this machine."""
     from planish.optimizer.cli.catalogue import entries, print_catalogue
 
-    found = entries(BACKENDS)
+    targets = entries(BACKENDS)
     if as_json:
-        print_json(found)
+        print_json(targets)
     else:
-        print_catalogue("backends", found, markdown=markdown)
+        print_catalogue("backends", targets, markdown=markdown)

@@ -13,13 +13,13 @@ from planish.optimizer.cli.options import existing, parse_shapes, shapes_option
 
 @click.command("bench")
 @click.argument("models", type=existing, nargs=-1, required=True)
-@click.option("--against", type=existing, multiple=True, help="What to compare with; the first is the measure of all.")
+@click.option("--against", type=existing, multiple=True, help="Models to compare with; the first is the baseline.")
 @click.option(
     "--target", "targets", multiple=True, metavar="NAME[{k=v …}]", help="Options for a runtime: onnxruntime{threads=2}."
 )
 @shapes_option
 @click.option(
-    "--json", "json_file", type=existing, help="Write the figures to this file as well ('-': print them only)."
+    "--json", "json_file", type=existing, help="Write the timings to this file as well ('-': print JSON only)."
 )
 def command(
     models: tuple[Path, ...],
@@ -55,5 +55,5 @@ def command(
         for r in rows
     ]
     several = len({row.component for row in rows}) > 1
-    measure = "the first engine of each component" if several else rows[0].label
-    print_table(f"compared with {measure}", ("model", "shape", "median ms", "speed-up", "95 % interval"), table)
+    baseline = "the first engine of each component" if several else rows[0].label
+    print_table(f"compared with {baseline}", ("model", "shape", "median ms", "speed-up", "95 % interval"), table)

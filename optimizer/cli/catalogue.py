@@ -1,4 +1,4 @@
-"""The tables of passes and of targets: read off the classes, so that they cannot be out of date."""
+"""The tables of passes and of targets. They are read from the classes, so that they are always current."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def entries(group: str) -> list[dict[str, Any]]:
 
 def _entry(name: str, entry: registry.Entry) -> dict[str, Any]:
     cls = entry.load()
-    found = {
+    row = {
         "name": name,
         "summary": (cls.__doc__ or "").strip().partition("\n\n")[0].replace("\n", " "),
         "options": {option: _option(facts) for option, facts in option_text.schema(cls).items()},
         "from": entry.distribution,
     }
     if hasattr(cls, "missing"):
-        found["missing"] = cls.missing()
-    return found
+        row["missing"] = cls.missing()
+    return row
 
 
 def _option(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,13 +59,13 @@ def entry_called(group: str, name: str) -> dict[str, Any]:
 
 
 def print_entry(entry: Mapping[str, Any]) -> None:
-    """What a pass does, before and after, its rules and its options, as wide as the terminal."""
+    """Print the description of a pass, its rules and its options, as wide as the terminal."""
     print(told(entry, shutil.get_terminal_size((_WIDEST, 24)).columns))
 
 
 def told(entry: Mapping[str, Any], width: int) -> str:
     """The same as text whose lines fit ``width`` characters."""
-    exactness = "exact: held against rounding" if entry["exact"] else "not exact: held against --keep"
+    exactness = "exact: checked against the noise floor" if entry["exact"] else "not exact: checked against --keep"
     parts = [f"{entry['name']} (from {entry['from']}; {exactness})", *entry["module"].split("\n\n")]
     parts += entry["rules"].split("\n\n") if entry["rules"] else []
     text = "\n\n".join(_paragraph(part, width) for part in parts)
@@ -87,8 +87,8 @@ _LABEL = re.compile(r"(Before: +|After: +|\d+\. | *)")
 
 
 def _paragraph(text: str, width: int) -> str:
-    """A paragraph as it was written if it fits; else prose and the rules of a list are filled anew, and lines of a
-    picture are folded one by one, each under its own beginning."""
+    """A paragraph unchanged if it fits. Otherwise prose and list items are refilled; lines of a diagram are folded one
+    by one, with a hanging indent."""
     lines = text.splitlines()
     if max(map(len, lines), default=0) <= width:
         return text
@@ -100,19 +100,19 @@ def _paragraph(text: str, width: int) -> str:
 
 
 def _hang(line: str) -> int:
-    found = _LABEL.match(line)
-    return 0 if found is None else found.end()
+    label = _LABEL.match(line)
+    return 0 if label is None else label.end()
 
 
 def _filled(text: str, width: int, first: str, rest: str) -> list[str]:
     return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
-def print_catalogue(title: str, found: Sequence[Mapping[str, Any]], *, markdown: bool) -> None:
+def print_catalogue(title: str, listed: Sequence[Mapping[str, Any]], *, markdown: bool) -> None:
     """Print entries as a table."""
-    runnable = any("missing" in entry for entry in found)
+    runnable = any("missing" in entry for entry in listed)
     rows = []
-    for entry in found:
+    for entry in listed:
         options = "\n".join(
             f"{name}={option_text.format_value(o['default'])}" + (f": {o['help']}" if markdown else "")
             for name, o in entry["options"].items()

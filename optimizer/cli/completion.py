@@ -1,6 +1,6 @@
-"""What a shell completes: names of targets, presets, passes, metrics, tasks, and the spots where they stand in a text.
+"""Shell completion of targets, presets, passes, metrics and tasks, also inside texts of pipelines.
 
-Nothing is imported that the command line does not need for its help: a shell asks at every press of the key.
+Runtimes and torch are not imported: the shell runs this at every press of the Tab key.
 """
 
 from __future__ import annotations

@@ -15,18 +15,18 @@ from planish.optimizer.cli.options import existing, json_flag, print_json
 @click.argument("after", type=existing)
 @json_flag
 def command(before: Path, after: Path, as_json: bool) -> None:
-    """Say what changed from BEFORE to AFTER: .onnx files, or folders whose files are compared by name.
+    """Show the differences between BEFORE and AFTER: .onnx files, or folders whose files are compared by name.
 
-    Operators, borders, types and shapes of values, initializers (also what they hold), and size.
+    Compares operators, inputs and outputs, types and shapes of values, initializers (content included), and size.
     """
     from planish.optimizer.cli.display import print_table
     from planish.optimizer.ir.diff import compare_files
 
-    found = compare_files(before, after)
+    changes_by_file = compare_files(before, after)
     if as_json:
-        print_json({name: [asdict(change) for change in changes] for name, changes in found.items()})
+        print_json({name: [asdict(change) for change in changes] for name, changes in changes_by_file.items()})
         return
-    for name, changes in found.items():
+    for name, changes in changes_by_file.items():
         if not changes:
             click.echo(f"{name}: nothing differs")
             continue

@@ -51,7 +51,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A table: drawn on a terminal, as wide as that is; as Markdown; else plain, a line for each row."""
     import shutil
 
-    # Names in a file of somebody else must not steer a terminal.
+    # Control characters in names of an untrusted file could send escape sequences to the terminal.
     title, rows = printable(title), [[printable(cell) for cell in row] for row in rows]
     if markdown:
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")

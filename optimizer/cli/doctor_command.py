@@ -10,7 +10,7 @@ from planish.optimizer.cli.options import json_flag, print_json
 @click.command("doctor")
 @json_flag
 def command(as_json: bool) -> None:
-    """Say what is installed, what this CPU and GPU can do, which targets would run, and what is missing."""
+    """Show installed libraries, CPU and GPU features, the targets that run on this machine, and missing packages."""
     from planish.optimizer.cli.display import print_table
     from planish.optimizer.driver.doctor import examine
 

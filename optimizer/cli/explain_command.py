@@ -22,7 +22,7 @@ CANONICAL = (
     "Attention", "Softmax", "RotaryEmbedding", "LayerNormalization", "RMSNormalization", "Gelu", "Erf", "Tanh", "Gemm",
     "MatMul", "MatMulInteger", "QLinearMatMul", "Conv", "QuantizeLinear", "DynamicQuantizeLinear", "DequantizeLinear",
 )  # fmt: skip
-"""What fusions and quantization make, and what they replace; operators of runtimes' own domains are shown as well."""
+"""Operators that fusion and quantization passes create or replace. Operators of the runtimes' domains are added."""
 
 
 @click.command("explain")
@@ -35,17 +35,17 @@ CANONICAL = (
     help="Only this pass, and every site where it fired.",
 )
 @click.option(
-    "--pipeline", metavar="TEXT", shell_complete=complete_pipeline, help="For an .onnx file: the passes to try on it."
+    "--pipeline", metavar="TEXT", shell_complete=complete_pipeline, help="For an .onnx file: the passes to run on it."
 )
 @click.option(
     "--preset",
     shell_complete=complete_presets,
-    help="For an .onnx file: a named pipeline to try on it; exact if neither is given.",
+    help="For an .onnx file: the preset to run on it; exact if neither is given.",
 )
 @click.option(
     "--target",
     shell_complete=complete_targets,
-    help="Only this engine of an output; for an .onnx file, whose preset (onnxruntime).",
+    help="Only this engine of an output; for an .onnx file, the target of the preset (onnxruntime if not given).",
 )
 @expect_option
 @json_flag
@@ -58,43 +58,44 @@ def command(
     expect: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Say where each pass fired on SOURCE (an output, or an .onnx file), where it refused, and why."""
+    """Show the sites of SOURCE (an output, or an .onnx file) where each pass fired or refused, with reasons."""
     from planish.optimizer.driver.explain import explain
     from planish.optimizer.output.sites import Expectation, check_expectations, of_pass
 
-    wanted = [Expectation.parse(text) for text in expect]
-    found = explain(source, pipeline=pipeline, preset=preset, target=target)
-    sites = [record for rewritten in found.values() for record in rewritten.sites]
+    expectations = [Expectation.parse(text) for text in expect]
+    rewritten_by_target = explain(source, pipeline=pipeline, preset=preset, target=target)
+    sites = [record for rewritten in rewritten_by_target.values() for record in rewritten.sites]
     shown = sites if only is None else of_pass(sites, only)
     if as_json:
-        operators = {name: {"canonical": r.operators, "shipped": r.shipped} for name, r in found.items()}
+        operators = {name: {"canonical": r.operators, "shipped": r.shipped} for name, r in rewritten_by_target.items()}
         print_json({"passes": [asdict(record) for record in shown], "operators": operators})
     else:
         _print(source, shown, fired=only is not None)
         _print_products(source, only)
         if only is None:
-            _print_operators(found)
-    for rewritten in found.values():
-        check_expectations(wanted, [rewritten])
+            _print_operators(rewritten_by_target)
+    for rewritten in rewritten_by_target.values():
+        check_expectations(expectations, [rewritten])
 
 
-def _print_operators(found: Mapping[str, Rewritten]) -> None:
-    """How often each target has the operators that fusions make, and those that they replace: as passes left them, and
-    in the graph that the target compiles."""
+def _print_operators(rewritten_by_target: Mapping[str, Rewritten]) -> None:
+    """Counts of the operators that fusion creates or replaces, for each target: after the shared passes, and in the
+    graph that the target compiles."""
     from planish.optimizer.cli.display import print_table
 
-    counts = [count for rewritten in found.values() for count in (rewritten.operators, rewritten.shipped)]
+    counts = [count for rewritten in rewritten_by_target.values() for count in (rewritten.operators, rewritten.shipped)]
     names = [*CANONICAL, *sorted({name for count in counts for name in count if "::" in name})]
     rows = [(name, *(str(count.get(name, 0)) for count in counts)) for name in names]
+    # Attention is shown with 0 as well: its absence is what most users look for.
     shown = [row for row in rows if row[0] == "Attention" or set(row[1:]) != {"0"}]
-    columns = [f"{name}, {what}" for name in found for what in ("canonical", "as compiled")]
+    columns = [f"{name}, {stage}" for name in rewritten_by_target for stage in ("canonical", "as compiled")]
     print_table("operators", ("operator", *columns), shown)
 
 
-def _print(source: Path, found: Sequence[PassSites], *, fired: bool) -> None:
+def _print(source: Path, sites_by_pass: Sequence[PassSites], *, fired: bool) -> None:
     from planish.optimizer.cli.display import print_table
 
-    several = len({(sites.target, sites.component) for sites in found}) > 1
+    several = len({(sites.target, sites.component) for sites in sites_by_pass}) > 1
     rows = [
         (
             *((sites.target, sites.component) if several else ()),
@@ -102,38 +103,38 @@ def _print(source: Path, found: Sequence[PassSites], *, fired: bool) -> None:
             str(len(sites.fired)),
             str(len(sites.refused)),
             str(len(sites.near_misses)),
-            "" if sites.rolled_back is None else f"undone: {sites.rolled_back}",
+            "" if sites.rolled_back is None else f"rolled back: {sites.rolled_back}",
         )
-        for sites in found
+        for sites in sites_by_pass
     ]
     columns = (*(("target", "component") if several else ()), "pass", "fired", "refused", "near misses", "note")
     print_table(str(source), columns, rows)
-    for sites in found:
+    for sites in sites_by_pass:
         for site in sites.fired if fired else ():
             click.echo(f"{sites.name} fired at {site}")
         _print_refusals(sites)
 
 
 def _print_products(source: Path, only: str | None) -> None:
-    """What quantizing passes of an output chose among: all of one pass, or how many and where the line was drawn."""
+    """The MatMuls of an output that quantization passes could quantize: a list for one pass, else their number."""
     from planish.optimizer.cli.display import print_table
     from planish.optimizer.output.lock import LOCK, Lock
 
     if not source.is_dir():
         return
     for target, choice in Lock.read(source / LOCK).targets.items():
-        for component, text in dict.fromkeys((one.component, one.text) for one in choice.products):
-            own = [one for one in choice.products if (one.component, one.text) == (component, text)]
-            total, rounded = sum(one.weights for one in own), [one for one in own if one.rounded]
-            share = f"{sum(one.weights for one in rounded) / total:.0%} of their weights"
-            title = f"{target}, {component}: {text} rounds {len(rounded)} of {len(own)} products, {share}"
-            listed = own if text.partition("{")[0] == only else []
-            forms = {True: "rounded", False: "float"}
+        for component, text in dict.fromkeys((p.component, p.text) for p in choice.products):
+            matmuls = [p for p in choice.products if (p.component, p.text) == (component, text)]
+            total, quantized = sum(p.weights for p in matmuls), [p for p in matmuls if p.rounded]
+            share = f"{sum(p.weights for p in quantized) / total:.0%} of their weights"
+            title = f"{target}, {component}: {text} quantizes {len(quantized)} of {len(matmuls)} MatMuls, {share}"
+            listed = matmuls if text.partition("{")[0] == only else []
+            formats = {True: "quantized", False: "float"}
             rows = [
-                (p.location, forms[p.rounded], _effect(p), f"{_decibels(p):.1f}", f"{p.weights / total:.1%}")
+                (p.location, formats[p.rounded], _effect(p), f"{_decibels(p):.1f}", f"{p.weights / total:.1%}")
                 for p in listed
             ]
-            columns = ("product", "form", "moves the outputs by", "signal over noise, dB", "share of weights")
+            columns = ("MatMul", "format", "change of outputs", "signal over noise, dB", "share of weights")
             click.echo(title) if not rows else print_table(title, columns, rows)
 
 
@@ -146,11 +147,11 @@ def _decibels(product: Product) -> float:
 
 
 def _print_refusals(sites: PassSites) -> None:
-    """Three lines for each reason: which pass and node, in which module, what differed; then how many are alike."""
-    alike: dict[tuple[str, bool], list[Refusal]] = {}
+    """Three lines for each reason: pass and node, PyTorch module, the value that differed; with the number of sites."""
+    by_reason: dict[tuple[str, bool], list[Refusal]] = {}
     for refusal in sites.refusals:
-        alike.setdefault((refusal.reason, refusal.near), []).append(refusal)
-    for (reason, near), refusals in alike.items():
+        by_reason.setdefault((refusal.reason, refusal.near), []).append(refusal)
+    for (reason, near), refusals in by_reason.items():
         node, _, module = refusals[0].site.partition(" in ")
         more = f" (and {len(refusals) - 1} more like it)" if len(refusals) > 1 else ""
         click.echo(f"\n{sites.name} {'nearly fired' if near else 'refused'} at {node}{more}")

@@ -12,19 +12,19 @@ import click
 from planish.optimizer.cli.failures import UNREAD
 
 COMMANDS: Mapping[str, str] = {
-    "optimize": "Turn a checkpoint or an ONNX file into checked, measured engines.",
-    "verify": "Check the engines of an output again, on this machine.",
-    "bench": "Time engines and models side by side.",
-    "run": "Ask an engine: labels, embeddings, answers, texts.",
+    "optimize": "Compile a checkpoint or an ONNX file to checked, timed engines.",
+    "verify": "Check the engines of an output on this machine.",
+    "bench": "Time engines and models in alternation.",
+    "run": "Run an engine: labels, embeddings, answers, texts.",
     "opt": "Run a pipeline over one ONNX graph.",
-    "explain": "Say where each pass fired, where it refused, and why.",
-    "bisect": "Find the pass, and the site, that leaves the budget.",
-    "diff": "Say what changed between two models.",
+    "explain": "Show where each pass fired or refused, and why.",
+    "bisect": "Find the pass, and its site, that exceeds the budget.",
+    "diff": "Show the differences between two models.",
     "passes": "List the passes and their options.",
     "backends": "List the targets and their options.",
-    "doctor": "Say what is installed, what this machine can do, and what is missing.",
+    "doctor": "Show installed libraries, machine features, and missing packages.",
 }
-"""Name of each command -> what it does; the module of a command has its name."""
+"""Name of each command -> its summary; the module of a command has the command's name."""
 
 
 class LazyGroup(click.Group):
@@ -78,4 +78,4 @@ class LazyGroup(click.Group):
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(metadata.version("planish"), "-V", "--version", prog_name="planish")
 def cli() -> None:
-    """Planish compiles trained Transformers into smaller, faster engines, each checked against the original."""
+    """Planish compiles trained Transformers to smaller, faster engines, each checked against the original."""

@@ -1,4 +1,4 @@
-"""`planish opt`: what mlir-opt is to MLIR."""
+"""`planish opt`: the counterpart of mlir-opt for ONNX graphs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ from planish.optimizer.errors import UsageError
 @click.command("opt")
 @click.argument("source", type=existing)
 @click.option("-o", "--output", "out", type=existing, required=True, help="The .onnx file to write.")
-@click.option(
-    "--pipeline", metavar="TEXT", shell_complete=complete_pipeline, help="The passes to run, as text: a,b{k=v},c."
-)
+@click.option("--pipeline", metavar="TEXT", shell_complete=complete_pipeline, help="The passes to run: a,b{k=v},c.")
 @click.option("--preset", shell_complete=complete_presets, help="The pipeline of a preset, for --target.")
 @click.option(
     "--target",
     shell_complete=complete_targets,
-    help="The target that --preset is resolved for; onnxruntime if not given.",
+    help="The target of --preset; onnxruntime if not given.",
 )
 @keep_option
-@click.option("--calibration", type=existing, help="Your own inputs, .npz of arrays: what passes see activations on.")
+@click.option("--calibration", type=existing, help="Your own inputs (arrays, .npz), as calibration data.")
 @click.option("--print-before", is_flag=True, help="Print the graph before each pass.")
 @click.option("--print-after", is_flag=True, help="Print the graph after each pass.")
 @click.option("--print-after-change", is_flag=True, help="Print the graph after each pass that changed it.")
@@ -57,14 +55,14 @@ def command(source: Path, out: Path, as_json: bool, **options: Any) -> None:
         )
         for record in records
     ]
-    columns = ("pass", "sites", "refused", "nodes", "weights", "moved outputs by", "facts")
+    columns = ("pass", "sites", "refused", "nodes", "weights", "change of outputs", "facts")
     print_table(f"{source} -> {out}", columns, rows)
     if not any(record.modified for record in records):
         click.echo("planish: note: no pass changed anything", err=True)
 
 
 def _difference(difference: dict[str, dict[str, float]] | None) -> str:
-    """How far the output that moved most is from what it was."""
+    """Largest relative change over all outputs."""
     if difference is None:
         return "not compared"
     return f"{max((metrics['max_rel'] for metrics in difference.values()), default=0.0):.1e}"

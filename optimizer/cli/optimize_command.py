@@ -25,56 +25,60 @@ from planish.optimizer.cli.options import (
 
 class _Optimize(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
-        "What to build": ("out", "task", "targets", "preset", "pipeline", "adapter", "logits", "fix"),
-        "How close it must stay": ("keep", "evaluate", "expect", "calibration", "samples", "reference"),
-        "What is timed": ("shapes", "profile"),
-        "Building again": ("lock", "depfile"),
+        "Build": ("out", "task", "targets", "preset", "pipeline", "adapter", "logits", "fix"),
+        "Accuracy": ("keep", "evaluate", "expect", "calibration", "samples", "reference"),
+        "Timing": ("shapes", "profile"),
+        "Reproducible builds": ("lock", "depfile"),
     }
 
 
 @click.command("optimize", cls=_Optimize)
 @click.argument("source", type=existing)
 @click.option(
-    "-o", "--output", "out", type=existing, required=True, help="The folder to make; appears complete or not at all."
+    "-o", "--output", "out", type=existing, required=True, help="The output folder; it is written atomically."
 )
-@click.option("--task", shell_complete=complete_tasks, help="The task to serve; read from config.json if not given.")
+@click.option("--task", shell_complete=complete_tasks, help="The task; read from config.json if not given.")
 @click.option(
     "--target", "targets", multiple=True, shell_complete=complete_targets, metavar="NAME[{k=v …}]",
     default=["onnxruntime"], show_default=True,
-    help="A runtime to build for, with its options; may be given several times.",
+    help="A runtime to build for, with its options; repeatable.",
 )  # fmt: skip
 @click.option("--preset", shell_complete=complete_presets, help="A named pipeline: exact (default), fast or small.")
 @click.option(
     "--pipeline",
     metavar="TEXT",
     shell_complete=complete_pipeline,
-    help="The passes to run, as text: a,b{k=v},c. Failed checks end the run.",
+    help="The passes to run: a,b{k=v},c. A failed check ends the run.",
 )
-@click.option("--calibration", type=existing, help="Your own inputs: .txt or .jsonl of texts, or .npz of arrays.")
-@click.option("--samples", type=click.IntRange(1), help="Texts that are calibrated on, at most; 256 if not given.")
+@click.option(
+    "--calibration", type=existing,
+    help="Your own reference and calibration inputs: texts (.txt, .jsonl) or arrays (.npz).",
+)  # fmt: skip
+@click.option("--samples", type=click.IntRange(1), help="Maximum number of calibration texts; 256 if not given.")
 @keep_option
 @click.option(
     "--evaluate", metavar="COMMAND",
-    help="Your own measure: given an engine's folder, it prints a number last, for --keep 'score>=0.9' or '>=0.99x'.",
+    help="Your own metric: a command that gets the engine's folder and prints a number on its last line, for --keep "
+    "'score>=0.9' or 'score>=0.99x'.",
 )  # fmt: skip
 @shapes_option
 @fix_option
 @expect_option
 @click.option(
     "--profile", type=existing,
-    help="What the targets run fast: presets choose by this file; what it lacks is measured and added.",
+    help="Tuning table: measured operator latencies for each target. Missing entries are measured and added.",
 )  # fmt: skip
 @click.option("--lock", type=existing, help="Build from this lock, or write it if it does not exist.")
 @click.option("--adapter", type=existing, help="A PEFT adapter (LoRA, rsLoRA, DoRA, AdaLoRA) to merge into SOURCE.")
 @click.option(
     "--reference", type=click.Choice(["full", "offload", "none"]), default="full", show_default=True,
-    help="'offload': read weights as they are used, for a checkpoint larger than memory. 'none': check nothing.",
+    help="'offload': read weights from the files on use, for a checkpoint larger than memory. 'none': no checks.",
 )  # fmt: skip
 @click.option(
     "--logits", type=click.Choice(["all", "last"]), default="all", show_default=True,
-    help="'last': a decoder scores the token behind the last one only, which is all that writing needs.",
+    help="'last': a decoder gives the scores after the last token only, which is sufficient for generation.",
 )  # fmt: skip
-@click.option("--depfile", type=existing, help="Write the files that were read, in make's syntax.")
+@click.option("--depfile", type=existing, help="Write the list of files that were read, in make's syntax.")
 @json_flag
 def command(
     source: Path,
@@ -86,7 +90,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Turn SOURCE (a checkpoint folder or an .onnx file) into checked, measured engines."""
+    """Compile SOURCE (a checkpoint folder or an .onnx file) to engines, check their accuracy, and time them."""
     from planish.optimizer.cli.display import print_result, progress_bar
     from planish.optimizer.driver.optimize import optimize
     from planish.optimizer.output.depfile import escaped, write_depfile
@@ -98,18 +102,19 @@ def command(
     demand_not_read(read, {"--depfile": depfile})
     locked = lock is not None and lock.is_file()
     for name in (source, out, lock, options["calibration"], options["profile"]) if depfile is not None else ():
-        escaped(name or Path())  # what cannot be written is refused before anything is built
+        escaped(name or Path())  # a path that make cannot express is refused before the build, not after it
     options |= {"shapes": parse_shapes(shapes), "fix": parse_fixed(fix), "lock": lock}
     with progress_bar(quiet=as_json) as progress:
         result = optimize(source, out, progress=progress, **options)
     for note in result.notes:
         click.echo(f"planish: note: {note}", err=True)
     if depfile is not None:
-        made = [lock] if lock is not None and not locked else []
-        made += [path for path in (options["profile"],) if path and path.is_file()]  # what it lacked was added
+        # Files that this build wrote itself must not be newer than its output, or make would build again.
+        written = [lock] if lock is not None and not locked else []
+        written += [path for path in (options["profile"],) if path and path.is_file()]
         inputs = _inputs(source, [*result.manifest.source.files], options)
         demand_not_read({str(path): path for path in inputs}, {"--depfile": depfile})
-        write_depfile(depfile, out / MANIFEST, [*inputs, *([lock] if lock else [])], made)
+        write_depfile(depfile, out / MANIFEST, [*inputs, *([lock] if lock else [])], written)
     if as_json:
         print_json(
             {
@@ -132,6 +137,6 @@ def _inputs(source: Path, names: list[str], options: Mapping[str, Any]) -> list[
     folder, adapter = source if source.is_dir() else source.parent, options["adapter"]
     read = [adapter / name if adapter is not None and name in FILES else folder / name for name in names]
     read += [options[name] for name in ("calibration", "profile") if options[name] is not None]
-    judge = Evaluation.parse(options["evaluate"]).words if options["evaluate"] else ()
-    read += [Path(word) for word in judge]
+    metric_command = Evaluation.parse(options["evaluate"]).words if options["evaluate"] else ()
+    read += [Path(word) for word in metric_command]
     return [path for path in read if path.is_file()]

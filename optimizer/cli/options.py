@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share, and how their texts are read."""
+"""Options and arguments that several commands share, and the parsers of their texts."""
 
 from __future__ import annotations
 
@@ -30,29 +30,31 @@ class Sectioned(click.Command):
                 formatter.write_dl([records[name] for name in names])
 
 
-existing = click.Path(path_type=Path, readable=False)  # what cannot be read is bad input, and told as such
+# click would report an unreadable file as a usage error (exit code 2); it is bad input (3), which the driver raises.
+existing = click.Path(path_type=Path, readable=False)
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 shapes_option = click.option(
-    "--shape", "shapes", multiple=True, metavar="AXIS=N,…", help="Sizes at which to time; may be given several times."
+    "--shape", "shapes", multiple=True, metavar="AXIS=N,…", help="Sizes at which engines are timed; repeatable."
 )
 fix_option = click.option(
     "--fix",
     metavar="AXIS=N,…",
-    help="Sizes that axes always have; engines may be faster for it.",
+    help="Static sizes of axes: engines take no other size, and may be faster.",
 )
 keep_option = click.option(
     "--keep",
     multiple=True,
     metavar="METRIC>=X",
     shell_complete=complete_budget,
-    help="Fidelity that passes must keep, e.g. cosine>=0.999.",
+    help="Accuracy budget, e.g. cosine>=0.999; repeatable.",
 )
 expect_option = click.option(
     "--expect",
     shell_complete=complete_expectation,
     multiple=True,
     metavar="NAME=N",
-    help="Fail unless this pass fires at N sites (fuse-attention=12), or this operator is left N times (Attention=12).",
+    help="Fail unless this pass fires at N sites (fuse-attention=12), or the optimized graph has this operator N times "
+    "(Attention=12).",
 )
 
 
@@ -70,13 +72,14 @@ def _sizes(text: str) -> dict[str, int]:
 
 def _axis(part: str, text: str) -> tuple[str, int]:
     name, _, size = part.partition("=")
+    # A past of 0 is the prefill; every other axis has at least one entry.
     if not size.strip().isdecimal() or (int(size) < 1 and name.strip() != "past"):
         raise UsageError(f"cannot read the sizes {text!r}", advice="write axis=n,…: batch=1,sequence=128")
     return name.strip(), int(size)
 
 
 def parse_fixed(text: str | None) -> dict[str, int]:
-    """Read one `batch=1,sequence=128` text; nothing of none."""
+    """Read one `batch=1,sequence=128` text; an empty dictionary for None."""
     return parse_shapes([text])[0] if text else {}
 
 

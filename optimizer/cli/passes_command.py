@@ -15,7 +15,7 @@ from planish.optimizer.interfaces.registry import PASSES
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @json_flag
 def command(name: str | None, markdown: bool, as_json: bool) -> None:
-    """List the passes, or tell all of the pass NAME: what it does, before and after, its options."""
+    """List the passes, or describe the pass NAME: its rewrite, a graph before and after, its options."""
     from planish.optimizer.cli.catalogue import entries, entry_called, print_catalogue, print_entry
 
     if name is not None:
@@ -24,8 +24,8 @@ def command(name: str | None, markdown: bool, as_json: bool) -> None:
         entry = entry_called(PASSES, name)
         print_json(entry) if as_json else print_entry(entry)
         return
-    found = entries(PASSES)
+    passes = entries(PASSES)
     if as_json:
-        print_json(found)
+        print_json(passes)
     else:
-        print_catalogue("passes", found, markdown=markdown)
+        print_catalogue("passes", passes, markdown=markdown)

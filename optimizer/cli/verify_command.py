@@ -14,18 +14,18 @@ from planish.optimizer.errors import CheckFailed
 @click.argument("out", type=existing)
 @json_flag
 def command(out: Path, as_json: bool) -> None:
-    """Check the engines in OUT again on this machine: file hashes, then outputs against the stored reference."""
+    """Check the engines in OUT on this machine: file hashes, then outputs against the stored reference."""
     from planish.optimizer.cli.display import fidelity_text, print_table, progress_bar
     from planish.optimizer.driver.verify import verify
     from planish.optimizer.output.manifest import figures
 
     with progress_bar(quiet=as_json) as progress:
         verdicts = verify(out, progress=progress)
-    found = {name: {} if v.comparison is None else figures(v.comparison) for name, v in verdicts.items()}
+    metrics = {name: {} if v.comparison is None else figures(v.comparison) for name, v in verdicts.items()}
     if as_json:
         print_json(
             {
-                name: {"target": v.target, "comparison": found[name], "problems": v.problems, "note": v.note}
+                name: {"target": v.target, "comparison": metrics[name], "problems": v.problems, "note": v.note}
                 for name, v in verdicts.items()
             }
         )
@@ -34,7 +34,7 @@ def command(out: Path, as_json: bool) -> None:
             (
                 v.target,
                 "failed" if v.problems else "ok",
-                fidelity_text(found[name]),
+                fidelity_text(metrics[name]),
                 "\n".join(filter(None, [*v.problems, v.note])),
             )
             for name, v in verdicts.items()

@@ -159,5 +159,5 @@ def test_a_preset_keeps_what_it_can_and_the_lock_says_what(
     again = optimize(tiny, tmp_path / "again", preset="fast", keep=keep, shapes=shape, lock=tmp_path / "lock")
     assert again.manifest.targets == built.manifest.targets
     said = planish("explain", tmp_path / "out", "--pass", "quantize-int8").stdout
-    assert f"rounds {sum(one.rounded for one in products)} of {len(products)} products" in " ".join(said.split())
+    assert f"quantizes {sum(one.rounded for one in products)} of {len(products)} MatMuls" in " ".join(said.split())
     assert "signal over noise" in said

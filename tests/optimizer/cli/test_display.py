@@ -75,7 +75,7 @@ def test_lists_are_plain_when_piped(group: str, command: Planish) -> None:
 
 def test_one_pass_is_told_whole(command: Planish) -> None:
     told = command("passes", "quantize-weights").stdout
-    assert told.startswith("quantize-weights (from planish; not exact: held against --keep)")
+    assert told.startswith("quantize-weights (from planish; not exact: checked against --keep)")
     assert "Before:" in told
     assert "After:" in told
     assert re.search(r"^  bits=8 \(.*\)$", told, re.MULTILINE)
