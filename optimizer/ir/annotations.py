@@ -1,7 +1,7 @@
-"""What an application reads of a file beside its graph: metadata, documentation, names of axes at its border.
+"""Annotations of a model that applications read: metadata, documentation, axis names of inputs and outputs.
 
-Class names, strides, tokenizer facts and units lie there. No pass means to change them, but converters and libraries
-rebuild nodes and outputs without them: whoever takes such a step notes them before and restores them after.
+They hold class names, strides, tokenizer facts and units. No pass changes them intentionally, but converters and
+libraries rebuild nodes and outputs without them. A caller of such a step stores them before and restores them after.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata key under which the PyTorch exporter keeps the module path of a node: our source location."""
+"""Metadata key of the PyTorch exporter for the module path of a node, which is the source location in messages."""
 _KEPT = frozenset({NAME_SCOPES, "pkg.torch.onnx.class_hierarchy"})
 _OF_TOOLS = ("pkg.", "planish.")
-"""How keys begin that exporters (stack traces, names of their own) and our passes write for themselves."""
+"""Prefixes of the metadata keys of exporters (stack traces, internal names) and of our passes."""
 _ABSOLUTE_PATH = re.compile(r"(^|[\s\"'(=,:\[])(?:/(?:[^\s/\"']+/)+|[A-Za-z]:\\(?:[^\s\\\"']+\\)*)")
-"""The folders of an absolute path, behind whatever stands before it."""
+"""The folders of an absolute path, after the character before it."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,24 @@ class _Note:
 
 @dataclass(frozen=True)
 class Annotations:
-    """The annotations of a model at one moment."""
+    """The annotations of a model at one point of the pipeline."""
 
     model: _Note
     graph: _Note
     border: dict[str, tuple[_Note, ir.Shape | None]] = field(default_factory=dict)
-    """Of inputs and outputs, by name, with their shapes."""
+    """Annotations and shapes of inputs and outputs, by name."""
     nodes: dict[tuple[str, str], _Note] = field(default_factory=dict)
-    """Of nodes that have any, by operator and name of the first output."""
+    """Annotations of nodes that have any, by operator and name of the first output."""
 
     @classmethod
     def of(cls, model: ir.Model) -> Annotations:
-        """Note them."""
+        """Store the annotations of ``model``."""
         border = {value.name or "": (_Note.of(value), value.shape) for value in _border(model)}
         nodes = {_key(node): _Note.of(node) for node in model.graph if node.doc_string or node.metadata_props}
         return cls(_Note.of(model), _Note.of(model.graph), border, nodes)
 
     def restore(self, model: ir.Model) -> None:
-        """Write them down where they are gone. Axes get their names back where a size has not become a number."""
+        """Restore lost annotations. An axis gets its name back unless its size has become a number."""
         self.model.restore(model)
         self.graph.restore(model.graph)
         for value in _border(model):
@@ -89,7 +89,7 @@ def _named(now: int | ir.SymbolicDim, then: int | ir.SymbolicDim) -> int | ir.Sy
 
 
 def strip_annotations(part: ir.Model | ir.Graph | ir.Function | ir.Node | ir.Value) -> None:
-    """Drop what tools wrote for themselves, and in documentation the folders of the machine that exported the file."""
+    """Remove the metadata of tools, and from documentation the absolute folder names of the exporting machine."""
     for key in [key for key in part.metadata_props if key.startswith(_OF_TOOLS) and key not in _KEPT]:
         del part.metadata_props[key]
     part.doc_string = _ABSOLUTE_PATH.sub(r"\1", part.doc_string or "") or None

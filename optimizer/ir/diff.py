@@ -1,4 +1,4 @@
-"""What changed between two models: operators, borders, types and shapes of values, initializers, size."""
+"""Differences between two models: operators, inputs and outputs, types and shapes of values, initializers, size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from planish.optimizer.ir.graph import graphs_of, weight_bytes
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that is not the same in both: of what kind, called what, and how it is in each (None: not there)."""
+    """One difference: its kind, the name, and the value in each model (None if it is absent)."""
 
     kind: str
     """`operators`, `inputs`, `outputs`, `values`, `initializers`, `opsets` or `size`."""
@@ -28,7 +28,7 @@ class Change:
 
 
 def difference(before: ir.Model, after: ir.Model) -> list[Change]:
-    """Everything that differs, kind by kind, in the order of names. Weights of equal type and shape are read."""
+    """All differences, by kind and name. Weights of equal type and shape are read and compared."""
     kinds: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
         "size": (_sizes(before), _sizes(after)),
         "opsets": (dict(before.opset_imports), dict(after.opset_imports)),
@@ -51,18 +51,18 @@ def _sizes(model: ir.Model) -> dict[str, int]:
 
 
 def _operators(model: ir.Model) -> dict[str, int]:
-    """How often each operator stands in the model, in its subgraphs and functions."""
+    """Number of nodes of each operator in the model, its subgraphs and functions."""
     nodes = (node for graph in graphs_of(model) for node in graph)
     return Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in nodes)
 
 
 def _computed(model: ir.Model) -> Iterator[ir.Value]:
-    """Values of the main graph that a node makes and that do not leave it."""
+    """Values of the main graph that a node computes, without graph outputs."""
     return (value for node in model.graph for value in node.outputs if not value.is_graph_output())
 
 
 def _types(values: Iterable[ir.Value]) -> dict[str, str]:
-    """Type and shape of values, as text; of those that have both."""
+    """Type and shape, as text, of the values that have both."""
     return {v.name: f"{v.dtype}{_dims(v.shape)}" for v in values if v.name and v.dtype and v.shape is not None}
 
 
@@ -71,16 +71,17 @@ def _dims(shape: ir.Shape) -> str:
 
 
 def _common(one: Mapping[str, str], other: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Only what both have: a value that one of them does not compute is told by its operators."""
+    """Entries of the names in both. A value that only one model computes shows in the operators."""
     shared = one.keys() & other.keys()
     return {name: one[name] for name in shared}, {name: other[name] for name in shared}
 
 
 def _contents(before: ir.Model, after: ir.Model) -> tuple[dict[str, str], dict[str, str]]:
-    """Type, shape and bytes of initializers; where these are equal in both, also a digest of what they hold."""
+    """Type, shape and bytes of initializers; if these are equal in both, also a digest of the content."""
     texts = tuple({name: _described(tensor) for name, tensor in _tensors(model).items()} for model in (before, after))
     one, other = _tensors(before), _tensors(after)
     for name in one.keys() & other.keys():
+        # Content is hashed only where type and shape agree: reading all weights of both models is slow.
         if texts[0][name] == texts[1][name] and one[name] is not other[name]:
             for text, tensor in zip(texts, (one[name], other[name]), strict=True):
                 text[name] += f", SHA-256 {_digest(tensor)}"
@@ -88,8 +89,8 @@ def _contents(before: ir.Model, after: ir.Model) -> tuple[dict[str, str], dict[s
 
 
 def _tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
-    found = model.graph.initializers.items()
-    return {name: value.const_value for name, value in found if value.const_value is not None}
+    items = model.graph.initializers.items()
+    return {name: value.const_value for name, value in items if value.const_value is not None}
 
 
 def _described(tensor: ir.TensorProtocol) -> str:
@@ -97,16 +98,16 @@ def _described(tensor: ir.TensorProtocol) -> str:
 
 
 def _digest(tensor: ir.TensorProtocol) -> str:
-    """The beginning of a digest of what a tensor holds; one tensor is in memory at a time."""
+    """The first digits of a SHA-256 digest of the content. One tensor is in memory at a time."""
     if tensor.dtype is ir.DataType.STRING:
         return hashlib.sha256(repr(tensor.numpy().tolist()).encode()).hexdigest()[:12]
     return hashlib.sha256(tensor.tobytes()).hexdigest()[:12]
 
 
 def compare_files(before: Path, after: Path) -> dict[str, list[Change]]:
-    """The differences of two `.onnx` files, or of the files of the same name in two folders, by file name.
+    """The differences of two `.onnx` files, or of files of equal name in two folders, by file name.
 
-    A file that only one folder has is a BadInput: there is nothing to compare it with.
+    BadInput if only one folder has a file.
     """
     one, other = _files(before), _files(after)
     if len(one) == len(other) == 1:
@@ -119,11 +120,11 @@ def compare_files(before: Path, after: Path) -> dict[str, list[Change]]:
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """The ONNX files that a path stands for: itself, or all in a folder or below it, by relative name."""
+    """The ONNX files of a path: the file itself, or all files in and below a folder, by relative name."""
     if path.is_file():
         return {path.name: path}
-    found = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*.onnx"))}
-    if not found:
+    files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*.onnx"))}
+    if not files:
         what = "there is no such file or folder" if not path.exists() else "there is no .onnx file in this folder"
         raise BadInput(what, where=path, advice="give .onnx files, or folders that hold some")
-    return found
+    return files

@@ -14,8 +14,9 @@ _PLAIN_INITIALIZERS = 4
 
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
-    """Register a constant under ``name`` and return its value; a name that an input or constant has is lengthened."""
+    """Register a constant under ``name`` and return its value. A name that is taken gets a suffix."""
     taken = {value.name for value in graph.inputs}
+    # An initializer with the name of an input would become its default value.
     while name in graph.initializers or name in taken:
         name = f"{name}_"
     tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
@@ -25,18 +26,18 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorPro
 
 
 def name_nodes(nodes: Iterable[ir.Node], prefix: str) -> None:
-    """Name new nodes, and their first outputs, by what they do and their order.
+    """Name new nodes, and their first outputs, by operator and order.
 
-    Names that are left to onnx_ir count what happened to the graph before; a build from a lock must repeat them.
+    Default names of onnx_ir depend on earlier edits of the graph; a build from a lock must reproduce the names.
     """
     for index, node in enumerate(nodes):
         node.name = node.outputs[0].name = f"{prefix}_{node.op_type}_{index}"
 
 
 def rename_duplicates(graph: ir.Graph, outer: frozenset[str] = frozenset()) -> None:
-    """Give values that have the name of an earlier one, here or in the graphs around, a longer one.
+    """Rename values that have the name of an earlier value of this graph or of an enclosing graph.
 
-    Names of inputs, constants and outputs stay: applications read them.
+    Names of inputs, constants and outputs stay, since applications use them.
     """
     names = {value.name or "" for value in (*graph.inputs, *graph.initializers.values())} | outer
     results = {value.name for value in graph.outputs}
@@ -44,23 +45,23 @@ def rename_duplicates(graph: ir.Graph, outer: frozenset[str] = frozenset()) -> N
         for subgraph in subgraphs_of(node):
             rename_duplicates(subgraph, frozenset(names))
         for value in node.outputs:
+            # A graph output keeps its name: the other value gets the suffix, even if it is defined first.
             while value.name and (value.name in names or (value.name in results and not value.is_graph_output())):
                 value.name = f"{value.name}_"
             names.add(value.name or "")
 
 
 def copy_location(source: ir.Node, *nodes: ir.Node) -> None:
-    """Say of new nodes that they come from where ``source`` does, where that is known."""
+    """Copy the source location (PyTorch module) of ``source`` to new nodes, if it has one."""
     for node in nodes:
         if NAME_SCOPES in source.metadata_props:
             node.metadata_props[NAME_SCOPES] = source.metadata_props[NAME_SCOPES]
 
 
 def replace_value(old: ir.Value, new: ir.Value, suffix: str) -> None:
-    """Let ``new`` be read instead of ``old``, under its name and with its type; the old one gets a suffix.
-
-    What was observed of the old one is known of the new one as well.
-    """
+    """Replace ``old`` by ``new``, which takes its name, type, shape and calibration statistics; ``old`` gets a
+    suffix."""
+    # meta carries the calibration statistics: later quantization passes look them up at the new value.
     new.shape, new.type = old.shape, old.type
     new.meta.update(old.meta)
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
@@ -68,9 +69,9 @@ def replace_value(old: ir.Value, new: ir.Value, suffix: str) -> None:
 
 
 def remove_dead(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
-    """Remove ``node`` of ``graph`` if nothing reads it, and then whatever only it read, constants as well.
+    """Remove ``node`` of ``graph`` if its outputs are unused, then the producers and constants that only it used.
 
-    What only it read may stand in the graphs around.
+    These may be in the enclosing graphs.
     """
     pending = [node] if node.graph is graph else []
     while pending:
@@ -78,6 +79,7 @@ def remove_dead(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
         if current.graph is None or any(out.uses() or out.is_graph_output() for out in current.outputs):
             continue
         read = [value for value in current.inputs if value is not None]
+        # Inputs are collected before the removal, which detaches the node from them.
         current.graph.remove(current, safe=True)
         pending += [source for value in read if (source := value.producer()) is not None]
         for value in read:
@@ -86,9 +88,9 @@ def remove_dead(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
 
 
 def forget_unread(graph: ir.Graph, values: Iterable[ir.Value]) -> None:
-    """Remove those of ``values`` that are constants of ``graph`` and that nobody reads any more.
+    """Remove those of ``values`` that are unused constants of ``graph``.
 
-    A constant that is an input as well stays: without it the input could not be left out.
+    A constant that is also a graph input stays: it is the default value of that input.
     """
     for value in list(values):
         if value.uses() or value.is_graph_output() or value.is_graph_input():
@@ -98,16 +100,16 @@ def forget_unread(graph: ir.Graph, values: Iterable[ir.Value]) -> None:
 
 
 def allow_plain_initializers(model: ir.Model) -> None:
-    """Raise the IR version to the first in which a constant need not be an input as well, if there is such a one."""
+    """Raise the IR version to 4, the first that permits a constant which is no input, if the model has one."""
     plain = any(not value.is_graph_input() for graph in model.graphs() for value in graph.initializers.values())
     if plain and model.ir_version < _PLAIN_INITIALIZERS:
         model.ir_version = _PLAIN_INITIALIZERS
 
 
 def rows_for(query: ir.Value, mask: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
-    """An attention mask with one row per query, and the nodes that make it; none if it has the rows already.
+    """An attention mask with one row per query, and the nodes that compute it (none if the mask has these rows).
 
-    ``query`` has shape (batch, heads, queries, size); the rows of the mask are its last axis but one.
+    ``query`` has shape (batch, heads, queries, size); the rows of the mask are its second to last axis.
     """
     rows = None if mask.shape is None or len(mask.shape) < 2 else mask.shape[-2]
     queries = None if query.shape is None else query.shape[-2]

@@ -1,4 +1,4 @@
-"""Small questions about a graph that onnx_ir does not answer. No policy lives here."""
+"""Queries of a graph that onnx_ir does not offer. No policy."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _RANDOM = frozenset(
 )
 
 FINITE_MASK = "planish.finite_mask"
-"""Metadata key of an Attention whose mask holds finite numbers only: no query sees nothing, and no result is NaN."""
+"""Metadata key of an Attention whose mask is finite: no row is fully masked, and no result is NaN."""
 IN_FLOAT = "planish.in_float"
-"""Metadata key of a product that shall not be rounded: it has the channels that stand out."""
+"""Metadata key of a MatMul that must not be quantized: it multiplies the outlier channels."""
 SPELLED_OUT = "planish.spelled_out"
-"""Metadata key of nodes that stand for one operator because a target runs them faster; the pass that wrote them."""
+"""Metadata key of the nodes of a decomposed operator (faster on the target); the value is the pass that wrote them."""
 
 
 def constant_of(value: ir.Value | None, limit: int = 1 << 16) -> np.ndarray | None:
-    """The array behind a constant value of at most ``limit`` elements, else None.
+    """The array of a constant with at most ``limit`` elements, else None.
 
-    Looks at initializers and at ``Constant`` nodes; the limit keeps callers from reading weights by accident. An input
-    of the graph is not constant, even if it has a value when nobody gives it one.
+    Reads initializers and ``Constant`` nodes. The limit prevents callers from reading large weights. A graph input with
+    a default value is not constant.
     """
     tensor = None if value is None or value.is_graph_input() else _tensor_of(value)
     if tensor is None or tensor.size > limit:
@@ -35,16 +35,16 @@ def constant_of(value: ir.Value | None, limit: int = 1 << 16) -> np.ndarray | No
 
 
 def is_random(node: ir.Node) -> bool:
-    """Whether two nodes like this one may give different results; a Dropout does while training."""
+    """True if two equal nodes of this kind may give different results. A Dropout does so in training mode."""
     if node.domain != "" or node.op_type != "Dropout":
         return node.domain == "" and node.op_type in _RANDOM
     training = node.inputs[2] if len(node.inputs) > 2 else None
-    known = constant_of(training)
-    return training is not None and (known is None or bool(known.any()))
+    mode = constant_of(training)
+    return training is not None and (mode is None or bool(mode.any()))
 
 
 def _tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
-    """As `ir.convenience.get_const_tensor`, which renames the tensor of a Constant: looking must not change a graph."""
+    """`ir.convenience.get_const_tensor` without its side effect: it renames the tensor of a Constant."""
     node = value.producer()
     if value.const_value is None and node is not None and node.op_type == "Constant" and "value" in node.attributes:
         attribute = node.attributes["value"]
@@ -53,54 +53,54 @@ def _tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
 
 
 def scalar_of(value: ir.Value | None) -> float | None:
-    """The number behind a constant of exactly one element, of whatever rank, else None."""
+    """The number in a constant of exactly one element, of any rank, else None."""
     array = constant_of(value)
     return None if array is None or array.size != 1 else float(array.reshape(()))
 
 
 def sole_user(value: ir.Value) -> ir.Node | None:
-    """The only node that reads ``value``, or None if there are more, none, or it leaves the graph."""
+    """The only node that reads ``value``; None if there are several, none, or ``value`` is a graph output."""
     users = list(value.uses())
     return users[0].node if len(users) == 1 and not value.is_graph_output() else None
 
 
 def producer_of(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The node that makes ``value`` if it is one of these standard operators."""
+    """The node that computes ``value`` if it is one of these standard operators, else None."""
     node = None if value is None else value.producer()
     return node if node is not None and node.domain == "" and node.op_type in op_types else None
 
 
 def rank_of(value: ir.Value | None) -> int | None:
-    """The number of dimensions of a value whose shape is known, else None."""
+    """The rank of a value, or None if it is unknown."""
     return None if value is None or value.shape is None else len(value.shape)
 
 
 def width_of(value: ir.Value) -> int:
-    """The last dimension of a value; 0 if it is not known."""
+    """The last dimension of a value; 0 if it is unknown."""
     width = value.shape[-1] if value.shape is not None and len(value.shape) else 0
     return width if isinstance(width, int) else 0
 
 
 def is_weight_matrix(value: ir.Value | None) -> bool:
-    """Whether ``value`` is a constant of rank two (read or referenced, never a graph input)."""
+    """True if ``value`` is a constant of rank two, and no graph input."""
     return value is not None and not value.is_graph_input() and value.const_value is not None and rank_of(value) == 2
 
 
 def location_of(node: ir.Node) -> str:
-    """Name, operator and, where the exporter recorded it, the PyTorch module of a node."""
+    """Name and operator of a node, and its PyTorch module if the exporter recorded it."""
     module = module_of(node)
     output = node.outputs[0].name if node.outputs else None
     return f"{node.op_type} {node.name or output!r}" + (f" in {module}" if module else "")
 
 
 def module_of(node: ir.Node) -> str:
-    """Path of the PyTorch module that a node comes from; nothing if the exporter did not record it."""
+    """Path of the PyTorch module of a node; empty if the exporter did not record it."""
     scopes = node.metadata_props.get(NAME_SCOPES)
     return "" if scopes is None else innermost_module(scopes)
 
 
 def innermost_module(scopes: str) -> str:
-    """`encoder.layer.0.attention` out of the exporter's list of nested scopes (its last entry names the op)."""
+    """`encoder.layer.0.attention` from the exporter's list of nested scopes, whose last entry is the operator."""
     names = [name.strip(" '\"") for name in scopes.strip("[]").split(",")]
     return next((name for name in reversed(names[:-1]) if name), "the model")
 
@@ -132,12 +132,12 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def vector_operand(node: ir.Node, width: int) -> int | None:
-    """The first input of a node that is a constant vector of ``width`` entries, by its number."""
+    """Index of the first input of a node that is a constant vector of ``width`` entries."""
     return next((index for index, value in enumerate(node.inputs) if is_constant_vector(value, width)), None)
 
 
 def is_constant_vector(value: ir.Value | None, width: int) -> bool:
-    """Whether ``value`` is a constant of shape (width,)."""
+    """True if ``value`` is a constant of shape (width,)."""
     array = constant_of(value)
     return array is not None and array.shape == (width,)
 
@@ -158,12 +158,12 @@ def opset_of(model: ir.Model) -> int:
 
 
 def operators_of(model: ir.Model) -> dict[str, int]:
-    """How often each operator is in a graph and its subgraphs; those outside of ONNX as `domain::Operator`."""
+    """Number of nodes of each operator in a graph and its subgraphs. Those of other domains are `domain::Operator`."""
     nodes = model.graph.all_nodes()
     names = (node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}" for node in nodes)
     return dict(sorted(Counter(names).items()))
 
 
 def io_signature(model: ir.Model) -> list[tuple[str | None, ir.DataType | None]]:
-    """Names and types of what a model takes and gives: components hand each other tensors by them."""
+    """Names and types of the inputs and outputs of a model, through which components exchange tensors."""
     return [(value.name, value.dtype) for value in (*model.graph.inputs, *model.graph.outputs)]

@@ -1,4 +1,4 @@
-"""Tensors that are recipes: read, cut or quantized when somebody needs them, and forgotten afterwards."""
+"""Lazy tensors: read, cut or quantized when their values are needed, and released afterwards."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Read = Callable[[], np.ndarray]
 
 
 class Recipe:
-    """How to make an array. One that somebody still holds is handed out again instead of made again."""
+    """A function that computes an array. While the last array is referenced, it is returned again."""
 
     def __init__(self, read: Read, dtype: ir.DataType, origin: object = None) -> None:
         self._read = read
         self._dtype = dtype
         self.origin = origin
-        """What the array is made from, for those who can improve on the recipe (equal origins, equal arrays)."""
+        """The identity of the content: equal origins mean equal arrays. Passes may derive a better recipe from it."""
         self._last: weakref.ref[np.ndarray] | None = None
 
     def __call__(self) -> ir.TensorProtocol:
@@ -29,6 +29,7 @@ class Recipe:
         array = None if self._last is None else self._last()
         if array is None:
             array = self._read()
+            # A weak reference: memory is released with the last user, and concurrent users share one array.
             self._last = weakref.ref(array)
         return ir.Tensor(array, dtype=self._dtype)
 
@@ -55,20 +56,21 @@ def lazy(
     origin: object = None,
     strips: Callable[[], Iterator[np.ndarray]] | None = None,
 ) -> ir.LazyTensor:
-    """A tensor of known type and shape whose values come from ``read`` each time they are needed.
+    """A tensor of known type and shape whose values ``read`` computes each time they are needed.
 
-    With ``strips``, which gives the same values piece by piece in the order of memory, it is never whole in memory when
-    it is written to a file.
+    ``strips`` gives the same values piece by piece in memory order. With it, the tensor is written to a file without
+    ever being whole in memory.
     """
     tensor = _Streamed(Recipe(read, dtype, origin), dtype, ir.Shape(shape), cache=False, name=name)
+    # cache=False above: onnx_ir would otherwise keep every weight that was ever read.
     tensor.strips = strips
     return tensor
 
 
 def origin_of(tensor: ir.TensorProtocol | None) -> object:
-    """What identifies the content of a tensor without reading it: equal origins mean equal content.
+    """Identity of the content of a tensor, without reading it: equal origins mean equal content.
 
-    None where the content itself would have to be read.
+    None if the content itself would have to be read.
     """
     if isinstance(tensor, ir.ExternalTensor):
         return (str(tensor.path), tensor.offset, tensor.length)
@@ -78,13 +80,13 @@ def origin_of(tensor: ir.TensorProtocol | None) -> object:
 
 @runtime_checkable
 class Turnable(Protocol):
-    """An origin that also tells what the transposed tensor comes from."""
+    """An origin from which the origin of the transposed tensor follows."""
 
     def transposed(self, permutation: tuple[int, ...]) -> object:
         """The origin of the tensor with its axes in this order."""
 
 
 def taken(tensor: ir.TensorProtocol, kept: np.ndarray, axis: int, name: str) -> ir.TensorProtocol:
-    """The entries ``kept`` of a tensor along ``axis``, cut out when it is read."""
+    """The entries ``kept`` of a tensor along ``axis``, selected lazily."""
     shape = [len(kept) if index == axis else size for index, size in enumerate(sizes_of(tensor))]
     return lazy(lambda: np.ascontiguousarray(tensor.numpy().take(kept, axis)), tensor.dtype, shape, name)

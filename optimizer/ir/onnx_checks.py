@@ -1,11 +1,11 @@
-"""What a file of somebody else must keep to before a graph is built of it: one BadInput for each way to break it.
+"""Validation of untrusted ONNX files before a graph is built from them: one BadInput for each kind of violation.
 
-`onnx_ir` and the runtimes read lazily: a tensor of too few bytes, an attribute without a value or a name that is no
-text would be found by whoever touches it first, deep inside a pass. Everything is looked at here, once; of what lies in
-other files only truth values are read.
+`onnx_ir` and the runtimes read lazily. A tensor with too few bytes, an attribute without a value or a name that is not
+UTF-8 would raise at its first use, deep inside a pass. All checks run here, once. Of external data only booleans are
+read.
 
-Advisories this is written against: CVE-2022-25882, CVE-2024-27318 and their successors (external data that leaves the
-model's folder, by `..`, by an absolute path, or through links).
+Relevant advisories: CVE-2022-25882, CVE-2024-27318 and their successors (external data outside the model's folder, by
+`..`, by an absolute path, or through links).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from planish.optimizer.errors import BadInput
 
 _KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview", "com.microsoft"})
 _LARGEST_VERSION = 1 << 30
-"""Versions of opsets go through a C int."""
+"""onnx stores opset versions in a C int."""
 _IN_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.COMPLEX64})
 _IN_DOUBLES = frozenset({ir.DataType.DOUBLE, ir.DataType.COMPLEX128})
 _IN_UNSIGNED = frozenset({ir.DataType.UINT32, ir.DataType.UINT64})
@@ -33,14 +33,14 @@ _VALUE_OF = {
     onnx.AttributeProto.GRAPH: "g",
     onnx.AttributeProto.TYPE_PROTO: "tp",
 }
-"""Kinds of attributes that are nothing without their field; numbers and strings have a default."""
+"""Attribute types whose field is required; numbers and strings have a default."""
 _TYPED_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 _SPARSE = (onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.SPARSE_TENSORS)
 
 
 def check_model(proto: onnx.ModelProto, path: Path) -> None:
-    """BadInput for names that are no text, unknown operators, domains and opsets, attributes without a value, and for
-    tensors whose bytes, in the file or beside it, are not those of their shape."""
+    """BadInput for names that are not UTF-8, unknown operators, domains and opsets, attributes without a value, and
+    tensors whose bytes (in the file or external) do not match their shape."""
     _check_text(proto, path)
     _check_versions(proto, path)
     for graph in (proto.graph, *proto.functions):
@@ -52,7 +52,7 @@ def check_model(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _graphs(graph: Any) -> Iterator[Any]:
-    """A graph or function, and all graphs below it."""
+    """A graph or function, and all subgraphs in it."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -78,7 +78,7 @@ def _name_of(node: onnx.NodeProto) -> str:
 
 
 def _check_text(message: Any, path: Path) -> None:
-    """Protocol buffers hand out the bytes of a string that is not UTF-8."""
+    """Reject strings that are not UTF-8; protocol buffers return them as bytes."""
     pending = [message]
     while pending:
         for field, value in pending.pop().ListFields():
@@ -136,7 +136,7 @@ def _check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
 
 
 def _check_content(tensor: onnx.TensorProto, dtype: ir.DataType, where: str) -> None:
-    """The bytes, or the numbers of the typed fields, must be as many as the shape asks for."""
+    """Check that the number of bytes, or of entries in the typed field, matches the shape."""
     count = math.prod(tensor.dims)
     fields = [name for name in _TYPED_FIELDS if len(getattr(tensor, name))]
     if dtype is not ir.DataType.STRING and not fields and (tensor.HasField("raw_data") or not count):
@@ -157,14 +157,14 @@ def _check_content(tensor: onnx.TensorProto, dtype: ir.DataType, where: str) -> 
 
 
 def _check_truths(entries: np.ndarray, where: str) -> None:
-    """What a runtime makes of other numbers differs between its operators."""
+    """Reject booleans other than 0 and 1, since runtimes interpret them differently."""
     other = entries[(entries != 0) & (entries != 1)]
     if other.size:
         raise BadInput(f"an entry of this BOOL is {other[0]}, neither 0 nor 1", where=where)
 
 
 def _field_of(dtype: ir.DataType, count: int) -> tuple[str, int]:
-    """Where numbers of this type lie if not as bytes, and how many entries they take (onnx.proto, TensorProto)."""
+    """The typed field for numbers of this type, and the number of its entries (onnx.proto, TensorProto)."""
     if dtype is ir.DataType.STRING:
         return "string_data", count
     if dtype in _IN_FLOATS or dtype in _IN_DOUBLES:

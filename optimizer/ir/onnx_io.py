@@ -1,4 +1,4 @@
-"""Reading ONNX files that may be broken or hostile, and writing files that load everywhere."""
+"""Reading of ONNX files that may be broken or malicious, and writing of files that every loader reads."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from planish.optimizer.ir.shape_inference import quiet_libraries
 from planish.optimizer.ir.weightless import embedded
 
 EXTERNAL_FROM = 1 << 20
-"""Models with more bytes of weights than this keep them in a file beside the graph, where runtimes map them."""
+"""Models with more bytes of weights than this have external data, which runtimes map."""
 ALIGNMENT = 1 << 16
-"""Offset alignment of large tensors in that file: the mapping granularity of every system we know."""
+"""Offset alignment of large tensors in external data: the largest mapping granularity of common systems."""
 SHARED_DATA = "model.onnx.data"
-"""Where several graphs that are written together keep their weights."""
+"""External data file of several graphs that are written together."""
 _SMALL = 1024
-"""Tensors of at most this many bytes stay in the graph: runtimes want shape constants there."""
+"""Tensors of at most this many bytes stay in the graph, since runtimes need shape constants there."""
 
 
 def save(model: ir.Model, path: Path, progress: Callable[[int, int], None] | None = None) -> None:
-    """Write ``model`` to ``path``, weights in `<name>.data` beside it if they are large.
+    """Write ``model`` to ``path``, with large weights in `<name>.data` beside it.
 
-    Nothing of the building machine gets into the files: stack traces are dropped, the producer is Planish. Tensors
-    are streamed one at a time; ``progress`` is told how many of how many are written.
+    The files hold no data of the building machine: stack traces are removed, the producer is Planish. Tensors are
+    streamed one at a time; ``progress`` gets the number of written tensors and the total.
     """
     released = strip_for_release(model)
     external = f"{path.name}.data" if weight_bytes(model) > EXTERNAL_FROM else None
@@ -57,9 +57,9 @@ def save(model: ir.Model, path: Path, progress: Callable[[int, int], None] | Non
 
 
 def save_together(models: Mapping[str, ir.Model], folder: Path) -> None:
-    """Write several graphs, by file name, whose weights lie in one `model.onnx.data`: what they share lies there once.
+    """Write several graphs, by file name, with their weights in one `model.onnx.data`; shared weights are stored once.
 
-    Tensors are the same if they are one object or refer to the same place; nothing is read to compare it.
+    Tensors are shared if they are one object or have the same origin. Their content is not compared.
     """
     released = {name: embedded(strip_for_release(model), _SMALL) for name, model in models.items()}
     values = [
@@ -71,6 +71,7 @@ def save_together(models: Mapping[str, ir.Model], folder: Path) -> None:
         and value.const_value.nbytes > _SMALL
         and value.const_value.dtype is not ir.DataType.STRING
     ]
+    # One entry per content: tied weights of several components are written once.
     tensors = {_identity(value.const_value): value.const_value for value in values if value.const_value is not None}
     written = ir.external_data.convert_tensors_to_external(
         list(tensors.values()), folder, SHARED_DATA, alignment=ALIGNMENT, align_threshold=ALIGNMENT
@@ -88,15 +89,15 @@ def save_together(models: Mapping[str, ir.Model], folder: Path) -> None:
 
 
 def _identity(tensor: ir.TensorProtocol) -> Hashable:
-    """Equal for tensors that are known to hold the same."""
+    """A key that is equal for tensors known to have equal content."""
     origin = origin_of(tensor)
     return id(tensor) if origin is None else (repr(origin), tensor.dtype, tuple(tensor.shape))
 
 
 def strip_for_release(model: ir.Model) -> ir.Model:
-    """A copy that carries no trace of the machine it was made on and names Planish as its producer.
+    """A copy without data of the building machine, with Planish as its producer.
 
-    What users and their applications wrote into it (metadata, documentation) stays.
+    Metadata and documentation of users stay.
     """
     copy = model.clone()
     copy.producer_name = "planish"
@@ -107,17 +108,19 @@ def strip_for_release(model: ir.Model) -> ir.Model:
         for node in graph:
             strip_annotations(node)
             value = node.attributes.get("value") if node.op_type == "Constant" else None
+            # ir.convenience.get_const_tensor names the tensor of a Constant; equal builds must not depend on who called
+            # it.
             if value is not None and not value.is_ref():  # libraries name it when they look at it
                 value.as_tensor().name = node.outputs[0].name
-        for made in _values(graph):
-            strip_annotations(made)
+        for result in _values(graph):
+            strip_annotations(result)
     return copy
 
 
 def load(path: Path) -> ir.Model:
-    """Read an ONNX file; its external data stays where it is and is read when it is needed.
+    """Read an ONNX file. Its external data is read when it is needed.
 
-    BadInput if the file is missing, is not ONNX or is cut off, and for all that `onnx_checks` looks at.
+    BadInput if the file is missing, is not ONNX, is truncated, or violates `onnx_checks`.
     """
     if not path.is_file():
         raise BadInput("there is no such file" if not path.exists() else "this is not a file", where=path)
@@ -149,7 +152,8 @@ def _values(graph: ir.Graph | ir.Function) -> Iterator[ir.Value]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy bytes only: no permissions, no times, no links."""
+    """Copy the bytes only: no permissions, times or links."""
+    # shutil.copy would also copy the mode of the source, which may be read-only.
     with source.open("rb") as reader, target.open("wb") as writer:
         while chunk := reader.read(1 << 22):
             writer.write(chunk)

@@ -1,4 +1,4 @@
-"""The unit that is optimized: graphs, and what their inputs and outputs mean."""
+"""The program that is compiled: graphs, and the roles of their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ import onnx_ir as ir
 
 
 class Role(StrEnum):
-    """What a tensor at the border of a component means; decides how inputs are made and outputs compared."""
+    """Role of an input or output of a component; it determines how inputs are generated and outputs compared."""
 
     TOKENS = "tokens"
     """Integer ids, each below the tensor's ``bound``."""
     MASK = "mask"
-    """1 where a token counts, 0 where it is padding."""
+    """1 for a token, 0 for padding."""
     SEGMENTS = "segments"
-    """Small integers that tell sentence A from sentence B, each below ``bound``."""
+    """Small integers that distinguish sentence A from sentence B, each below ``bound``."""
     POSITIONS = "positions"
     """0, 1, 2, … along the sequence."""
     BOXES = "boxes"
     """Four coordinates (x0 ≤ x1, y0 ≤ y1) of each token on its page, each below ``bound``."""
     PIXELS = "pixels"
-    """Images as a checkpoint's processor gives them, (batch, channels, height, width), near zero and of size one."""
+    """Images from a checkpoint's processor, (batch, channels, height, width), normalized to about zero mean, unit
+    variance."""
     FEATURES = "features"
-    """Spectra of a recording over time, (batch, bins, frames), padded at their end with their lowest value."""
+    """Spectrograms of a recording, (batch, bins, frames), padded at the end with their lowest value."""
     VALUES = "values"
-    """Real numbers without further meaning."""
+    """Real numbers without a special role."""
     CACHE = "cache"
-    """Keys or values of earlier tokens, (batch, heads, past, size)."""
+    """Keys or values of past tokens, (batch, heads, past, size)."""
     HIDDEN = "hidden"
     """Hidden states: vectors along the last axis."""
     LOGITS = "logits"
-    """Unnormalized scores: the arg max along the last axis is the answer."""
+    """Logits: the arg max along the last axis is the prediction."""
 
 
 SIGNALS = frozenset({Role.PIXELS, Role.FEATURES})
-"""Roles of what is seen or heard: real numbers that a processor made, where texts have tokens."""
+"""Roles of images and spectrograms: real numbers from a processor, in place of tokens."""
 _ROLES_BY_NAME = (
     ("past_key_values", Role.CACHE),
     ("present.", Role.CACHE),
@@ -56,33 +57,33 @@ _ROLES_BY_NAME = (
 
 
 def guess_role(name: str, dtype: ir.DataType) -> Role:
-    """The role that a name suggests, by the conventions of Hugging Face exports; VALUES if it suggests none."""
-    found = next((role for part, role in _ROLES_BY_NAME if part in name), Role.VALUES)
-    integer_only = found in (Role.TOKENS, Role.SEGMENTS, Role.POSITIONS, Role.BOXES)
-    wrong = (integer_only and not dtype.is_integer()) or (found in SIGNALS and not dtype.is_floating_point())
-    return Role.VALUES if wrong else found
+    """The role that a name indicates by the conventions of Hugging Face exports; VALUES if none."""
+    role_of_name = next((role for part, role in _ROLES_BY_NAME if part in name), Role.VALUES)
+    integer_only = role_of_name in (Role.TOKENS, Role.SEGMENTS, Role.POSITIONS, Role.BOXES)
+    wrong = (integer_only and not dtype.is_integer()) or (role_of_name in SIGNALS and not dtype.is_floating_point())
+    return Role.VALUES if wrong else role_of_name
 
 
 SUM = " + "
-"""Between the names of axes whose sizes add up to a dimension: `past + sequence`."""
+"""Separator of the axis names whose sizes add up to a dimension: `past + sequence`."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension whose size is chosen at run time, and the sizes that the model accepts."""
+    """A dynamic dimension, and the sizes that the model supports."""
 
     name: str
     minimum: int = 1
     maximum: int | None = None
-    """None: no limit is known."""
+    """Largest size; None if unknown."""
 
     def clamp(self, size: int) -> int:
-        """The accepted size nearest to ``size``."""
+        """The supported size nearest to ``size``."""
         return max(self.minimum, size if self.maximum is None else min(size, self.maximum))
 
     @property
     def span(self) -> str:
-        """The accepted sizes as text."""
+        """The supported sizes as text."""
         if self.maximum is None:
             return f"at least {self.minimum}"
         return f"{self.minimum} to {self.maximum}" if self.maximum > self.minimum else f"only {self.minimum}"
@@ -102,17 +103,17 @@ class TensorSpec:
     """The value at padded positions."""
 
     def axis_index(self, name: str) -> int | None:
-        """Position of the axis called ``name``, or None."""
+        """Index of the axis called ``name``, or None."""
         return self.shape.index(name) if name in self.shape else None
 
     def numpy_dtype(self) -> np.dtype[np.generic]:
-        """The element type as numpy knows it."""
+        """The element type as a numpy type."""
         return np.dtype(self.dtype.numpy())
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The inputs and outputs of one component, and the axes that they share."""
+    """The inputs and outputs of one component, and their common axes."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -123,7 +124,7 @@ class Signature:
         return next(iter(spec for spec in self.inputs if spec.name == name), None) or _missing(name)
 
     def mask(self) -> TensorSpec | None:
-        """The input that tells tokens from padding, if the component takes one."""
+        """The attention mask input, or None."""
         return next((spec for spec in self.inputs if spec.role is Role.MASK), None)
 
     def shape_of(self, spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -131,23 +132,23 @@ class Signature:
         return tuple(dim if isinstance(dim, int) else sum(sizes[axis] for axis in dim.split(SUM)) for dim in spec.shape)
 
     def with_fixed(self, sizes: Mapping[str, int]) -> Signature:
-        """The same with axes that have one size only; sizes of axes that it does not have are left out."""
+        """The same signature with static sizes of axes; sizes of unknown axes are ignored."""
         fixed = {name: Axis(name, sizes[name], sizes[name]) for name in self.axes if name in sizes}
         return replace(self, axes={**self.axes, **fixed})
 
     @property
     def cached(self) -> bool:
-        """Whether the component takes a cache."""
+        """True if the component has a KV cache."""
         return any(tensor.role is Role.CACHE for tensor in self.inputs)
 
 
 def size_of(dim: int | ir.SymbolicDim, sizes: Mapping[str, int]) -> int | None:
-    """The size of a dimension: a number, an axis, or a sum of axes; None if one of them has no known size."""
+    """The size of a dimension: a number, an axis, or a sum of axes; None if the size of an axis is unknown."""
     parts: list[int | None] = (
         [dim] if isinstance(dim, int) else [sizes.get(part) for part in (dim.value or "").split(SUM)]
     )
-    known = [part for part in parts if part is not None]
-    return sum(known) if len(known) == len(parts) else None
+    sizes_of_parts = [part for part in parts if part is not None]
+    return sum(sizes_of_parts) if len(sizes_of_parts) == len(parts) else None
 
 
 def _missing(name: str) -> TensorSpec:
@@ -156,7 +157,7 @@ def _missing(name: str) -> TensorSpec:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a program came from, in terms that a second build can check (no paths, no dates)."""
+    """Origin of a program, in terms that a second build can check (no paths, no dates)."""
 
     kind: str
     """``checkpoint``, ``onnx`` or ``module``."""
@@ -165,12 +166,12 @@ class Provenance:
     files: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of each file that was read, by name relative to the source."""
     notes: tuple[str, ...] = ()
-    """What a reader of the manifest should know about how this was lowered."""
+    """Notes on the lowering, for the manifest."""
 
 
 @dataclass
 class Program:
-    """Named components, their signatures, the task they serve together, and their provenance."""
+    """Named components, their signatures, their common task, and their provenance."""
 
     components: dict[str, ir.Model]
     signatures: dict[str, Signature]
@@ -179,7 +180,7 @@ class Program:
 
     @property
     def generates(self) -> bool:
-        """Whether the components go on with texts, token by token, behind a cache."""
+        """True if the components generate text token by token with a KV cache."""
         return any(signature.cached for signature in self.signatures.values()) and self.provenance.kind == "checkpoint"
 
     def sole(self) -> tuple[ir.Model, Signature]:
@@ -191,10 +192,11 @@ class Program:
 
 
 Arrays = Mapping[str, np.ndarray]
-"""Arrays by name: what goes into an engine and what comes out."""
+"""Arrays by name: inputs or outputs of an engine."""
 
 
 def leading_axis(signature: Signature) -> str | None:
-    """The name of the axis that counts independent examples: the first of the first input."""
+    """The name of the batch axis: the first axis of the first input."""
     first = signature.inputs[0].shape if signature.inputs else ()
+    # A tensor of rank 1 with a named axis is a sequence, not a batch.
     return first[0] if len(first) > 1 and isinstance(first[0], str) else None

@@ -1,4 +1,4 @@
-"""The standard's type and shape inference on graphs that nobody vouches for: silent, and in bounded memory."""
+"""Type and shape inference of the standard for untrusted graphs: without messages, and in bounded memory."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import onnx_ir.passes.common as common
 
 _LIBRARIES = ("onnx_ir", "onnxscript")
 _MOST_ENTRIES = 1 << 16
-"""Integers of one value that are followed: shapes are shorter by far."""
+"""Maximum number of integers per value that are propagated; shapes are far shorter."""
 _LONGEST_SHAPE = 64
 _INTEGERS = frozenset({ir.DataType.INT64, ir.DataType.INT32})
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep warnings and tracebacks of onnx_ir and onnxscript from standard error: ours is the only voice there.
+    """Suppress warnings and tracebacks of onnx_ir and onnxscript on standard error.
 
-    What they fail at and say so, they leave as it was.
+    On such a failure these libraries leave the graph unchanged.
     """
     levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
     for name in _LIBRARIES:
+        # They log a traceback for each operator that they cannot evaluate, also in valid models.
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
@@ -37,16 +38,16 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Write down what shapes can be inferred; a graph that inference refuses stays as it is."""
+    """Infer shapes and store them; a graph that inference rejects stays unchanged."""
     with quiet_libraries():
         common.ShapeInferencePass(data_prop=follows_few(model))(model)
 
 
 def follows_few(model: ir.Model) -> bool:
-    """Whether inference may follow the values of integers as well (data propagation).
+    """True if inference may propagate integer values as well (data propagation) in bounded memory.
 
-    It holds each of them as a message (140 bytes in onnx 1.23), also those of a vector of which it knows the length
-    alone: 34 Concats that double a shape, or one Range of constants, would take all memory.
+    Inference stores each value as a message (140 bytes in onnx 1.23), even for a vector of which only the length is
+    known: 34 Concats that double a shape, or one Range of constants, would exhaust memory.
     """
     counts: dict[int, int] = {}
     graphs: list[ir.Graph | ir.Function] = [*model.graphs(), *model.functions.values()]
@@ -54,6 +55,7 @@ def follows_few(model: ir.Model) -> bool:
         counts.update((id(value), _vector_length(value)) for value in graph.inputs)
         for node in graph:
             read = [counts.get(id(value), _count_of(value)) for value in node.inputs]
+            # Only Concat and the generators below make more entries than they read.
             count = max(sum(read) if node.op_type == "Concat" else max(read, default=1), _generated(node, read))
             if count > _MOST_ENTRIES:
                 return False
@@ -67,13 +69,13 @@ def _vector_length(value: ir.Value) -> int:
 
 
 def _count_of(value: ir.Value | None) -> int:
-    """Integers of a constant vector; 1 of what is no constant, or is no vector and bounded by the size of the file."""
+    """Number of integers in a constant vector; 1 for other values, whose size the file bounds."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return 1 if tensor is None or tensor.dtype not in _INTEGERS or len(tensor.shape) > 1 else tensor.size
 
 
 def _generated(node: ir.Node, read: Sequence[int]) -> int:
-    """Entries of the result of an operator whose constants say how many it makes of few."""
+    """Number of entries that an operator generates, determined by its constant inputs."""
     numbers = [_integers(value) for value in node.inputs]
     match node.op_type, numbers:
         case "Range", [[start], [limit], [step]] if step:
@@ -88,7 +90,7 @@ def _generated(node: ir.Node, read: Sequence[int]) -> int:
 
 
 def _integers(value: ir.Value | None) -> list[int] | None:
-    """The entries of a short constant of integers."""
+    """The entries of a short integer constant."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     if tensor is None or tensor.dtype not in _INTEGERS or tensor.size > _LONGEST_SHAPE:
         return None

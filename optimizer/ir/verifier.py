@@ -1,9 +1,9 @@
-"""Structural invariants of a graph. All faults are collected, and each is shown under its node.
+"""Structural invariants of a graph. All faults are collected, and each is printed under its node.
 
-Checked: every value is defined once and before its use (static single assignment), names are unique and none dangles,
-every operator exists at the opset that the model imports with a legal number of inputs and with attributes that its
-schema knows, initializers agree with their values in type and shape, and types and shapes are consistent (by the
-standard's own shape inference, on a copy without weights).
+Checked: every value is defined once and before its use (static single assignment), names are unique, every operator
+exists at the imported opset with a legal number of inputs and with attributes of its schema, initializers agree with
+their values in type and shape, and types and shapes are consistent (by the standard's shape inference, on a copy
+without weights).
 """
 
 from __future__ import annotations
@@ -19,45 +19,46 @@ from planish.optimizer.ir.graph import graphs_of, location_of, subgraphs_of
 from planish.optimizer.ir.weightless import without_weights
 
 _CONTEXT = 2
-_ELEMENT_TYPES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "softmax_precision"})
-"""Attributes of the standard's operators that are numbers of element types."""
-_KNOWN_TYPES = frozenset(int(kind) for kind in ir.DataType)
 """Nodes shown before and after a faulty one."""
+_ELEMENT_TYPES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "softmax_precision"})
+"""Attributes of standard operators that hold element types."""
+_KNOWN_TYPES = frozenset(int(kind) for kind in ir.DataType)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is wrong, and the node it is wrong at (None: at the border of the graph)."""
+    """A violation, and its node (None if it belongs to an input or output of the graph)."""
 
     message: str
     node: ir.Node | None = None
 
     def __str__(self) -> str:
-        """The message, located."""
+        """The message with its location."""
         return self.message if self.node is None else f"{location_of(self.node)}: {self.message}"
 
 
 def faults_of(model: ir.Model) -> list[Fault]:
-    """Every fault of the model; cheap checks first, type and shape inference only on a graph that passes them."""
+    """All faults of the model. Type and shape inference runs only if the cheap checks pass."""
+    # Inference on an invalid structure can crash in C++ or report follow-up errors.
     return structural_faults(model) or list(_inference_faults(model))
 
 
 def structural_faults(model: ir.Model) -> list[Fault]:
-    """Every fault that shows without inferring types and shapes."""
+    """All faults that are detectable without type and shape inference."""
     roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     return [fault for root in roots for fault in _graph_faults(model, root, frozenset())]
 
 
 def verify(model: ir.Model) -> None:
-    """CheckFailed that names the first fault, with a picture of all of them, if there are any."""
-    found = faults_of(model)
-    if found:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise CheckFailed(f"the graph is not valid: {found[0]}{more}", picture=picture(model, found))
+    """Raise CheckFailed with the first fault, and a picture of all of them, if the graph has faults."""
+    faults = faults_of(model)
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise CheckFailed(f"the graph is not valid: {faults[0]}{more}", picture=picture(model, faults))
 
 
 def picture(model: ir.Model, faults: list[Fault]) -> str:
-    """The neighbourhood of each faulty node as text, every fault on a line of its own beneath its node."""
+    """The neighbourhood of each faulty node as text, with every fault on a line beneath its node."""
     by_node: dict[int, list[str]] = {}
     for fault in faults:
         by_node.setdefault(id(fault.node), []).append(fault.message)
@@ -73,7 +74,7 @@ def picture(model: ir.Model, faults: list[Fault]) -> str:
 
 
 def _graph_faults(model: ir.Model, graph: ir.Graph | ir.Function, outer: frozenset[int]) -> Iterator[Fault]:
-    """Faults of one graph and of the subgraphs in it; ``outer`` are the values around it that it may read."""
+    """Faults of one graph and its subgraphs; ``outer`` are the values of enclosing graphs that it may read."""
     border = [*graph.inputs, *(graph.initializers.values() if isinstance(graph, ir.Graph) else ())]
     names: set[str] = set()
     defined = {id(value) for value in border} | outer
@@ -169,12 +170,13 @@ def _attribute_faults(schema: onnx.defs.OpSchema, node: ir.Node) -> Iterator[Fau
 
 
 def _inference_faults(model: ir.Model) -> Iterator[Fault]:
-    """Run the standard's type and shape inference, strictly, on a copy whose large weights are left out."""
+    """Run the standard's type and shape inference in strict mode, on a copy without large weights."""
     proto = ir.to_proto(without_weights(model))
     try:
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         message = " ".join(str(error).split())
+        # onnx reports the node only within its message text.
         named = [
             node for graph in model.graphs() for node in graph if node.name and f"node name: {node.name})" in message
         ]

@@ -1,4 +1,4 @@
-"""Graphs apart from their weights: printed without them, or run with weights that stay where they are."""
+"""Graphs without their weights: for printing, or for running with weights in place."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from planish.optimizer.ir.graph import shape_of, sizes_of
 
 
 def without_weights(model: ir.Model, limit: int = 1024) -> ir.Model:
-    """A copy in which used initializers of more than ``limit`` elements are references to a file that is not there.
+    """A copy in which used initializers of more than ``limit`` elements refer to a file that does not exist.
 
-    What decides shapes (axes, sizes, repeats) keeps its values; what is big is neither read nor copied.
+    Small constants, which determine shapes (axes, sizes, repeats), keep their values. Large ones are not read or
+    copied.
     """
     copy = model.clone()
     for value in _big_initializers(copy, limit):
@@ -29,31 +30,33 @@ def without_weights(model: ir.Model, limit: int = 1024) -> ir.Model:
 
 @dataclass(frozen=True)
 class WeightlessModel:
-    """A copy of a model without its large weights, and those: whoever runs it is lent them, so that none are copied."""
+    """A copy of a model without its large weights, and these weights, which a runtime takes without copying them."""
 
     model: ir.Model
     inputs: Mapping[str, ir.TensorProtocol]
-    """Weights that the copy takes as inputs."""
+    """Weights that are inputs of the copy."""
     constants: Mapping[str, ir.TensorProtocol]
-    """Weights that stay constant: the copy says that they lie in a file, which does not exist."""
+    """Weights that stay constants: in the copy they refer to a file that does not exist."""
 
 
 def detach_weights(model: ir.Model, limit: int = 1024, constant_for: Container[str] = ()) -> WeightlessModel:
-    """Take its initializers of more than ``limit`` elements out of a copy of ``model``.
+    """Detach initializers of more than ``limit`` elements from a copy of ``model``.
 
-    Those that operators of ``constant_for`` read stay constant. Those of less than a byte an entry stay in the copy: in
-    an array each takes a byte, which is not how they are given.
+    Those that operators of ``constant_for`` read stay constants. Sub-byte types stay in the copy, since an array has a
+    byte per entry and the packed form could not be passed.
     """
     copy = model.clone()
     inputs: dict[str, ir.TensorProtocol] = {}
     constants: dict[str, ir.TensorProtocol] = {}
     for value in _big_initializers(copy, limit):
         tensor, name = value.const_value, value.name
+        # An initializer of a subgraph cannot become an input of the main graph.
         if tensor is None or name is None or name not in copy.graph.initializers or tensor.dtype.bitwidth < 8:
             _embed(value)
         elif any(use.node.op_type in constant_for for use in value.uses()):
             constants[name] = tensor
             shape = ir.Shape(sizes_of(tensor))
+            # Never read: the runtime gets the array itself (add_external_initializers).
             value.const_value = ir.ExternalTensor("lent", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
         else:
             inputs[name] = tensor
@@ -64,7 +67,8 @@ def detach_weights(model: ir.Model, limit: int = 1024, constant_for: Container[s
 
 
 def embedded(model: ir.Model, limit: int) -> ir.Model:
-    """The model with small initializers (at most ``limit`` elements) in it that lay in files: its bytes can travel."""
+    """The model with small initializers (at most ``limit`` elements) read from external data, so that it can be
+    serialized."""
     for value in (value for graph in model.graphs() for value in graph.initializers.values()):
         if value.const_value is not None and value.const_value.size <= limit:
             _embed(value)
@@ -72,7 +76,7 @@ def embedded(model: ir.Model, limit: int) -> ir.Model:
 
 
 def _embed(value: ir.Value) -> None:
-    """Read a constant that lies in a file."""
+    """Read a constant from external data into memory."""
     tensor = value.const_value
     if isinstance(tensor, ir.ExternalTensor):
         value.const_value = ir.tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)

@@ -1,4 +1,4 @@
-"""What watches a pipeline run: observers that see a model before and after each pass, and when one fails."""
+"""Instruments of a pipeline: observers that run before and after each pass, and on failure."""
 
 from __future__ import annotations
 
@@ -24,50 +24,50 @@ from planish.optimizer.system.machine import peak_memory
 
 @dataclass
 class Step:
-    """One pass in the middle of a run, as instruments see it."""
+    """One pass during a run, as instruments see it."""
 
     pass_: Pass
     rest: str
-    """Text of this pass and of all that follow it."""
+    """Text of this pass and of all later ones."""
     before: ir.Model
-    """The model as it was, for comparison and for rolling back; shares its tensors with ``model``."""
+    """The model before the pass, for comparison and rollback; it shares tensors with ``model``."""
     model: ir.Model
     result: PassResult = field(init=False)
     comparison: Comparison | None = None
     measured: dict[str, float] = field(default_factory=dict)
     failure: CheckFailed | None = None
     vetted: bool = False
-    """Whether it is known already, from more cases than `CompareEach` has, that the model stays within its budget."""
+    """True if the model is known to meet its budget, from more cases than `CompareEach` has."""
     innocent: bool = False
-    """True if the original failed, which was waited for meanwhile, and not the pass."""
+    """True if the original failed (in the background), not the pass."""
 
     def __post_init__(self) -> None:
-        """Until the pass has run, its result is: nothing."""
+        """The empty result, until the pass has run."""
         self.result = PassResult(self.model, modified=False)
 
 
 class Instrument:
-    """Base of all observers; each hook does nothing unless overridden. `after` may raise CheckFailed."""
+    """Base class of observers; each hook does nothing by default. `after` may raise CheckFailed."""
 
     def before(self, step: Step) -> None:
-        """Called before the pass runs."""
+        """Hook before the pass."""
 
     def after(self, step: Step) -> None:
-        """Called when the pass has run; `step.result` says what it did."""
+        """Hook after the pass; `step.result` is its result."""
 
     def failed(self, step: Step, error: Exception) -> None:
-        """Called when the pass, or an instrument after it, raised."""
+        """Hook for an exception of the pass or of a later instrument."""
 
 
 class VerifyEach(Instrument):
-    """Check after each pass that the structure is not worse than it was, and that "unchanged" was the truth."""
+    """Verify the structure after each pass, and that a pass that reports "unchanged" did not change the graph."""
 
     def before(self, step: Step) -> None:
-        """Remember what the graph looks like."""
+        """Store a digest of the graph."""
         self._text = fingerprint(step.model)
 
     def after(self, step: Step) -> None:
-        """CheckFailed if the graph is broken, or changed although the pass said it did not."""
+        """Raise CheckFailed if the graph is invalid, or changed although the pass reported no change."""
         if not step.result.modified:
             if fingerprint(step.model) != self._text:
                 raise CheckFailed(f"{step.pass_.name} said it changed nothing, but the graph is different")
@@ -75,18 +75,19 @@ class VerifyEach(Instrument):
         try:
             verify(step.model)
         except CheckFailed as error:
+            # A source may have faults that runtimes accept: only new ones count against the pass.
             if _messages(step.model) <= _messages(step.before):
                 return
             raise CheckFailed(f"{step.pass_.name}: {error.what}", picture=error.picture) from None
 
 
 def _messages(model: ir.Model) -> set[str]:
-    """What is wrong with a graph. The standard's shape inference refuses some operators that are as they should be."""
+    """The faults of a graph, except for valid operators that the standard's shape inference rejects."""
     return {fault.message for fault in faults_of(model)}
 
 
 class CompareEach(Instrument):
-    """Run the component before and after each pass that changed it, and hold the difference against a budget."""
+    """Run the component before and after each pass that changed it, and compare the change with a budget."""
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class CompareEach(Instrument):
         load: Callable[[ir.Model], Engine],
         outputs: Sequence[Arrays] | None = None,
     ) -> None:
-        """``outputs`` are those of the model before the first pass, if they are known already."""
+        """``outputs`` are those of the model before the first pass, if they are known."""
         self.signature = signature
         self.inputs = inputs
         self.budget_of = budget_of
@@ -105,7 +106,7 @@ class CompareEach(Instrument):
         self._engine: Engine | None = None
 
     def after(self, step: Step) -> None:
-        """CheckFailed if the pass moved an output further than the budget of that pass allows."""
+        """Raise CheckFailed if the pass changed an output by more than its budget."""
         if not step.result.modified:
             return
         try:  # first: it may wait for the original, whose memory is then gone
@@ -118,6 +119,7 @@ class CompareEach(Instrument):
         after = self._run_changed(step)
         step.comparison = compare(self.signature, self.inputs, self._outputs, after)
         violations = budget.violations(step.comparison)
+        # A vetted pass has met the budget on more cases than this instrument has.
         if violations and not step.vetted:
             raise CheckFailed(f"{step.pass_.name} moved the outputs: {'; '.join(violations)}")
         self._outputs = after
@@ -134,7 +136,7 @@ class CompareEach(Instrument):
 
 
 class MeasureCost(Instrument):
-    """Seconds of each pass, and the growth of this process's peak memory while it ran."""
+    """Measure seconds of each pass, and the growth of this process's peak memory."""
 
     def before(self, step: Step) -> None:
         """Start the clock."""
@@ -142,7 +144,7 @@ class MeasureCost(Instrument):
         self._start = time.perf_counter()
 
     def after(self, step: Step) -> None:
-        """Stop it."""
+        """Stop the clock."""
         step.measured["seconds"] = time.perf_counter() - self._start
         step.measured["peak_memory_growth_bytes"] = float(peak_memory() - self._memory)
 
@@ -158,12 +160,12 @@ class PrintIR(Instrument):
         self.file = file
 
     def before(self, step: Step) -> None:
-        """Print, if asked to before."""
+        """Print the graph, if requested before this pass."""
         if self.when == "before":
             self._print(step, "before")
 
     def after(self, step: Step) -> None:
-        """Print, if asked to after."""
+        """Print the graph, if requested after this pass."""
         if self.when == "after" or (self.when == "after-change" and step.result.modified):
             self._print(step, "after")
 
@@ -173,9 +175,9 @@ class PrintIR(Instrument):
 
 
 class Reproducer(Instrument):
-    """When a pass fails, keep what is needed to see it fail again: the model before it, and one command.
+    """On a failure, write a reproducer: the model before the pass, and one command.
 
-    ``save`` writes a model to a file; it is handed in because only backends and the driver write models.
+    ``save`` writes a model to a file; it is a parameter because only backends and the driver write models.
     """
 
     def __init__(
@@ -190,11 +192,11 @@ class Reproducer(Instrument):
         self.save = save
         self.options = options
         self.bugs_only = bugs_only
-        """Leave alone a pass that is not exact and only missed the fidelity that was asked for."""
+        """True to ignore a pass that is not exact and only exceeded its accuracy budget."""
         self.commands: list[str] = []
 
     def failed(self, step: Step, error: Exception) -> None:
-        """Write `before.onnx`, the remaining pipeline and the command; put the command into the error."""
+        """Write `before.onnx`, the remaining pipeline and the command; add the command to the error."""
         if step.innocent or isinstance(error, OSError | MemoryError | OutOfResources):
             return  # the original or the machine failed, not the pass, and there may be no room for a reproducer
         if self.bugs_only and isinstance(error, CheckFailed) and not step.pass_.exact:
@@ -212,11 +214,11 @@ class Reproducer(Instrument):
 
 
 def text_of(model: ir.Model) -> str:
-    """The graph as ONNX text, weights left out."""
+    """The graph as ONNX text, without weights."""
     return ir.to_onnx_text(without_weights(model, limit=16))
 
 
 def fingerprint(model: ir.Model) -> str:
-    """A text that differs if the model does: structure, attributes, and which tensors it holds."""
+    """A digest of the structure, the attributes and the identity of the tensors of a model."""
     tensors = [id(value.const_value) for graph in model.graphs() for value in graph.initializers.values()]
     return f"{sorted(model.opset_imports.items())} {tensors} {text_of(model)}"

@@ -25,12 +25,12 @@ from planish.optimizer.pipeline.instruments import Instrument, Step
 
 _LEGALIZING = "legalize-"
 OnFailure = Literal["raise", "rollback"]
-"""What a failed check of one pass means: the end of the run, or the model as it was before that pass."""
+"""Effect of a failed check: the run ends, or the model before that pass is restored."""
 
 
 @dataclass
 class PassReport:
-    """What one pass did to one component. Everything here is deterministic except what `measured` holds."""
+    """Report of one pass on one component. Everything except `measured` is deterministic."""
 
     name: str
     text: str
@@ -45,28 +45,28 @@ class PassReport:
     weight_bytes: tuple[int, int] = (0, 0)
     """Bytes of initializers before and after."""
     comparison: Comparison | None = None
-    """The difference that this pass made to the outputs, where it was measured."""
+    """Change of the outputs by this pass, if it was measured."""
     rolled_back: str | None = None
-    """Why the model was put back to what it was before this pass."""
+    """Reason for rolling the model back to its state before this pass."""
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Seconds, bytes of peak memory: they differ from run to run."""
+    """Seconds and bytes of peak memory, which differ between runs."""
 
 
 @dataclass
 class Outcome:
-    """The model at the end of a pipeline, and a report per pass."""
+    """The model after a pipeline, and one report per pass."""
 
     model: ir.Model
     reports: list[PassReport]
 
     @property
     def applied(self) -> Pipeline:
-        """The passes whose work is in the model, in order."""
+        """The passes that were not rolled back, in order."""
         return Pipeline.parse(",".join(report.text for report in self.reports if report.rolled_back is None))
 
     @property
     def canonical(self) -> Mapping[str, int]:
-        """Number of nodes by operator before the first pass that writes them as a target wants them (`legalize-…`)."""
+        """Number of nodes by operator before the first legalization pass (`legalize-…`)."""
         legalizing = next((report for report in self.reports if report.name.startswith(_LEGALIZING)), None)
         return operators_of(self.model) if legalizing is None else legalizing.operators[0]
 
@@ -79,26 +79,26 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """Read `a,b{option=value},c`. UsageError lists every unknown name at once, or shows where the text breaks."""
+        """Read `a,b{option=value},c`. UsageError lists all unknown names at once, or marks the syntax error."""
         specs = option_text.parse(text, what="pipeline")
-        known = registry.table(registry.PASSES)
-        unknown = [found for found in specs if found.name not in known]
+        registered = registry.table(registry.PASSES)
+        unknown = [spec for spec in specs if spec.name not in registered]
         if unknown:
             raise UsageError(
                 "unknown pass "
-                + ", ".join(f"{bad.name!r}{option_text.did_you_mean(bad.name, known)}" for bad in unknown),
+                + ", ".join(f"{bad.name!r}{option_text.did_you_mean(bad.name, registered)}" for bad in unknown),
                 picture=option_text.point_at(text, unknown[0].column),
             )
-        return cls(tuple(registry.pass_class(found.name).from_options(found.options) for found in specs))
+        return cls(tuple(registry.pass_class(spec.name).from_options(spec.options) for spec in specs))
 
     @classmethod
     def preset(cls, name: str, target: str) -> Pipeline:
-        """The pipeline that a preset has for a target (named without options); UsageError if there is no such one."""
+        """The pipeline of a preset for a target (name without options); UsageError for unknown names."""
         return cls.parse(presets.pipeline_text(name, target))
 
     @property
     def fixed(self) -> Mapping[str, int]:
-        """Axes to which the passes give a single size."""
+        """Static sizes of axes that the passes set."""
         return {axis: size for step in self.passes for axis, size in step.fixed.items()}
 
     def __str__(self) -> str:
@@ -114,9 +114,9 @@ class Pipeline:
     ) -> Outcome:
         """Run the passes in order over ``model`` (an onnx_ir model, changed in place, or an ONNX ModelProto).
 
-        Instruments see a pass like nested blocks: `before` in the order given, `after` and `failed` in reverse.
-        A check that fails raises CheckFailed, or, with ``on_failure="rollback"``, puts the model back to what it was
-        before the pass and goes on. A pass that breaks raises whatever it raised, after the instruments have seen it.
+        Instruments are nested: `before` runs in the given order, `after` and `failed` in reverse. A failed check raises
+        CheckFailed, or, with ``on_failure="rollback"``, the model before the pass is restored and the run continues.
+        Other exceptions of a pass propagate after `failed` of the instruments.
         """
         model = model if isinstance(model, ir.Model) else ir.from_proto(model)
         watchers = list(instruments)
@@ -129,19 +129,22 @@ class Pipeline:
             if step.failure is not None and on_failure == "raise":
                 raise step.failure
             model = step.before if step.failure is not None else model
-            before = None if step.failure is not None or report.modified else step.before  # still the same
+            # An unchanged model needs no second clone for the next step.
+            before = None if step.failure is not None or report.modified else step.before
             reports.append(report)
+        # Converters and library passes drop names, shapes and documentation of inputs and outputs.
         annotations.restore(model)
         return Outcome(model, reports)
 
 
 def _run_step(step: Step, watchers: Sequence[Instrument]) -> PassReport:
-    """Run one pass under its watchers; a failed check is left in `step.failure`, anything else is raised."""
+    """Run one pass with its instruments. A failed check is stored in `step.failure`; other exceptions propagate."""
     try:
         for watcher in watchers:
             watcher.before(step)
         result = step.pass_(step.model)
         step.result = result if isinstance(result, PassResult) else PassResult(result.model, result.modified)
+        # Reverse order nests instruments: the first one sees the effects of all others.
         for watcher in reversed(watchers):
             watcher.after(step)
     except Exception as error:

@@ -1,1 +1,1 @@
-"""The machine and its files: resources, interrupts, atomic output, scratch folders, reading files of others."""
+"""Services of the operating system: resources, interrupts, atomic output, scratch folders, untrusted files."""

@@ -1,10 +1,9 @@
-"""Ctrl-C and SIGTERM: where they may raise, and what is told of a command that they ended.
+"""Ctrl-C and SIGTERM: where they may raise, and the message of an interrupted command.
 
-Python raises out of a signal handler wherever the main thread happens to be. While the garbage collector or the import
-system runs, that exception is swallowed; while torch traces, it ends the process. So the command line does not rely on
-it: its work is done in a child process (`cli/supervising.py`) that is asked once, politely, and killed if it does not
-end. This module is the child's side. In a process of somebody else's, a notebook, it only lets signals wait while torch
-traces.
+Python raises out of a signal handler at whatever line the main thread executes. In the garbage collector or the import
+system, the exception is dropped; while torch traces, it aborts the process. The command line therefore does its work in
+a child process (`cli/supervising.py`), which gets one signal and is killed if it does not end. This module is the
+child's part. In another program, such as a notebook, it only delays signals while torch traces.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from typing import Any
 from planish.optimizer.errors import printable
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals that ask a process to end, and leave it the time to tidy up."""
+"""Signals that ask a process to end and leave it time to clean up."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 class _State:
-    """State of the interruption of this process; a class, so that handlers need no globals."""
+    """Interrupt state of this process; a class, so that handlers need no globals."""
 
     asked = False
-    """A signal came."""
+    """True after a signal."""
     held = 0
-    """So many blocks want signals to wait."""
+    """Number of active blocks that delay signals."""
     reports: int | None = None
-    """The pipe to the process that watches this one."""
+    """The pipe to the supervising process."""
     moves: list[tuple[str, int, int]]
-    """Moves that are done or about to be: a path, and device and inode of the file that gets it."""
+    """Moves that are done or imminent: path, device and inode of the moved file."""
     kept: str | None = None
-    """The results so far of a command that can be resumed, as text."""
+    """Message on the partial results of a command that can be resumed."""
 
 
 _state = _State()
@@ -53,39 +52,39 @@ def interrupted() -> bool:
 
 
 def watched() -> bool:
-    """True if another process watches this one, and tells the user how it ended."""
+    """True if another process supervises this one and reports its end to the user."""
     return _state.reports is not None
 
 
 def moving(source: Path, destination: Path) -> None:
-    """Remember that ``source`` gets the name ``destination`` now: tells later what a command that ended had written."""
-    found = source.lstat()
-    move = (str(destination), found.st_dev, found.st_ino)
+    """Record that ``source`` is renamed to ``destination`` now, for the message of an interrupted command."""
+    status = source.lstat()
+    move = (str(destination), status.st_dev, status.st_ino)
     _state.moves.append(move)
     report("move", *move)
 
 
 def begin() -> None:
-    """Forget what an earlier command in this process did."""
+    """Discard the state of an earlier command in this process."""
     _state.asked = False
     _state.kept = None
     _state.moves.clear()
 
 
 def keep(text: str) -> None:
-    """Say what is kept if the command is interrupted from now on, such as "12 answers are in answers.jsonl"."""
+    """Set the message for an interruption from now on, such as "12 answers are in answers.jsonl"."""
     _state.kept = text
     report("kept", text)
 
 
 def report(kind: str, *values: object) -> None:
-    """Tell the process that watches this one, if there is one."""
+    """Send a line to the supervising process, if there is one."""
     if _state.reports is not None:
         os.write(_state.reports, json.dumps([kind, *values]).encode() + b"\n")
 
 
 def farewell(moves: Iterable[tuple[str, int, int]] | None = None, kept: str | None = None) -> str:
-    """The line for a command that was interrupted: what it had written by then."""
+    """The message of an interrupted command, with the files that it has written."""
     moves = _state.moves if moves is None else moves
     written = dict.fromkeys(path for path, device, inode in moves if _is(path, device, inode))
     kept = kept or _state.kept or "nothing was written"
@@ -94,21 +93,21 @@ def farewell(moves: Iterable[tuple[str, int, int]] | None = None, kept: str | No
 
 def _is(path: str, device: int, inode: int) -> bool:
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return False
-    return (found.st_dev, found.st_ino) == (device, inode)
+    return (status.st_dev, status.st_ino) == (device, inode)
 
 
 def answered() -> tuple[signal.Signals, ...]:
-    """The signals that end this process; what its parent ignores (nohup, `&` in a script) stays ignored."""
+    """The signals that end this process. Those that its parent ignores (nohup, `&` in a script) stay ignored."""
     return tuple(kind for kind in ENDING if signal.getsignal(kind) is not signal.SIG_IGN)
 
 
 def answer(kinds: Iterable[signal.Signals], reports: int | None = None) -> None:
-    """Raise KeyboardInterrupt for the first of these signals, and do nothing for those that follow.
+    """Raise KeyboardInterrupt for the first of these signals, and ignore the later ones.
 
-    ``reports`` is the pipe to the process that watches this one, which ends it if that exception is swallowed.
+    ``reports`` is the pipe to the supervising process, which ends this one if the exception is dropped.
     """
     _state.reports = reports
     begin()
@@ -135,15 +134,16 @@ def _raise_once(*_: object) -> None:
 
 
 def check_ended(code: int) -> None:
-    """KeyboardInterrupt if one of our processes was asked to end: a terminal or a service asks all of them at once."""
+    """Raise KeyboardInterrupt if a child was asked to end: terminals and service managers signal all processes at
+    once."""
     if -code in ENDING:
         raise KeyboardInterrupt
 
 
 def end_with_parent() -> None:
-    """Let this process, which works for another, end at once when it is asked to or when that one has ended.
+    """End this worker process at once on a signal, or when its parent ends.
 
-    A stopped process would not notice that its input has ended: Linux ends it.
+    A stopped process would not notice that its input is closed, so Linux kills it (PR_SET_PDEATHSIG).
     """
     for kind in answered():
         signal.signal(kind, signal.SIG_DFL)
@@ -153,7 +153,7 @@ def end_with_parent() -> None:
 
 @contextmanager
 def holding_interrupts() -> Iterator[None]:
-    """Hold signals until the block ends: torch ends the process if an exception comes while it traces."""
+    """Delay signals until the end of the block: an exception while torch traces aborts the process."""
     caught: list[int] = []
     replaced: dict[signal.Signals, Any] = {}
     try:
@@ -178,7 +178,7 @@ def holding_interrupts() -> Iterator[None]:
 
 @contextmanager
 def terminating() -> Iterator[None]:
-    """Unwind on SIGTERM as on Ctrl-C where nobody handles it, so that nothing half-written stays."""
+    """Handle SIGTERM like Ctrl-C if it has no handler, so that unfinished output is removed."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -199,7 +199,7 @@ def terminating() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold signals back for the moment in which something gets its name."""
+    """Block signals during a rename."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -1,8 +1,7 @@
-"""Reading JSON that somebody else wrote: every way in which it can be broken ends in one BadInput.
+"""Reading of untrusted JSON: every kind of defect is one BadInput.
 
-The parser of the standard library raises RecursionError for deep nesting, lets unpaired surrogates through, which no
-encoder takes later, and reads files of any size. Whoever reads a file of a checkpoint, an adapter or an output calls
-this module instead.
+The standard library's parser raises RecursionError for deep nesting, accepts unpaired surrogates that no encoder
+accepts later, and reads files of any size. Files of checkpoints, adapters and outputs are therefore read here.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import Any
 from planish.optimizer.errors import BadInput
 
 MAX_BYTES = 256 << 20
-"""Longest text that is parsed: ten times the largest tokenizer.json that we know."""
+"""Maximum length of a parsed text: ten times the largest known tokenizer.json."""
 MAX_DEPTH = 64
-"""Deepest nesting that is accepted: walks over the parsed value may recurse."""
+"""Maximum nesting depth, since walks over the parsed value may recurse."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -25,7 +24,7 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file in UTF-8.
 
     BadInput if it is not JSON, not UTF-8, larger than ``MAX_BYTES`` or nested deeper than ``MAX_DEPTH``. Errors of the
-    file system are left to the caller.
+    file system propagate.
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
@@ -36,7 +35,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; BadInput if it holds something else, and as for `read_json`."""
+    """The object in a JSON file; BadInput for other values, and as in `read_json`."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise BadInput(f"this holds no JSON object but a {type(value).__name__}", where=path)
@@ -44,7 +43,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: object) -> Any:
-    """The value of a JSON text; BadInput names ``where`` it stands."""
+    """The value of a JSON text; ``where`` is its location in BadInput."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -56,7 +55,8 @@ def parse_json(text: str | bytes, where: object) -> Any:
 
 
 def check_value(value: object, where: object) -> None:
-    """BadInput for deep nesting and for strings that are not Unicode text, without recursion; ``where`` it stands."""
+    """Raise BadInput for deep nesting and for strings that are not Unicode, without recursion; ``where`` is the
+    location."""
     level = [value]
     for _ in range(MAX_DEPTH):
         strings = [part for part in level if isinstance(part, str)]

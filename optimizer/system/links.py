@@ -1,11 +1,11 @@
-"""Links among the files of a checkpoint or an engine: followed inside its folder and the hub's cache, nowhere else.
+"""Symbolic links among the files of a checkpoint or an engine: followed only inside its folder and the hub's cache.
 
-A file of a checkpoint may be copied beside an engine, which is then given to others. A link to something private would
-be copied with it, so a link that leads out of the folder is refused. The cache of Hugging Face consists of links::
+Files of a checkpoint are copied beside an engine, which is published. A link to a private file would publish that file,
+so a link out of the folder is refused. The cache of Hugging Face consists of links::
 
     models--google--bert/snapshots/1a2b3c/config.json -> ../../blobs/4d5e6f
 
-and these lead to `blobs` of the same repository. What an engine's folder gives is shown to whoever asks it.
+to `blobs` of the same repository, which are accepted.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from planish.optimizer.errors import BadInput
 
 
 def file_in(folder: Path, name: str | Path) -> Path | None:
-    """The file ``name`` of a checkpoint's folder, or None if there is none.
+    """The file ``name`` of a checkpoint's folder; None if it does not exist.
 
-    BadInput if it, or a folder on the way to it, is a link to a place outside.
+    BadInput if the file, or a folder of its path, is a link to a place outside.
     """
     path = folder / name
     if not path.is_file():
@@ -30,9 +30,9 @@ def file_in(folder: Path, name: str | Path) -> Path | None:
 
 
 def refuse_links_out(folder: Path, *roots: Path) -> None:
-    """BadInput if something below ``folder`` is a link to a place outside of it and of ``roots``.
+    """Raise BadInput if something below ``folder`` is a link to a place outside of it and of ``roots``.
 
-    The folder itself may be reached through links.
+    The folder itself may be a link.
     """
     for place, folders, files in os.walk(folder):
         for path in (Path(place, name) for name in (*folders, *files)):
@@ -41,7 +41,7 @@ def refuse_links_out(folder: Path, *roots: Path) -> None:
 
 
 def _stays(path: Path, folder: Path) -> bool:
-    """Whether what a path leads to lies in a folder, or where the hub's cache keeps its files."""
+    """True if the target of a path is in a folder, or in the blobs of the hub's cache for that folder."""
     root, target = (Path(os.path.realpath(one)) for one in (folder, path))  # unlike `resolve`, it bears links in a ring
     return any(target.is_relative_to(place) for place in (root, *_blobs(root)))
 
@@ -56,6 +56,6 @@ def _leading_out(path: Path) -> BadInput:
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Where the cache keeps the files of the repository that a snapshot's folder belongs to."""
+    """The blob folders of the hub's cache for a snapshot folder."""
     repositories = [parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"]
     return [path / "blobs" for path in repositories if path.name.startswith(("models--", "datasets--", "spaces--"))]

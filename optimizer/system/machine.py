@@ -1,4 +1,4 @@
-"""How much memory this process may still take: what the machine has, and what its control groups allow."""
+"""Resources of the machine: memory within control groups, cores, instruction set, library versions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _FILES = {
     2: ("memory.max", "memory.current", ("inactive_file", "active_file")),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 }
-"""By version of control groups: limit, usage, and the part of the usage that is pages of files, which are given up when
-memory is needed (kernel documentation, admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst)."""
+"""By version of control groups: limit, usage, and the page-cache part of the usage, which the kernel reclaims on demand
+(kernel documentation, admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst)."""
 
 
 def available_memory(root: Path = _ROOT, membership: Path = _MEMBERSHIP) -> int:
-    """Bytes that can still be taken without being killed, swap of the machine included.
+    """Bytes that this process can allocate without being killed, with swap.
 
-    ``root`` is where control groups are mounted, ``membership`` says which this process is in.
+    ``root`` is the mount point of the control groups, ``membership`` the file with the groups of this process.
     """
     import psutil
 
@@ -34,7 +34,7 @@ def available_memory(root: Path = _ROOT, membership: Path = _MEMBERSHIP) -> int:
 
 
 def demand_memory(needed: int, what: str, advice: str, where: object = None) -> None:
-    """OutOfResources if ``needed`` bytes are more than there are; ``what`` needs them."""
+    """Raise OutOfResources if ``needed`` bytes are more than available; ``what`` is the consumer in the message."""
     available = available_memory()
     if needed > available:
         raise OutOfResources(
@@ -49,9 +49,9 @@ def _gigabytes(count: int) -> str:
 
 
 def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, int]]:
-    """Folders of the groups that limit this process, from the mount down to its own, and their version.
+    """Folders of the control groups of this process, from the mount to its own group, with their version.
 
-    In a container the path that the kernel tells may lie outside of what is mounted: then the mount itself counts.
+    In a container, the path that the kernel reports may be outside of the mount; then the mount itself applies.
     """
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
@@ -67,7 +67,7 @@ def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _room(folder: Path, version: int) -> int | None:
-    """Bytes left in one group; None where it sets no limit."""
+    """Available bytes in one group; None without a limit."""
     limit, usage, caches = _FILES[version]
     try:
         most = (folder / limit).read_text(encoding="utf-8").strip()
@@ -80,9 +80,9 @@ def _room(folder: Path, version: int) -> int | None:
 
 
 def limit_memory(most: int) -> None:
-    """Let this process take at most ``most`` bytes more from the system than now, where the system has such a limit.
+    """Limit the memory of this process to ``most`` bytes above its current usage, if the system supports it.
 
-    Only private memory counts, not mapped files: address space of a runtime's libraries is no demand.
+    The limit applies to private memory, not to mapped files such as the libraries of runtimes.
     """
     if sys.platform != "linux":
         return
@@ -94,7 +94,7 @@ def limit_memory(most: int) -> None:
 
 
 def cores() -> int:
-    """Processor cores that this process may run on."""
+    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -103,7 +103,7 @@ _FLAGS = (
     "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "i8mm", "sve",
 )  # fmt: skip
-"""Instruction sets that decide which kernels a runtime takes."""
+"""Instruction sets by which runtimes select kernels."""
 
 
 def library_version(name: str) -> str:
@@ -112,18 +112,18 @@ def library_version(name: str) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide what comes out."""
-    found = {}
+    """Versions of the libraries that determine the output."""
+    versions = {}
     for name in _LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def instruction_set() -> str:
-    """Architecture of this machine's processor and those of its instruction sets that kernels are chosen by."""
+    """Processor architecture of this machine, and its instruction sets among those by which kernels are selected."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -134,7 +134,7 @@ def instruction_set() -> str:
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process so far, in bytes (0 where the system does not tell)."""
+    """Peak resident memory of this process so far, in bytes (0 if the system does not report it)."""
     try:
         import resource
     except ImportError:  # Windows has no such module

@@ -1,12 +1,12 @@
-"""Folders that live as long as the run that made them: a lock beside each tells the next run whether that still lives.
+"""Folders with the lifetime of a run: a lock beside each shows the next run whether its owner is alive.
 
-For a destination `out`, and a name of eight letters that the run has found free:
+For a destination `out`, and a free name of eight letters:
 
-    .out.abcdefgh.lock      held while the run lives; made first and removed last
-    .out.abcdefgh.partial   what is being built, later what it has replaced
-    .out.abcdefgh.old       where two paths cannot be exchanged in one step: what stood at `out` before
+    .out.abcdefgh.lock      locked while the run is alive; created first and removed last
+    .out.abcdefgh.partial   the new output, later the replaced one
+    .out.abcdefgh.old       the replaced output, on systems that cannot exchange two paths in one step
 
-Scratch folders lie in the folder for temporary files and are called `planish-abcdefgh`.
+Scratch folders are in the folder for temporary files, with names `planish-abcdefgh`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from planish.optimizer.errors import BadInput, OutOfResources, is_no_room, of_sy
 from planish.optimizer.system import interrupts
 
 PREFIX = "planish-"
-"""How scratch folders begin."""
+"""Prefix of scratch folders."""
 COMMITTED = ".committed"
-"""A file in a folder whose other files are complete: whoever finds it moves them to their names."""
+"""Marker of a folder whose other files are complete; the next run moves them to their names."""
 _LETTERS = string.ascii_lowercase + string.digits
 _LENGTH = 8
 _NAME = re.compile(rf"[a-z0-9]{{{_LENGTH}}}")
@@ -47,25 +47,25 @@ class Claim:
 
     parent: Path
     stem: str
-    """What the names begin with: `.out.abcdefgh`."""
+    """Prefix of the names: `.out.abcdefgh`."""
 
     @property
     def lock(self) -> Path:
-        """Held by the run."""
+        """The lock file of the run."""
         return self.parent / f"{self.stem}.lock"
 
     @property
     def folder(self) -> Path:
-        """Where it works."""
+        """The working folder."""
         return self.parent / f"{self.stem}.partial"
 
     @property
     def old(self) -> Path:
-        """Where it puts what it replaces, if two paths cannot be exchanged."""
+        """The replaced output, if two paths cannot be exchanged."""
         return self.parent / f"{self.stem}.old"
 
     def remove(self) -> None:
-        """Remove the folders, then the lock: as long as something is left, the next run tries again."""
+        """Remove the folders, then the lock. If something is left, the lock stays and the next run tries again."""
         for place in (self.folder, self.old):
             shutil.rmtree(place, ignore_errors=True)  # follows no links
         if not os.path.lexists(self.folder) and not os.path.lexists(self.old):
@@ -73,11 +73,11 @@ class Claim:
 
 
 Recover = Callable[[Claim], None]
-"""Finishes or takes back what a killed run had begun, before its folders are removed."""
+"""Function that completes or reverts the moves of a killed run, before its folders are removed."""
 
 
 def sweep(parent: Path, prefix: str, recover: Recover = lambda _: None) -> None:
-    """Remove what killed runs left behind ``prefix``: those whose lock nobody holds. Others' files are left alone."""
+    """Remove the folders of killed runs with this prefix: those whose lock is free. Other files are not touched."""
     for stem in sorted(_stems(parent, prefix)):
         claim = Claim(parent, stem)
         with suppress(Timeout, OSError), FileLock(claim.lock, timeout=0):
@@ -86,7 +86,7 @@ def sweep(parent: Path, prefix: str, recover: Recover = lambda _: None) -> None:
 
 
 def _stems(parent: Path, prefix: str) -> Iterator[str]:
-    """Of locks that this user made and whose names are like ours; never links, which may lead anywhere."""
+    """Stems of the lock files of this user that match our names. Links are skipped, since their targets are unknown."""
     # A user may have any character in the name of an output: `[a]` and `*` are no patterns here.
     for path in parent.glob(f"{glob.escape(prefix)}*.lock"):
         stem = path.name.removesuffix(".lock")
@@ -102,7 +102,7 @@ def _is_ours(status: os.stat_result) -> bool:
 
 @contextmanager
 def claimed(parent: Path, prefix: str) -> Iterator[Claim]:
-    """A new claim; its folder exists inside, and everything of it is gone behind."""
+    """A new claim, whose folder exists in the block and is removed after it."""
     claim, lock = _claim(parent, prefix)
     try:
         claim.folder.mkdir(mode=0o700)
@@ -126,9 +126,9 @@ def _claim(parent: Path, prefix: str) -> tuple[Claim, FileLock]:
 
 @contextmanager
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A folder for what is only needed meanwhile, below ``parent`` or in the folder for temporary files.
+    """A scratch folder for the block, below ``parent`` or in the folder for temporary files.
 
-    Those of killed runs are removed before. BadInput if there is no such folder, OutOfResources if it is full.
+    Folders of killed runs are removed first. BadInput without such a folder, OutOfResources if it is full.
     """
     place = temporary() if parent is None else parent
     interrupts.report("scratch", str(place))
@@ -140,13 +140,13 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 def scratch_file() -> IO[Any]:
-    """A file without a name, gone when it is closed."""
+    """A file without a name; it is removed when it is closed."""
     with _telling(temporary()):
         return tempfile.TemporaryFile()
 
 
 def temporary() -> Path:
-    """The folder for temporary files. BadInput if there is none, OutOfResources if none has room."""
+    """The folder for temporary files. BadInput if there is none, OutOfResources if none has space."""
     try:
         return Path(os.path.abspath(tempfile.gettempdir()))  # noqa: PTH100 - a link is as good as a folder here
     except OSError as error:  # tempfile has tried TMPDIR, /tmp, /var/tmp, /usr/tmp and this folder

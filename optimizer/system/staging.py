@@ -1,8 +1,8 @@
-"""Output that appears complete or not at all, also when the process is killed.
+"""Atomic output: a folder or file is complete or absent, also if the process is killed.
 
-A folder is built under a hidden name beside its destination and moved there in one step; where something stands
-already, the two are exchanged in one step (renameat2 on Linux). What a killed run left behind is finished, taken back
-or removed by the next run: a lock beside it tells whether its maker is alive (`system/scratch.py`).
+A folder is built under a hidden name beside its destination and renamed in one step. An existing output is exchanged in
+one step (renameat2 on Linux). The next run completes, reverts or removes the files of a killed run; a lock beside them
+shows whether their owner is alive (`system/scratch.py`).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from planish.optimizer.system.scratch import COMMITTED, Claim, claimed, sweep
 MANIFEST = "planish.json"
 MEASUREMENTS = "measurements.json"
 MADE_LATER = {"model.plan"}
-"""What the scripts in an output write beside themselves: TensorRT's plan."""
+"""Files that scripts in an output write later: TensorRT's plan."""
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _SHOWN = 3
 _LETTERS = 9
-"""The end of a claim's name that is its own, with the point before it."""
+"""Length of the unique suffix of a claim's name, with the dot before it."""
 
 
 @contextmanager
 def staged_folder(destination: Path) -> Iterator[Path]:
-    """A folder to build in; it becomes ``destination`` when the block ends well, and disappears when it does not.
+    """A folder to build in. It becomes ``destination`` if the block succeeds, and is removed if it fails.
 
     ``destination`` may be missing, an empty folder, or an earlier output of Planish, which is replaced unless it holds
-    a file that its manifest does not list. BadInput if something else stands there or the place cannot be written;
+    a file that its manifest does not list. BadInput if something else exists there or the place is not writable;
     OutOfResources if the disk is full.
     """
     with _clear_errors(destination):
@@ -53,7 +53,7 @@ def staged_folder(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(destination: Path) -> Iterator[Path]:
-    """A path to write a file and its `.data` companion at; both move to ``destination`` when the block ends well."""
+    """A path for a file and its `.data` companion; both move to ``destination`` if the block succeeds."""
     with _clear_errors(destination):
         destination = Path(os.path.abspath(destination))  # noqa: PTH100 - a link there is replaced, not what it leads to
         if destination.is_dir():
@@ -69,9 +69,9 @@ def staged_file(destination: Path) -> Iterator[Path]:
 
 
 def demand_apart(out: Path, read: Mapping[str, Path | None], written: Mapping[str, Path | None]) -> None:
-    """UsageError unless what is read and written beside it lies outside of the folder ``out``, and ``out`` of that.
+    """Raise UsageError if the inputs or other outputs overlap with the folder ``out``.
 
-    The folder is replaced as a whole: what lies in it would be gone.
+    The folder is replaced as a whole, and files in it would be lost.
     """
     place = _real(out)
     for name, path in {**read, **written}.items():
@@ -94,7 +94,7 @@ def demand_apart(out: Path, read: Mapping[str, Path | None], written: Mapping[st
 
 
 def demand_not_read(read: Mapping[str, Path | None], written: Mapping[str, Path | None]) -> None:
-    """UsageError if a file would be written over one that is read."""
+    """Raise UsageError if a file would overwrite an input."""
     sources = {_real(path): f"{name} {path}" for name, path in read.items() if path is not None}
     for name, path in written.items():
         if path is not None and _real(path) in sources:
@@ -106,7 +106,7 @@ def demand_not_read(read: Mapping[str, Path | None], written: Mapping[str, Path 
 
 
 def _real(path: Path) -> Path:
-    """Without links; the path itself if that cannot be told (too long, a link to itself)."""
+    """The path without links; unchanged if it cannot be resolved (too long, a circular link)."""
     try:
         return Path(path).resolve()
     except (OSError, RuntimeError):
@@ -115,9 +115,9 @@ def _real(path: Path) -> Path:
 
 @contextmanager
 def _staged(destination: Path, recover: Callable[..., None]) -> Iterator[Claim]:
-    """A claim beside ``destination``, behind those of killed runs."""
+    """A claim beside ``destination``, after the cleanup of killed runs."""
     prefix = f".{destination.name}."
-    with _made(destination.parent):
+    with _created(destination.parent):
         interrupts.report("output", str(destination), recover is _commit)
         sweep(destination.parent, prefix, functools.partial(recover, destination=destination))
         with interrupts.terminating(), claimed(destination.parent, prefix) as claim:
@@ -125,38 +125,38 @@ def _staged(destination: Path, recover: Callable[..., None]) -> Iterator[Claim]:
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Make a folder and those above it that are missing; if the block fails, those are removed again that are empty."""
+def _created(folder: Path) -> Iterator[None]:
+    """Create a folder and its missing parents. If the block fails, those that are empty are removed."""
     missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         for place in reversed(missing):
             with suppress(FileExistsError):  # another run was quicker
                 place.mkdir()
-                made.append(place)
+                created.append(place)
                 interrupts.report("made", str(place))
         folder.mkdir(exist_ok=True)  # complains if something else stands there
         yield
     except BaseException:
-        remove_empty(made)
+        remove_empty(created)
         raise
 
 
-def remove_empty(made: Sequence[Path]) -> None:
-    """Remove folders, the last that was made first, as long as nothing is in them."""
-    for place in reversed(made):
+def remove_empty(created: Sequence[Path]) -> None:
+    """Remove created folders, the last one first, while they are empty."""
+    for place in reversed(created):
         with suppress(OSError):
             place.rmdir()
 
 
 def sweep_up(destination: Path, *, is_file: bool) -> None:
-    """Finish, take back or remove what a killed run left beside ``destination``."""
+    """Complete, revert or remove the files of a killed run beside ``destination``."""
     recover = functools.partial(_commit if is_file else _restore, destination=destination)
     sweep(destination.parent, f".{destination.name}.", recover)
 
 
 def _check_replaceable(destination: Path) -> None:
-    """BadInput unless nothing is lost that the next build does not write again."""
+    """Raise BadInput if the replacement would remove files that a build does not write."""
     before = _identity(destination)
     while before is not None:
         try:
@@ -172,9 +172,9 @@ def _check_replaceable(destination: Path) -> None:
 
 
 def _identity(destination: Path) -> tuple[int, int] | None:
-    """What tells a folder from another that takes its name later, which may get its inode; None if nothing is there.
+    """Identity of a folder, which a later folder of the same name (or inode) does not share; None if it does not exist.
 
-    BadInput if something else is there.
+    BadInput if the path is not a folder.
     """
     try:
         status = destination.lstat()
@@ -197,8 +197,8 @@ def _check_content(folder: Path) -> None:
             "this folder exists and is not an output of planish", where=folder, advice="choose another, or remove it"
         )
     listed = read_object(folder / MANIFEST).get("files")
-    known = {MANIFEST, MEASUREMENTS, *(listed if isinstance(listed, dict) else ())}
-    strange = sorted(name for name in names - known if Path(name).name not in MADE_LATER)
+    expected = {MANIFEST, MEASUREMENTS, *(listed if isinstance(listed, dict) else ())}
+    strange = sorted(name for name in names - expected if Path(name).name not in MADE_LATER)
     if strange:
         raise BadInput(
             f"planish did not write {some_of(strange)} in this folder, and would remove it",
@@ -208,13 +208,13 @@ def _check_content(folder: Path) -> None:
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are, for a message."""
+    """The first names, and the number of further ones, for a message."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{', '.join(map(repr, names[:_SHOWN]))}{more}"
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Everything in ``folder`` but its folders. BadInput if one of these could not be emptied by this user."""
+    """All files and links in ``folder``. BadInput if this user cannot empty one of its folders."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -228,7 +228,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _clear_errors(destination: Path) -> Iterator[None]:
-    """Say plainly that the disk is full, that the place cannot be written, or which other file cannot be used."""
+    """Turn errors of the file system (disk full, not writable, file unusable) into clear messages."""
     try:
         yield
     except OSError as error:
@@ -239,7 +239,7 @@ def _clear_errors(destination: Path) -> Iterator[None]:
 
 
 def _settle(folder: Path) -> None:
-    """Plain modes, and everything on the disk before the folder gets its name."""
+    """Set default modes, and flush all files to disk before the rename."""
     for path in [folder, *sorted(folder.rglob("*"))]:
         path.chmod(0o755 if path.is_dir() else 0o644)
         descriptor = os.open(path, os.O_RDONLY)
@@ -250,7 +250,7 @@ def _settle(folder: Path) -> None:
 
 
 def _move(claim: Claim, destination: Path) -> None:
-    """Give the new folder its name. What stood there before is then in the folder of the claim, or in its old one."""
+    """Rename the new folder to its destination. The replaced output is then in the claim's folder or its old one."""
     with interrupts.uninterrupted():
         interrupts.moving(claim.folder, destination)
         while not _moved(claim, destination):
@@ -285,7 +285,8 @@ def _moved(claim: Claim, destination: Path) -> bool:
 
 
 def _replaced(claim: Claim, destination: Path) -> bool:
-    """In two steps, where paths cannot be exchanged; killed in between, the next run brings the old one back."""
+    """Replace in two steps, if paths cannot be exchanged. After a kill in between, the next run restores the old
+    output."""
     try:
         destination.rename(claim.old)
     except FileNotFoundError:
@@ -305,14 +306,14 @@ def _replaced(claim: Claim, destination: Path) -> bool:
 
 
 def _put_back(folder: Path, destination: Path) -> None:
-    """Give a folder that holds somebody's files its name back; BadInput says where it is if another run took that."""
+    """Restore the name of a folder with files of others; BadInput with its location if another run took the name."""
     kept = _rescued(folder, destination)
     if kept != destination:
         raise BadInput(f"another run wrote this meanwhile; what was in it before is kept in {kept}", where=destination)
 
 
 def _rescued(folder: Path, destination: Path) -> Path:
-    """Where a folder that holds somebody's files is now: at its old name, or beside it if that is taken."""
+    """The location of a folder with files of others: its old name, or a name beside it if that is taken."""
     kept = destination.with_name(f"{destination.name}.kept{folder.stem[-_LETTERS:]}")
     for place in (destination, kept):
         try:
@@ -324,7 +325,7 @@ def _rescued(folder: Path, destination: Path) -> Path:
 
 
 def _strange(folder: Path) -> bool:
-    """Whether a folder holds what no build writes again, or what cannot be looked at."""
+    """True if a folder holds files that no build writes, or cannot be read."""
     try:
         _check_content(folder)
     except (BadInput, OSError):
@@ -333,7 +334,7 @@ def _strange(folder: Path) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; False where the system cannot."""
+    """Exchange two paths in one step; False if the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -347,16 +348,16 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _restore(claim: Claim, destination: Path) -> None:
-    """Bring back what stood at ``destination`` if a run was killed between moving it away and moving the new one in."""
+    """Restore ``destination`` if a run was killed between the two renames."""
     if claim.old.is_dir() and (not os.path.lexists(destination) or _strange(claim.old)):
         _rescued(claim.old, destination)
 
 
 def _commit(claim: Claim, destination: Path) -> None:
-    """Move files that are complete to their names. A graph never stands beside the weights of another.
+    """Move complete files to their names. A graph is never beside the weights of another graph.
 
-    Names are a contract, so new weights must take the place of old ones. The old graph goes first: whoever is killed
-    in between leaves no graph rather than a wrong one, and the next run goes on here.
+    Names are fixed, so new weights replace old ones under the same name. The old graph is removed first: a kill in
+    between leaves no graph instead of a wrong one, and the next run continues here.
     """
     if not (claim.folder / COMMITTED).is_file():
         return

@@ -1,4 +1,4 @@
-"""Lines of text that somebody else wrote: UTF-8, and anything else is said with its line and byte."""
+"""Untrusted lines of text: UTF-8; an error names the line and byte of anything else."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def decoded_lines(lines: Iterable[bytes], where: object) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank, without its end; a mark of UTF-8 at the beginning is dropped.
+    """Number and text of each non-blank line, without its line end; a byte order mark is removed.
 
-    BadInput if it is text in another encoding: it names the line, and the byte in it, that is not UTF-8.
+    BadInput for another encoding, with the line and byte that is not UTF-8.
     """
     for number, raw in enumerate(lines, 1):
         line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw

@@ -1,1 +1,1 @@
-"""How fast engines are: timing in alternation, and the tuning table."""
+"""Latency of engines: timing in alternation, and the tuning table."""

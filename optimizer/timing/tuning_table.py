@@ -1,9 +1,9 @@
-"""What a target runs fast: the forms that a pass can choose among, timed on this machine once and kept.
+"""Tuning table: measured latencies of operator forms for each target, cached in a file.
 
-A pass asks questions about a graph: which value of an option is faster at the sizes that it finds there. Each is a
-small graph of one operator and its surroundings, which the pass itself writes in every form. A question is answered by
-timing the forms in alternation, in seconds, and the answer is kept in a file beside those of other targets, libraries
-and instruction sets. What is chosen stands as an option in the text of the pass: a lock repeats it without a profile.
+A pass declares tuning queries for a graph: which value of an option is fastest at the sizes of that graph. Each query
+is a small graph of one operator and its surroundings, which the pass rewrites into every form. The forms are timed in
+alternation, and the latencies are stored by target, library version and instruction set. The selected value becomes an
+option in the text of the pass, so that a lock reproduces it without the table.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from planish.optimizer.system.staging import staged_file
 from planish.optimizer.timing.interleaved import Timing, time_against_first
 
 _SECONDS = 6.0
-"""Longest time for one question."""
+"""Time limit of one query."""
 _NO_BORDER = {"model": Signature((), ())}
 
 
 class Latency(BaseModel):
-    """One form: its median in milliseconds, and how many times as fast as the first form it is, at 95 %."""
+    """One form: its median latency in milliseconds, and its speed-up over the first form with the 95 % interval."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     median_ms: float
@@ -44,57 +44,63 @@ class Latency(BaseModel):
 
 
 class Table(BaseModel):
-    """Every answer, by host, question and form."""
+    """All entries, by host, query and form."""
 
     model_config = ConfigDict(extra="forbid")
     hosts: dict[str, dict[str, dict[str, Latency]]] = {}
 
 
 def host_of(target: Backend) -> str:
-    """All that a latency depends on beside the form: target and options, library, instruction set, cores."""
+    """Everything on which a latency depends besides the form: target and options, library, instruction set, cores."""
     library = f"{target.distribution} {library_version(target.distribution)}"
     return f"{target}, {library}, {instruction_set()}, {cores()} cores"
 
 
 @dataclass
 class Profile:
-    """Answers about one target on this machine; what is not known yet is measured when it is asked."""
+    """The entries of one target on this machine; missing ones are measured on demand."""
 
     target: Backend
     place: Path
-    """The file that holds the answers; made if it is not there."""
+    """The file of the table; created if it is missing."""
     used: dict[str, dict[str, Latency]] = field(default_factory=dict)
-    """The answers that were asked for so far."""
+    """The entries used so far."""
 
     def latencies(self, step: Pass, question: TuningQuery) -> Mapping[str, Latency]:
-        """How fast each form of a question is; the first is what the others are compared with."""
+        """The latency of each form of a query; the first form is the baseline."""
         key = f"{step.name} {question.option}: {question.about}"
         if key not in self.used:
             table = _read(self.place)
-            known = table.hosts.setdefault(host_of(self.target), {})
-            if known.get(key, {}).keys() != set(map(str, question.values)):
-                known[key] = _measure(self.target, step, question)
+            entries = table.hosts.setdefault(host_of(self.target), {})
+            # An entry of an older version may have other forms; then all are timed again, in one run.
+            if entries.get(key, {}).keys() != set(map(str, question.values)):
+                entries[key] = _measure(self.target, step, question)
                 _write(self.place, table)
-            self.used[key] = known[key]
+            self.used[key] = entries[key]
         return self.used[key]
 
     def described(self) -> dict[str, Any]:
-        """The answers that were asked for, as they stand in the file."""
-        return {key: {value: one.model_dump() for value, one in own.items()} for key, own in self.used.items()}
+        """The used entries, as they are stored in the file."""
+        return {
+            key: {value: latency.model_dump() for value, latency in forms.items()} for key, forms in self.used.items()
+        }
 
     def best(self, step: Pass, questions: Sequence[TuningQuery]) -> object:
-        """The value of an option that is fastest over several questions about it.
+        """The option value that is fastest over several queries.
 
-        The first, unless another is faster with its whole interval.
+        The first value, unless the whole interval of another is faster.
         """
         values = questions[0].values
-        found = [self.latencies(step, question) for question in questions]
-        sure = [value for value in values[1:] if math.prod(one[str(value)].low for one in found) > 1]
-        return max(sure, key=lambda value: math.prod(one[str(value)].speedup for one in found), default=values[0])
+        latencies = [self.latencies(step, question) for question in questions]
+        # Lower ends are multiplied over all queries: a gain at one size must outweigh a loss at another.
+        sure = [value for value in values[1:] if math.prod(forms[str(value)].low for forms in latencies) > 1]
+        return max(
+            sure, key=lambda value: math.prod(forms[str(value)].speedup for forms in latencies), default=values[0]
+        )
 
 
 def _read(place: Path) -> Table:
-    """The table in a file; an empty one if there is none. BadInput if the file is something else."""
+    """The table in a file; an empty one if it is missing. BadInput for other content."""
     if not place.is_file():
         return Table()
     try:
@@ -109,7 +115,7 @@ def _write(place: Path, table: Table) -> None:
 
 
 def _measure(target: Backend, step: Pass, question: TuningQuery) -> dict[str, Latency]:
-    """Write the question's graph in every form and time them in alternation."""
+    """Rewrite the query's graph into every form, and time the forms in alternation."""
     with scratch_folder() as scratch:
         engines = []
         for number, value in enumerate(question.values):
@@ -124,17 +130,18 @@ def _measure(target: Backend, step: Pass, question: TuningQuery) -> dict[str, La
 
 
 def _inputs(graph: Callable[[], ir.Model]) -> Arrays:
-    """Real numbers near zero, and ones for everything else."""
+    """Random numbers near zero for float inputs, ones for all others."""
     rng = np.random.default_rng(0)
-    made: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for value in graph().graph.inputs:
         dims = [dim for dim in value.shape or () if isinstance(dim, int)]
         dtype = np.dtype((value.dtype or ir.DataType.FLOAT).numpy())
         real = np.issubdtype(dtype, np.floating)
-        made[value.name or ""] = (rng.standard_normal(dims) if real else np.ones(dims)).astype(dtype)
-    return made
+        arrays[value.name or ""] = (rng.standard_normal(dims) if real else np.ones(dims)).astype(dtype)
+    return arrays
 
 
 def _latency(timing: Timing) -> Latency:
+    # Four digits: the table is text that people review, and more digits are noise.
     short = {name: float(f"{getattr(timing, name):.4g}") for name in Latency.model_fields}
     return Latency(**short)
