@@ -1,4 +1,4 @@
-"""Texts fitted to the sizes that an engine takes: no more of them at once, no fewer, none longer, none shorter."""
+"""Batches of the sizes that an engine takes: grouped, filled up, padded and cut."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How many texts an engine takes at once, and how many tokens each may have."""
+    """The number of texts that an engine takes at once, and the number of tokens that each may have."""
 
     texts: Axis = field(default_factory=lambda: Axis("batch"))
     tokens: Axis = field(default_factory=lambda: Axis("sequence"))
 
     @classmethod
     def of(cls, signature: Signature) -> BatchLimits:
-        """The room of the component that takes texts."""
-        axes, free = signature.axes, cls()
-        return cls(axes.get(leading_axis(signature) or "", free.texts), axes.get("sequence", free.tokens))
+        """The limits of the component that takes texts."""
+        axes, unlimited = signature.axes, cls()
+        texts = axes.get(leading_axis(signature) or "", unlimited.texts)
+        return cls(texts, axes.get("sequence", unlimited.tokens))
 
     def padding(self, longest: int | None) -> dict[str, Any]:
-        """Options of a tokenizer that pads to the longest text, or to the length that an engine insists on.
+        """Options of a tokenizer that pads to the longest text, or to the length that an engine needs.
 
         ``longest`` is the most tokens of one text; longer ones are cut.
         """
@@ -40,14 +41,14 @@ class BatchLimits:
         }
 
     def groups(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
-        """As many at once as the engine takes."""
+        """Batches of as many items as the engine takes at once."""
         most = self.texts.maximum or max(1, len(items))
         return (items[start : start + most] for start in range(0, len(items), most))
 
     def filled(self, items: Sequence[T]) -> list[T]:
-        """The last one repeated until there are as many as the engine insists on."""
+        """The items, the last one repeated until there are as many as the engine needs."""
         return [*items, *[items[-1]] * (self.texts.minimum - len(items))]
 
     def rows(self, array: np.ndarray) -> np.ndarray:
-        """The same with an array, whose first axis counts the items."""
+        """An array whose first axis counts the items, its last row repeated in the same way."""
         return array[self.filled(range(len(array)))]

@@ -21,7 +21,7 @@ ENCODER, FIRST, NEXT = "encoder_model", "decoder_model", "decoder_with_past_mode
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen of its scores; the best one if ``temperature`` is 0."""
+    """The choice of the next token by its scores: the best one if ``temperature`` is 0, else one drawn at random."""
 
     temperature: Annotated[float, Ge(0)] = 0.0
     top_k: Annotated[int, Ge(0)] = 0
@@ -40,10 +40,10 @@ class Sampling:
     def _draw(self, scores: np.ndarray, generator: np.random.Generator) -> int:
         order = np.argsort(-scores, kind="stable")[: self.top_k or None]
         logits = scores[order].astype(np.float64) / self.temperature
-        likely = np.exp(logits - logits.max())
-        likely /= likely.sum()
-        kept = int(np.searchsorted(np.cumsum(likely), self.top_p)) + 1
-        return int(generator.choice(order[:kept], p=likely[:kept] / likely[:kept].sum()))
+        probabilities = np.exp(logits - logits.max())
+        probabilities /= probabilities.sum()
+        kept = int(np.searchsorted(np.cumsum(probabilities), self.top_p)) + 1
+        return int(generator.choice(order[:kept], p=probabilities[:kept] / probabilities[:kept].sum()))
 
 
 class Decoding:
@@ -57,7 +57,7 @@ class Decoding:
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._engines = engines
-        self._sole = DECODER in engines
+        self._decoder_only = DECODER in engines
         self._cache: object = None
         self._mask: np.ndarray | None = None
 
@@ -72,10 +72,10 @@ class Decoding:
         mask = prompt.get("attention_mask", None if ids is None else np.ones_like(ids))
         self._mask = None if mask is None else np.asarray(mask, np.int64)
         self._cache = None
-        if self._sole:
+        if self._decoder_only:
             if ids is None:
                 raise BadInput("the prompt has no input_ids, which a decoder goes on with")
-            return self._behind(np.asarray(ids, np.int64))
+            return self._decode_behind_cache(np.asarray(ids, np.int64))
         if start_tokens is None:
             raise BadInput("the decoder of an encoder-decoder needs a token to start with")
         encoded = self._engines[ENCODER].run(prompt)
@@ -85,14 +85,14 @@ class Decoding:
     def advance(self, tokens: np.ndarray) -> np.ndarray:
         """Add one token to each text, shape (batch,), and score the next one."""
         column = np.asarray(tokens, np.int64)[:, None]
-        if not self._sole:
+        if not self._decoder_only:
             return self._decode(NEXT, {"input_ids": column})
-        self._mask = np.concatenate([self._shown(), np.ones_like(column)], axis=1)
-        return self._behind(column)
+        self._mask = np.concatenate([self._prompt_mask(), np.ones_like(column)], axis=1)
+        return self._decode_behind_cache(column)
 
     def select(self, rows: np.ndarray) -> None:
-        """Go on with these rows of the batch, in this order: what beam search asks for."""
-        engine = self._engines[DECODER if self._sole else NEXT]
+        """Continue these rows of the batch, in this order, as beam search does."""
+        engine = self._engines[DECODER if self._decoder_only else NEXT]
         self._cache = engine.select(self._cache, rows)
         self._mask = None if self._mask is None else self._mask[rows]
 
@@ -126,23 +126,23 @@ class Decoding:
                 return
             scores = self.advance(last)
 
-    def _behind(self, ids: np.ndarray) -> np.ndarray:
+    def _decode_behind_cache(self, ids: np.ndarray) -> np.ndarray:
         """Run a decoder on tokens behind its cache."""
-        positions = np.maximum(np.cumsum(self._shown(), axis=1) - 1, 0)[:, -ids.shape[1] :]
-        feeds = {"input_ids": ids, "attention_mask": self._shown(), "position_ids": positions}
+        positions = np.maximum(np.cumsum(self._prompt_mask(), axis=1) - 1, 0)[:, -ids.shape[1] :]
+        feeds = {"input_ids": ids, "attention_mask": self._prompt_mask(), "position_ids": positions}
         return self._step(self._engines[DECODER], feeds)
 
     def _decode(self, component: str, feeds: Arrays) -> np.ndarray:
         masked = {} if self._mask is None else {"encoder_attention_mask": self._mask}
         return self._step(self._engines[component], {**feeds, **masked})
 
-    def _shown(self) -> np.ndarray:
+    def _prompt_mask(self) -> np.ndarray:
         """The mask of a decoder's prompt and of what follows it; BadInput if the prompt has no tokens."""
         if self._mask is None:
             raise BadInput("the prompt has no input_ids")
         return self._mask
 
     def _step(self, engine: Engine, feeds: Arrays) -> np.ndarray:
-        known = {tensor.name for tensor in engine.inputs}
-        outputs, self._cache = engine.step({n: a for n, a in feeds.items() if n in known}, self._cache)
+        input_names = {tensor.name for tensor in engine.inputs}
+        outputs, self._cache = engine.step({n: a for n, a in feeds.items() if n in input_names}, self._cache)
         return np.asarray(outputs["logits"][:, -1])

@@ -1,9 +1,9 @@
-"""The modules of a sentence-transformers folder: what is made of hidden states before they are an embedding.
+"""The modules of a sentence-transformers folder: how hidden states become an embedding.
 
 `modules.json` names a chain: Transformer, Pooling, and behind it any of Dense, LayerNorm, Normalize (Reimers and
 Gurevych 2019; the files are those of sentence-transformers 2 to 5). The engine is the Transformer; the others are
-small and are computed here in numpy. A module or an option that this file does not know is refused by name: a
-dropped layer gives vectors that look right and are not.
+small and are computed in numpy (`sentence_layers`). A module or an option that this file does not know is refused by
+name: a dropped layer gives vectors that look right and are not.
 """
 
 from __future__ import annotations
@@ -11,12 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from planish.optimizer.errors import BadInput, UsageError, first_fault
+from planish.optimizer.runtime.sentence_layers import (
+    ACTIVATIONS,
+    POOLINGS,
+    Dense,
+    LayerNorm,
+    Normalize,
+    TokenStates,
+    VectorLayer,
+)
 from planish.optimizer.system.json_files import read_json, read_object
 
 MODULES = "modules.json"
@@ -38,84 +47,18 @@ _LEGACY_MODES = {
 """Flags of one mode each, in the order in which sentence-transformers joins the vectors of several."""
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Hidden states (batch, tokens, size), their ``mask`` (batch, tokens), and ``kept``: the mask without a prompt."""
-
-    hidden: np.ndarray
-    mask: np.ndarray
-    kept: np.ndarray
-
-
-def _cls(tokens: Tokens) -> np.ndarray:
-    first = (tokens.mask != 0).argmax(axis=1)  # behind padding on the left
-    return np.asarray(tokens.hidden[np.arange(len(first)), first])
-
-
-def _last(tokens: Tokens) -> np.ndarray:
-    last = tokens.mask.shape[1] - 1 - (tokens.mask[:, ::-1] != 0).argmax(axis=1)
-    return np.asarray(tokens.hidden[np.arange(len(last)), last])
-
-
-def _max(tokens: Tokens) -> np.ndarray:
-    return np.asarray(np.where(tokens.kept[..., None] != 0, tokens.hidden, -np.inf).max(axis=1))
-
-
-def _mean(tokens: Tokens, weights: np.ndarray | None = None, power: float = 1.0) -> np.ndarray:
-    weighted = (tokens.kept if weights is None else tokens.kept * weights).astype(tokens.hidden.dtype)
-    total = np.maximum(weighted.sum(axis=1, keepdims=True), 1e-9)
-    return np.asarray(np.einsum("bth,bt->bh", tokens.hidden, weighted) / total**power)
-
-
-def _weighted_mean(tokens: Tokens) -> np.ndarray:
-    """A token weighs as much as its place in its own text (Muennighoff 2022): padding in front is not counted."""
-    return _mean(tokens, np.cumsum(tokens.mask != 0, axis=1))
-
-
-_POOLED: Mapping[str, Callable[[Tokens], np.ndarray]] = {
-    "cls": _cls,
-    "max": _max,
-    "mean": _mean,
-    "mean_sqrt_len_tokens": lambda tokens: _mean(tokens, power=0.5),
-    "weightedmean": _weighted_mean,
-    "lasttoken": _last,
-}
-
-
-def _gelu(values: np.ndarray) -> np.ndarray:
-    from scipy.special import erf
-
-    return np.asarray(values * 0.5 * (1 + erf(values / np.sqrt(2))))
-
-
-def _logistic(values: np.ndarray) -> np.ndarray:
-    from scipy.special import expit
-
-    return np.asarray(expit(values))
-
-
-_ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    "GELU": _gelu,
-    "Identity": np.asarray,
-    "ReLU": lambda values: np.maximum(values, 0),
-    "SiLU": lambda values: values * _logistic(values),
-    "Sigmoid": _logistic,
-    "Tanh": np.tanh,
-}
-
-
 class _Config(BaseModel):
     """The configuration of a module; what sentence-transformers writes beside it and we do not need is ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class _Listed(_Config):
+class _ModuleEntry(_Config):
     path: str = ""
     type: str
 
 
-class _Pooling(_Config):
+class _PoolingConfig(_Config):
     pooling_mode: str | list[str] | None = None
     pooling_mode_cls_token: bool = False
     pooling_mode_max_tokens: bool = False
@@ -132,7 +75,7 @@ class _Pooling(_Config):
         return [mode for flag, mode in _LEGACY_MODES.items() if getattr(self, flag)] or ["mean"]
 
 
-class _Dense(_Config):
+class _DenseConfig(_Config):
     in_features: int
     out_features: int
     bias: bool = True
@@ -142,16 +85,16 @@ class _Dense(_Config):
     use_residual: bool = False
 
 
-class _LayerNorm(_Config):
+class _LayerNormConfig(_Config):
     dimension: int
 
 
-class _Settings(_Config):
+class _SentenceConfig(_Config):
     prompts: dict[str, str] = {}
     default_prompt_name: str | None = None
 
 
-class _Options(_Config):
+class _TransformerConfig(_Config):
     max_seq_length: int | None = None
     do_lower_case: bool = False
     module_output_name: str | None = None
@@ -160,7 +103,7 @@ class _Options(_Config):
 C = TypeVar("C", bound=_Config)
 
 
-def _checked(kind: type[C], value: object, where: Path) -> C:
+def _validated(kind: type[C], value: object, where: Path) -> C:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -169,70 +112,21 @@ def _checked(kind: type[C], value: object, where: Path) -> C:
 
 def _read(kind: type[C], path: Path) -> C:
     """The configuration in a file, its defaults if there is no file."""
-    return _checked(kind, read_object(path) if path.is_file() else {}, path)
-
-
-class Step(Protocol):
-    """One module behind the pooling: vectors (batch, size) in and out."""
-
-    def apply(self, vectors: np.ndarray) -> np.ndarray:
-        """The vectors that the module makes of others."""
-
-
-@dataclass(frozen=True)
-class Normalize:
-    """Vectors of length one."""
-
-    def apply(self, vectors: np.ndarray) -> np.ndarray:
-        """Divide each vector by its norm."""
-        return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A linear map, its activation, and the input once more where the module is residual."""
-
-    weight: np.ndarray
-    bias: np.ndarray | None
-    activation: str
-    residual: np.ndarray | bool = False
-    """The map of the input that is added; True: the input itself."""
-
-    def apply(self, vectors: np.ndarray) -> np.ndarray:
-        """Map, activate, and add the input where the module is residual."""
-        mapped = vectors @ self.weight.T + (0 if self.bias is None else self.bias)
-        mapped = _ACTIVATIONS[self.activation](mapped)
-        if isinstance(self.residual, np.ndarray):
-            return np.asarray(mapped + vectors @ self.residual.T)
-        return np.asarray(mapped + vectors if self.residual else mapped)
-
-
-@dataclass(frozen=True)
-class LayerNorm:
-    """Vectors of mean zero and variance one, scaled and moved."""
-
-    weight: np.ndarray
-    bias: np.ndarray
-
-    def apply(self, vectors: np.ndarray) -> np.ndarray:
-        """Normalize, scale and move each vector."""
-        centred = vectors - vectors.mean(axis=-1, keepdims=True)
-        variance = (centred**2).mean(axis=-1, keepdims=True)
-        return np.asarray(centred / np.sqrt(variance + 1e-5) * self.weight + self.bias)
+    return _validated(kind, read_object(path) if path.is_file() else {}, path)
 
 
 @dataclass(frozen=True)
 class SentenceModules:
-    """How texts are prepared for the engine, and what is made of its hidden states."""
+    """The preparation of texts for the engine, and the pooling and layers behind its hidden states."""
 
     modes: tuple[str, ...] = ("mean",)
     include_prompt: bool = True
-    steps: tuple[Step, ...] = ()
+    layers: tuple[VectorLayer, ...] = ()
     longest: int | None = None
     """`max_seq_length`: takes the place of the tokenizer's own limit."""
     lower_case: bool = False
     stripped: bool = False
-    """Whether blanks around a text are taken away, as sentence-transformers does."""
+    """True if blanks around a text are removed, as sentence-transformers does."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
 
@@ -249,7 +143,7 @@ class SentenceModules:
         return text.lower() if self.lower_case else text
 
     def prompt_length(self, prompt: str, tokens: Callable[[str], Sequence[int]], special: Container[int]) -> int:
-        """How many tokens at the beginning of each text are not pooled."""
+        """Number of tokens at the beginning of each text that are not pooled."""
         if self.include_prompt or not prompt:
             return 0
         ids = list(tokens(self.prepared(prompt, "")))
@@ -258,10 +152,10 @@ class SentenceModules:
     def embed(self, hidden: np.ndarray, mask: np.ndarray, prompt_length: int = 0) -> np.ndarray:
         """Embeddings (batch, size) of hidden states (batch, tokens, size) behind a mask (batch, tokens)."""
         kept = np.where(np.cumsum(mask != 0, axis=1) > prompt_length, mask, 0)
-        tokens = Tokens(hidden, mask, kept)
-        vectors = np.concatenate([_POOLED[mode](tokens) for mode in self.modes], axis=-1)
-        for step in self.steps:
-            vectors = step.apply(vectors)
+        states = TokenStates(hidden, mask, kept)
+        vectors = np.concatenate([POOLINGS[mode](states) for mode in self.modes], axis=-1)
+        for layer in self.layers:
+            vectors = layer.apply(vectors)
         return np.asarray(vectors, hidden.dtype)
 
 
@@ -271,8 +165,8 @@ def read_modules(folder: Path) -> SentenceModules:
     BadInput names the module or the option that is not supported, a broken file, or a path that leaves the folder.
     """
     if not (folder / MODULES).is_file():
-        old = folder / "1_Pooling" / "config.json"
-        return SentenceModules() if not old.is_file() else _pooled(_read(_Pooling, old), old)
+        legacy = folder / "1_Pooling" / "config.json"
+        return SentenceModules() if not legacy.is_file() else _pooling_of(_read(_PoolingConfig, legacy), legacy)
     listed = listed_modules(folder)
     kinds = [kind for kind, _ in listed if kind != "Dropout"]  # does nothing once a model is trained
     if kinds[:2] != ["Transformer", "Pooling"] or kinds.count("Pooling") != 1 or kinds.count("Transformer") != 1:
@@ -283,22 +177,22 @@ def read_modules(folder: Path) -> SentenceModules:
         )
     pooling = next(path for kind, path in listed if kind == "Pooling") / "config.json"
     options = _read(
-        _Options, next((folder / n for n in _TRANSFORMER if (folder / n).is_file()), folder / _TRANSFORMER[0])
+        _TransformerConfig, next((folder / n for n in _TRANSFORMER if (folder / n).is_file()), folder / _TRANSFORMER[0])
     )
     if options.module_output_name not in (None, "token_embeddings"):
         raise _unsupported(f"its output {options.module_output_name!r}", folder / _TRANSFORMER[0])
     if options.max_seq_length is not None and options.max_seq_length < 1:
         raise BadInput(f"max_seq_length is {options.max_seq_length}", where=folder / _TRANSFORMER[0])
-    settings = _read(_Settings, folder / SETTINGS)
+    settings = _read(_SentenceConfig, folder / SETTINGS)
     if settings.default_prompt_name is not None and settings.default_prompt_name not in settings.prompts:
         raise BadInput(f"default_prompt_name {settings.default_prompt_name!r} is not a prompt", where=folder / SETTINGS)
     if not pooling.is_file():
         raise BadInput("this file is not there", where=pooling, advice=f"{MODULES} names it")
-    pooled = _pooled(_read(_Pooling, pooling), pooling)
+    pooled = _pooling_of(_read(_PoolingConfig, pooling), pooling)
     return SentenceModules(
         pooled.modes,
         pooled.include_prompt,
-        tuple(_READ[kind](path) for kind, path in listed if kind in _READ),
+        tuple(_READERS[kind](path) for kind, path in listed if kind in _READERS),
         options.max_seq_length,
         options.do_lower_case,
         stripped=True,
@@ -316,10 +210,10 @@ def listed_modules(folder: Path) -> list[tuple[str, Path]]:
     listed = read_json(where)
     if not isinstance(listed, list) or not listed:
         raise BadInput("this holds no list of modules", where=where)
-    found = []
-    for module in [_checked(_Listed, part, where) for part in listed]:
+    modules = []
+    for module in [_validated(_ModuleEntry, part, where) for part in listed]:
         library, _, kind = module.type.rpartition(".")
-        supported = ("Transformer", "Pooling", "Dropout", *_READ)
+        supported = ("Transformer", "Pooling", "Dropout", *_READERS)
         if library.split(".")[0] != "sentence_transformers" or kind not in supported:
             raise BadInput(
                 f"the module {module.type!r} is not supported",
@@ -336,8 +230,8 @@ def listed_modules(folder: Path) -> list[tuple[str, Path]]:
                 where=where,
                 advice="move that folder's files here and set its path to ''",
             )
-        found.append((kind, folder / path))
-    return found
+        modules.append((kind, folder / path))
+    return modules
 
 
 def module_files(folder: Path) -> list[Path]:
@@ -360,24 +254,25 @@ def module_files(folder: Path) -> list[Path]:
     return [path for path in (*shared, *dict.fromkeys(paths)) if (folder / path).is_file()]
 
 
-def _pooled(config: _Pooling, where: Path) -> SentenceModules:
+def _pooling_of(config: _PoolingConfig, where: Path) -> SentenceModules:
     modes = config.modes()
-    unknown = [mode for mode in modes if mode not in _POOLED]
+    unknown = [mode for mode in modes if mode not in POOLINGS]
     if unknown or not modes:
-        raise _unsupported(f"the pooling {', '.join(map(repr, unknown)) or 'of nothing'}", where, _POOLED)
+        raise _unsupported(f"the pooling {', '.join(map(repr, unknown)) or 'of nothing'}", where, POOLINGS)
     return SentenceModules(tuple(modes), config.include_prompt)
 
 
-def _unsupported(what: str, where: Path, known: Sequence[str] | Mapping[str, Any] = ()) -> BadInput:
-    return BadInput(f"{what} is not supported", where=where, advice=f"there are: {', '.join(known)}" if known else None)
+def _unsupported(what: str, where: Path, supported: Sequence[str] | Mapping[str, Any] = ()) -> BadInput:
+    advice = f"there are: {', '.join(supported)}" if supported else None
+    return BadInput(f"{what} is not supported", where=where, advice=advice)
 
 
 def _dense(folder: Path) -> Dense:
     where = folder / "config.json"
-    config = _read(_Dense, where)
+    config = _read(_DenseConfig, where)
     library, _, activation = config.activation_function.rpartition(".")
-    if library.split(".")[0] != "torch" or activation not in _ACTIVATIONS:
-        raise _unsupported(f"the activation {config.activation_function!r}", where, _ACTIVATIONS)
+    if library.split(".")[0] != "torch" or activation not in ACTIVATIONS:
+        raise _unsupported(f"the activation {config.activation_function!r}", where, ACTIVATIONS)
     ends = (config.module_input_name, config.module_output_name or config.module_input_name)
     if ends != ("sentence_embedding", "sentence_embedding"):
         raise _unsupported(f"a Dense module from {ends[0]!r} to {ends[1]!r}", where)
@@ -391,12 +286,12 @@ def _dense(folder: Path) -> Dense:
 
 
 def _layer_norm(folder: Path) -> LayerNorm:
-    size = (_read(_LayerNorm, folder / "config.json").dimension,)
+    size = (_read(_LayerNormConfig, folder / "config.json").dimension,)
     tensors = _tensors(folder)
     return LayerNorm(*(_tensor(tensors, f"norm.{name}", size, folder) for name in ("weight", "bias")))
 
 
-_READ: Mapping[str, Callable[[Path], Step]] = {
+_READERS: Mapping[str, Callable[[Path], VectorLayer]] = {
     "Dense": _dense,
     "LayerNorm": _layer_norm,
     "Normalize": lambda _: Normalize(),

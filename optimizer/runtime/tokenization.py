@@ -28,13 +28,15 @@ ENDLESS = 1 << 20
 """Tokenizers that know no limit say so with a huge number: from here on it is none."""
 _PROBES = ("", "a", "Naïve  CAFÉ, 日本語 \U0001f600\n\tw1 w2 [MASK] <s>", "word " * 40)
 _PAIR = "Second text: isn't it?"
-_THEIRS = threading.Lock()
-"""Held while a tokenizer of transformers encodes: it, too, sets padding and truncation on its core at each call."""
+_ATTRIBUTES = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
+"""Attributes of an encoding of the package tokenizers, by the names that transformers gives its arrays."""
+_TRANSFORMERS_LOCK = threading.Lock()
+"""A lock held while a tokenizer of transformers encodes: it, too, sets padding and truncation at each call."""
 Id = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class TokenizerRecord(BaseModel):
-    """How `tokenizer.json` is used by itself: what `AutoTokenizer` would have taken from other files."""
+    """Settings for `tokenizer.json` used by itself: those that `AutoTokenizer` would have taken from other files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     inputs: list[str]
@@ -50,14 +52,14 @@ class TokenizerRecord(BaseModel):
 
 
 class LightEncoded(dict[str, Any]):
-    """Arrays (or, of a single text, lists) by name, with what tells the first text of a pair from the second."""
+    """Arrays (or, of a single text, lists) by name, and of each token the text of a pair that it belongs to."""
 
     def __init__(self, arrays: Mapping[str, Any], parts: Sequence[list[int | None]]) -> None:
         super().__init__(arrays)
         self._parts = parts
 
     def sequence_ids(self, index: int) -> list[int | None]:
-        """Of each token the text that it belongs to, None for special ones."""
+        """The text that each token belongs to: 0 or 1, None for special tokens."""
         return self._parts[index]
 
 
@@ -71,7 +73,7 @@ class LightTokenizer:
             self._core: Any = Tokenizer.from_file(str(folder / FILE))
         except Exception as error:  # the library raises nothing more particular
             raise BadInput(f"its tokenizer cannot be loaded: {in_one_line(error)}", where=folder / FILE) from error
-        self._setting = threading.Lock()
+        self._lock = threading.Lock()
         self.record = record
         self.model_max_length: float = float("inf") if record.limit is None else record.limit
         self.all_special_ids = record.special_ids
@@ -92,18 +94,17 @@ class LightTokenizer:
         firsts = [texts] if isinstance(texts, str) else list(texts)
         seconds = [pairs] if isinstance(pairs, str) else pairs
         asked = firsts if seconds is None else list(zip(firsts, seconds, strict=True))
-        with self._setting:  # another thread's call must not set the core before this one has encoded
+        with self._lock:  # another thread's call must not set the core before this one has encoded
             self._set(padding, max_length if truncation else None, max_length if padding == "max_length" else None)
             encodings = self._core.encode_batch(asked)
-        parts = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
-        kept = {name: parts[name] for name in parts if name in self.record.inputs}
-        kept |= {"offset_mapping": "offsets"} if return_offsets_mapping else {}
-        found: dict[str, Any] = {name: [getattr(e, part) for e in encodings] for name, part in kept.items()}
+        attributes = {name: part for name, part in _ATTRIBUTES.items() if name in self.record.inputs}
+        attributes |= {"offset_mapping": "offsets"} if return_offsets_mapping else {}
+        arrays: dict[str, Any] = {name: [getattr(e, part) for e in encodings] for name, part in attributes.items()}
         if return_tensors is not None:
-            found = {name: np.array(rows, np.int64) for name, rows in found.items()}
+            arrays = {name: np.array(rows, np.int64) for name, rows in arrays.items()}
         elif single:
-            found = {name: rows[0] for name, rows in found.items()}
-        return LightEncoded(found, [list(encoding.sequence_ids) for encoding in encodings])
+            arrays = {name: rows[0] for name, rows in arrays.items()}
+        return LightEncoded(arrays, [list(encoding.sequence_ids) for encoding in encodings])
 
     def _set(self, padding: bool | str, longest: int | None, length: int | None) -> None:
         """Cut at ``longest`` tokens, and pad to ``length`` or else to the longest text."""
@@ -122,7 +123,7 @@ class LightTokenizer:
 
 
 def light_record(tokenizer: Any, folder: Path) -> TokenizerRecord | None:
-    """What `LightTokenizer` needs to do what ``tokenizer`` of transformers does; None if it does not do the same."""
+    """The settings with which `LightTokenizer` does what ``tokenizer`` of transformers does; None if it does not."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None or not (folder / FILE).is_file() or tokenizer.pad_token is None:
         return None
@@ -138,21 +139,22 @@ def light_record(tokenizer: Any, folder: Path) -> TokenizerRecord | None:
         special_ids=list(tokenizer.all_special_ids),
     )
     light = LightTokenizer(folder, record)
-    same = _bare(light._core) == _bare(core) and set(record.inputs) <= {"input_ids", "token_type_ids", "attention_mask"}
-    return record if same and all(_agree(light, tokenizer, pairs) for pairs in (None, _PAIR)) else None
+    if not set(record.inputs) <= _ATTRIBUTES.keys() or _configuration(light._core) != _configuration(core):
+        return None
+    return record if all(_encode_alike(light, tokenizer, pairs) for pairs in (None, _PAIR)) else None
 
 
-def _bare(core: Any) -> Any:
-    """What a core does, apart from padding and truncation, which each call sets."""
+def _configuration(core: Any) -> Any:
+    """The configuration of a core without padding and truncation, which each call sets."""
     return {n: part for n, part in parse_json(core.to_str(), FILE).items() if n not in ("padding", "truncation")}
 
 
-def _agree(light: LightTokenizer, tokenizer: Any, pair: str | None) -> bool:
-    """Whether both make the same of texts that try what tokenizers do differently."""
+def _encode_alike(light: LightTokenizer, tokenizer: Any, pair: str | None) -> bool:
+    """True if both give the same arrays for texts that show how tokenizers differ."""
     pairs = () if pair is None else ([pair] * len(_PROBES),)
     options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 16, "return_tensors": "np"}
-    ours, theirs = (encoder(list(_PROBES), *pairs, **options) for encoder in (light, tokenizer))
-    return set(ours) == set(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    encoded, expected = (encoder(list(_PROBES), *pairs, **options) for encoder in (light, tokenizer))
+    return set(encoded) == set(expected) and all(np.array_equal(encoded[name], expected[name]) for name in encoded)
 
 
 def encode(tokenizer: Any, folder: Path, *texts: Any, **options: Any) -> Any:
@@ -162,7 +164,7 @@ def encode(tokenizer: Any, folder: Path, *texts: Any, **options: Any) -> Any:
     stands for unknown words.
     """
     try:
-        with nullcontext() if isinstance(tokenizer, LightTokenizer) else _THEIRS:
+        with nullcontext() if isinstance(tokenizer, LightTokenizer) else _TRANSFORMERS_LOCK:
             return tokenizer(*texts, **options)
     except Exception as error:
         raise BadInput(f"its tokenizer cannot read this text ({in_one_line(error)})", where=folder) from error
