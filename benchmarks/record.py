@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from planish.optimizer.cli.display import print_table
+from planish.optimizer.interfaces import registry
 from planish.optimizer.system.machine import cores, instruction_set, library_versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,7 +33,7 @@ def record(
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "python": platform.python_version(),
-        "libraries": library_versions(),
+        "libraries": library_versions(registry.libraries()),
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(head | {"figures": figures}, indent=1) + "\n", encoding="utf-8")
     lines = [f"# {what}", "", f"{head['date']}, {machine()}; `python -m benchmarks.{command or name}`.", ""]

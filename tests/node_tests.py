@@ -28,6 +28,7 @@ from onnx.backend.test.loader import load_model_tests
 from onnx.backend.test.runner import Runner
 from onnxruntime.backend.backend import OnnxRuntimeBackend
 
+from planish.backends import BACKENDS
 from planish.optimizer import Pipeline
 from planish.optimizer.pipeline import presets
 from planish.optimizer.pipeline.instruments import VerifyEach, text_of
@@ -93,8 +94,8 @@ class PlanishBackend(OnnxRuntimeBackend):  # type: ignore[misc]
 def pipelines() -> dict[str, str]:
     """Text of the exact preset of each target -> the targets that have it."""
     found: dict[str, list[str]] = {}
-    for target, text in presets.PRESETS["exact"].items():
-        found.setdefault(text, []).append(target)
+    for target in BACKENDS:
+        found.setdefault(presets.pipeline_text("exact", target), []).append(target)
     return {text: ", ".join(targets) for text, targets in found.items()}
 
 

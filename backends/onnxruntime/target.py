@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -11,10 +12,10 @@ from annotated_types import Ge, Le
 
 from planish.backends.onnxruntime.emit import open_cache_sizes
 from planish.backends.onnxruntime.engine import OnnxRuntimeEngine, ort_value_of
+from planish.backends.onnxruntime.presets import PRESETS
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime, in_one_line
-from planish.optimizer.interfaces import registry
-from planish.optimizer.interfaces.backend import MOST_THREADS, Backend, Engine
-from planish.optimizer.interfaces.pass_base import PassResult
+from planish.optimizer.interfaces.backend import MOST_THREADS, Backend, Engine, RequiredPass
+from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir import onnx_io
 from planish.optimizer.ir.program import Program
 from planish.optimizer.ir.weightless import detach_weights
@@ -32,6 +33,9 @@ class OnnxRuntime(Backend):
     name: ClassVar[str] = "onnxruntime"
     distribution: ClassVar[str] = "onnxruntime"
     model_file: ClassVar[str] = "model.onnx"
+    suffixes: ClassVar[tuple[str, ...]] = (".onnx",)
+    libraries: ClassVar[tuple[str, ...]] = ("onnxruntime",)
+    presets: ClassVar[Mapping[str, Sequence[Recipe]]] = PRESETS
 
     threads: Annotated[int, Ge(0), Le(MOST_THREADS)] = 0
     """Threads that share one operator; 0 lets the runtime take one per core."""
@@ -52,24 +56,18 @@ class OnnxRuntime(Backend):
         """Where the cache is kept in 8 bits."""
         return self.cache != "f32"
 
+    @property
+    def required_passes(self) -> tuple[RequiredPass, ...]:
+        """What keeps the cache in 8 bits, in the plain lowering as well: components hand it to each other."""
+        return (RequiredPass("quantize-cache", "kept in 8 bits", "cache=int8"),) if self.cache == "int8" else ()
+
     def emit(self, program: Program, folder: Path) -> None:
         """Write `model.onnx`, with its weights beside it if they are large; several components share theirs."""
-        models = {name: self._keeping(model) for name, model in program.components.items()}
+        models = self.with_required_passes(program).components
         if len(models) > 1:
             onnx_io.save_together({self.file_of(name): model for name, model in models.items()}, folder)
         else:
             onnx_io.save(open_cache_sizes(next(iter(models.values()))), folder / self.model_file)
-
-    def _keeping(self, model: ir.Model) -> ir.Model:
-        """The model with its cache kept as is asked for, a copy if that changes it; CheckFailed if that cannot be."""
-        if self.cache == "f32":
-            return model
-        result = registry.pass_class("quantize-cache")()(model.clone())
-        if isinstance(result, PassResult) and result.refusals:
-            first = result.refusals[0]
-            reason = f"{first.site} cannot be kept in 8 bits: {first.reason}; leave out cache=int8"
-            raise CheckFailed(reason, where=f"target {self}")
-        return result.model
 
     def open(self, path: Path) -> Engine:
         """Open an engine folder or an `.onnx` file, with all of the runtime's own optimizations."""

@@ -6,7 +6,7 @@ The IR is written by OpenVINO's own ONNX frontend, so this backend needs the pac
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -15,8 +15,10 @@ from annotated_types import Ge, Le, MaxLen
 
 from planish.backends.openvino.emit import drop_guards, give_stable_names, import_quietly, make_stateful
 from planish.backends.openvino.engine import MOST_BUCKETS, PAGE, OpenVinoEngine, Size, of_size
+from planish.backends.openvino.presets import PRESETS
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime, in_one_line
 from planish.optimizer.interfaces.backend import MOST_THREADS, Backend, Engine
+from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir import onnx_io
 from planish.optimizer.ir.graph import FINITE_MASK
 from planish.optimizer.ir.program import Program
@@ -33,6 +35,9 @@ class OpenVino(Backend):
     name: ClassVar[str] = "openvino"
     distribution: ClassVar[str] = "openvino"
     model_file: ClassVar[str] = "openvino_model.xml"
+    suffixes: ClassVar[tuple[str, ...]] = (".xml",)
+    libraries: ClassVar[tuple[str, ...]] = ("openvino",)
+    presets: ClassVar[Mapping[str, Sequence[Recipe]]] = PRESETS
 
     threads: Annotated[int, Ge(0), Le(MOST_THREADS)] = 0
     """Threads of one inference; 0 lets the runtime take one per core."""

@@ -7,7 +7,7 @@ graph (networks are always strongly typed since TensorRT 11, and are asked to be
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -16,8 +16,10 @@ from annotated_types import Ge, Le, Len
 from pydantic import AfterValidator
 
 from planish.backends.tensorrt.emit import refuse_foreign
+from planish.backends.tensorrt.presets import PRESETS
 from planish.optimizer.errors import CheckFailed, MissingRuntime
 from planish.optimizer.interfaces.backend import Backend, Engine
+from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir import onnx_io
 from planish.optimizer.ir.kv_cache import PAST
 from planish.optimizer.ir.program import Program, Signature
@@ -42,6 +44,7 @@ class TensorRt(Backend):
     name: ClassVar[str] = "tensorrt"
     distribution: ClassVar[str] = "tensorrt"
     model_file: ClassVar[str] = "model.onnx"
+    presets: ClassVar[Mapping[str, Sequence[Recipe]]] = PRESETS
 
     batch: Range = (1, 1, 8)
     """Smallest, most usual and largest number of examples that the plan shall take."""

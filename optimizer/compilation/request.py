@@ -16,6 +16,7 @@ from planish.optimizer.fidelity.user_metric import Evaluation
 from planish.optimizer.interfaces import option_text, registry
 from planish.optimizer.interfaces.backend import Backend
 from planish.optimizer.interfaces.pass_base import Pass
+from planish.optimizer.interfaces.recipe import When
 from planish.optimizer.ir.program import Program, Signature
 from planish.optimizer.pipeline import presets
 from planish.optimizer.pipeline.pipeline import Pipeline
@@ -32,8 +33,8 @@ class Request:
     asked: Budget
     """What `--keep` says; without it, the default of the preset."""
     shapes: tuple[Mapping[str, int], ...]
-    extra: Pipeline
-    """Passes that are tried behind the pipeline of each target, and kept where that is faster."""
+    extras: Mapping[str, Pipeline]
+    """Passes that are tried behind the pipelines of each target, by its name, and kept where that is faster."""
     alternatives: Mapping[str, Sequence[Pipeline]]
     """Pipelines that are tried instead, by the name of the target, and kept where they are faster."""
     stepping: Mapping[str, Sequence[Pipeline]]
@@ -61,6 +62,11 @@ class Request:
     def instead(self, target: Backend, *, writes: bool) -> list[Pipeline]:
         """What is tried instead of a target's pipeline, for a program that writes token by token or does not."""
         return [*self.alternatives.get(target.name, ()), *(self.stepping.get(target.name, ()) if writes else ())]
+
+    @property
+    def extra(self) -> Pipeline:
+        """What is tried behind the pipelines of the first target."""
+        return next(iter(self.extras.values()))
 
     @property
     def beginning(self) -> tuple[Pass, ...]:
@@ -93,7 +99,11 @@ class Request:
 
     def passes_for(self, target: Backend) -> list[Pass]:
         """Every pass that may run for a target: of its pipeline, and of what is tried behind or instead of it."""
-        others = [*self.alternatives.get(target.name, ()), *self.stepping.get(target.name, ()), self.extra]
+        others = [
+            *self.alternatives.get(target.name, ()),
+            *self.stepping.get(target.name, ()),
+            self.extras[target.name],
+        ]
         return [step for pipeline in (self.pipelines[target.name], *others) for step in pipeline.passes]
 
     @property
@@ -147,9 +157,9 @@ def request_of(
         pipelines=pipelines,
         asked=asked,
         shapes=tuple(shapes),
-        extra=_extra_for(preset, shapes),
-        alternatives=_alternatives_for(backends, presets.CALIBRATED.get(preset or "", {}) if calibrated else {}, first),
-        stepping=_alternatives_for(backends, presets.STEPS.get(preset or "", {}), first),
+        extras=_extras(backends, preset if any(sizes.get("batch", 1) > 1 for sizes in shapes) else None),
+        alternatives=_tried(backends, preset if calibrated else None, When.CALIBRATED, first),
+        stepping=_tried(backends, preset, When.GENERATING, first),
         evaluation=own,
         last_logits=logits == "last",
         profile=None if profile is None else Path(profile),
@@ -192,17 +202,18 @@ def _pipelines_for(
     return {name: Pipeline.parse(",".join([*first, own])) for name, own in texts.items()}
 
 
-def _extra_for(preset: str | None, shapes: Sequence[Mapping[str, int]]) -> Pipeline:
-    """What is tried behind the pipeline of a preset: where several texts are timed at once, some of them are padded."""
-    several = any(sizes.get("batch", 1) > 1 for sizes in shapes)
-    return Pipeline.parse(presets.EXTRA) if several and preset is not None else Pipeline()
+def _extras(targets: Sequence[Backend], preset: str | None) -> dict[str, Pipeline]:
+    """What is tried behind the pipelines of each target: where several texts are timed at once, some are padded."""
+    tried = _tried(targets, preset, When.PADDED, ())
+    return {name: Pipeline(tuple(step for one in own for step in one.passes)) for name, own in tried.items()}
 
 
-def _alternatives_for(
-    targets: Sequence[Backend], texts: Mapping[str, Sequence[str]], first: Sequence[str]
+def _tried(
+    targets: Sequence[Backend], preset: str | None, when: When, first: Sequence[str]
 ) -> dict[str, list[Pipeline]]:
-    """Pipelines that are tried instead of the preset's, each behind ``first``."""
-    return {t.name: [Pipeline.parse(",".join([*first, text])) for text in texts.get(t.name, ())] for t in targets}
+    """What a preset, if there is one, tries of each target's recipes in one case, each behind ``first``."""
+    found = {t.name: presets.recipes(preset, t.name, when) if preset is not None else () for t in targets}
+    return {name: [Pipeline.parse(",".join([*first, *recipe.passes])) for recipe in own] for name, own in found.items()}
 
 
 ReferenceMode = Literal["full", "offload", "none"]

@@ -18,6 +18,7 @@ from planish.optimizer.compilation.request import ReferenceMode
 from planish.optimizer.compilation.result import Result
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fidelity.reference import References
+from planish.optimizer.interfaces import registry
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.output import manifest as records
 from planish.optimizer.output.lock import LOCK, Lock
@@ -144,7 +145,7 @@ def write_output(
     (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
     manifest = Manifest(
         planish=library_version("planish"),
-        libraries=library_versions(),
+        libraries=library_versions(registry.libraries()),
         instruction_set=instruction_set(),
         source=records.source_record(lowered.program),
         task=lowered.program.task,

@@ -7,17 +7,19 @@ builds need not be the machine that runs.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
 
-from planish.optimizer.errors import BadInput
-from planish.optimizer.interfaces import option_text
+from planish.optimizer.errors import BadInput, CheckFailed
+from planish.optimizer.interfaces import option_text, registry
 from planish.optimizer.interfaces.option_text import OPTIONS_CONFIG
+from planish.optimizer.interfaces.pass_base import PassResult
+from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir.kv_cache import (
     PAST_NAME,
     PRESENT_NAME,
@@ -118,6 +120,18 @@ def _as_arrays(cache: object) -> Arrays:
 
 
 @dataclass(frozen=True)
+class RequiredPass:
+    """A pass that every engine of a target needs because of an option, whatever pipeline made its graphs."""
+
+    text: str
+    """The pass with its options."""
+    promise: str
+    """What it brings about, for a site that refuses it: `kept in 8 bits`."""
+    option: str
+    """The option that asks for it, as text: `cache=int8`."""
+
+
+@dataclass(frozen=True)
 class Backend(abc.ABC):
     """One runtime: a frozen dataclass whose fields are the options of the target."""
 
@@ -127,6 +141,12 @@ class Backend(abc.ABC):
     """The package on the index that brings the runtime."""
     model_file: ClassVar[str]
     """Name of the file in an engine folder that `open` reads: that of the component `model`."""
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """Endings of single files that `open` reads, whoever made them: `.onnx`."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Distributions whose versions decide what its engines give: the manifest records them."""
+    presets: ClassVar[Mapping[str, Sequence[Recipe]]] = {}
+    """Preset -> what is tried for it; for a preset that is not here, the passes that every target shares."""
 
     def __str__(self) -> str:
         """The text form; options that have their default are left out."""
@@ -136,6 +156,11 @@ class Backend(abc.ABC):
     def rounds(self) -> bool:
         """Whether its options make engines compute or keep something in fewer bits than their graphs say."""
         return False
+
+    @property
+    def required_passes(self) -> tuple[RequiredPass, ...]:
+        """Passes that engines need because of its options; `emit` calls `with_required_passes`."""
+        return ()
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -151,6 +176,22 @@ class Backend(abc.ABC):
     def path_of(cls, component: str, folder: Path) -> Path:
         """What to `open` for one component: the folder itself where there is no other, else a file in it."""
         return folder if component == "model" else folder / cls.file_of(component)
+
+    def with_required_passes(self, program: Program) -> Program:
+        """The program with its required passes run, on copies; CheckFailed where one of them refuses a site."""
+        for required in self.required_passes:
+            components = {name: self._changed(model, required) for name, model in program.components.items()}
+            program = replace(program, components=components)
+        return program
+
+    def _changed(self, model: ir.Model, required: RequiredPass) -> ir.Model:
+        spec = option_text.parse_one(required.text, what="pass")
+        result = registry.pass_class(spec.name).from_options(spec.options)(model.clone())
+        if isinstance(result, PassResult) and result.refusals:
+            first = result.refusals[0]
+            reason = f"{first.site} cannot be {required.promise}: {first.reason}; leave out {required.option}"
+            raise CheckFailed(reason, where=f"target {self}")
+        return result.model
 
     @abc.abstractmethod
     def emit(self, program: Program, folder: Path) -> None:
@@ -181,4 +222,9 @@ class Backend(abc.ABC):
 
     def load(self, model: ir.Model) -> Engine:
         """An engine of a graph in memory that runs it as it is written: what passes are checked with."""
-        raise BadInput(f"target {self.name} cannot run a graph from memory; use onnxruntime for checks")
+        raise BadInput(f"target {self.name} cannot run a graph from memory")
+
+    @classmethod
+    def interprets(cls) -> bool:
+        """Whether it runs graphs from memory."""
+        return cls.load is not Backend.load

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planish.optimizer.errors import UsageError
+from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.interfaces import option_text
 
 if TYPE_CHECKING:
     from planish.optimizer.interfaces.backend import Backend
     from planish.optimizer.interfaces.pass_base import Pass
 
-
-from pathlib import Path
-
-from planish.optimizer.errors import BadInput
-from planish.optimizer.interfaces import registry
-
 PASSES = "planish.passes"
 BACKENDS = "planish.backends"
+DEFAULT_TARGET = "onnxruntime"
+"""The target where none is named."""
+_OWN = "planish"
+"""The distribution that this package is part of."""
 
 
 @dataclass(frozen=True)
@@ -79,31 +78,45 @@ def backend(text: str) -> Backend:
     return backend_class(parsed.name).from_options(parsed.options)
 
 
-def _load(group: str, name: str, kind: str) -> Any:
-    entries = table(group)
-    if name not in entries:
-        raise UsageError(f"unknown {kind} {name!r}{option_text.did_you_mean(name, entries)}")
-    return entries[name].load()
+def backends() -> Iterator[type[Backend]]:
+    """All backends: those of our own distribution before others, each group by name."""
+    names = table(BACKENDS)
+    yield from map(backend_class, sorted(names, key=lambda name: names[name].distribution != _OWN))
 
 
-_BY_SUFFIX = {".onnx": "onnxruntime", ".xml": "openvino"}
+def interpreter() -> Backend:
+    """What runs graphs from memory as they are written: the first backend that can."""
+    return next(cls for cls in backends() if cls.interprets())()
+
+
+def libraries() -> list[str]:
+    """Distributions of runtimes whose versions decide what engines give."""
+    return sorted({library for cls in backends() for library in cls.libraries})
 
 
 def target_of(path: Path) -> str:
     """The backend that opens a file, by its ending, or an engine folder, by the file it holds."""
     if path.is_dir():
-        found = [
+        names = [
             name
-            for name in registry.table(registry.BACKENDS)
-            if any((path / registry.backend_class(name).file_of(part)).is_file() for part in ("model", "decoder_model"))
+            for name in table(BACKENDS)
+            if any((path / backend_class(name).file_of(part)).is_file() for part in ("model", "decoder_model"))
         ]
-        if found:
-            return path.name if path.name in found else found[0]
-    elif path.is_file() and path.suffix in _BY_SUFFIX:
-        return _BY_SUFFIX[path.suffix]
-    kinds = "give an output of planish, an engine folder, an .onnx or an .xml file"
+    else:
+        names = [cls.name for cls in backends() if path.suffix in cls.suffixes and path.is_file()]
+    if names:
+        return path.name if path.name in names else names[0]
+    endings = " or an ".join(sorted({suffix for cls in backends() for suffix in cls.suffixes}))
+    kinds = f"give an output of planish, an engine folder, an {endings} file"
     raise BadInput(
         "this holds no engine" if path.exists() else "there is no such file or folder",
         where=path,
         advice="a checkpoint is built first (planish optimize)" if (path / "config.json").is_file() else kinds,
     )
+
+
+def _load(group: str, name: str, kind: str) -> Any:
+    entries = table(group)
+    if name not in entries:
+        raise UsageError(f"unknown {kind} {name!r}{option_text.did_you_mean(name, entries)}")
+    return entries[name].load()

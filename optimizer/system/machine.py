@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -98,7 +98,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_LIBRARIES = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino", "optimum", "torch", "transformers")
+_LIBRARIES = ("numpy", "onnx", "onnx_ir", "onnxscript", "optimum", "torch", "transformers")
+"""Those that every build goes through, whatever its targets."""
 _FLAGS = (
     "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "i8mm", "sve",
@@ -111,10 +112,10 @@ def library_version(name: str) -> str:
     return metadata.version(name)
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that determine the output."""
+def library_versions(runtimes: Iterable[str]) -> dict[str, str]:
+    """Versions of the installed libraries that determine the output, those of ``runtimes`` among them, by name."""
     versions = {}
-    for name in _LIBRARIES:
+    for name in sorted({*_LIBRARIES, *runtimes}):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

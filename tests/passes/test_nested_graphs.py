@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from planish.optimizer import Pipeline
 from planish.optimizer.calibration.collect import Calibrate
 from planish.optimizer.interfaces import registry
+from planish.optimizer.interfaces.recipe import When
 from planish.optimizer.ir.program import Arrays
 from planish.optimizer.lowering.export.onnx_file import normalize, signature_of
 from planish.optimizer.pipeline import presets
@@ -140,7 +141,7 @@ PIPELINES = {
     **{
         f"{p}-{t}": presets.pipeline_text(p, t) for p in ("exact", "fast", "small") for t in ("onnxruntime", "openvino")
     },
-    **{f"fast-{t}-by-data": presets.CALIBRATED["fast"][t][0] for t in ("onnxruntime", "openvino")},
+    **{f"fast-{t}-by-data": str(presets.recipes("fast", t, When.CALIBRATED)[0]) for t in ("onnxruntime", "openvino")},
     "fast-tensorrt": presets.pipeline_text("fast", "tensorrt"),
     "fast-tensorrt-by-data": presets.pipeline_text("fast", "tensorrt", calibrated=True),
     "small-onnxruntime-by-data": presets.pipeline_text("small", "onnxruntime", calibrated=True),

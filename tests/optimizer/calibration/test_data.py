@@ -9,11 +9,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from planish.backends.onnxruntime.target import OnnxRuntime
 from planish.optimizer import optimize
 from planish.optimizer.calibration.data import Samples, one_behind_the_other
 from planish.optimizer.calibration.self_generated import SelfGeneratedData
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.interfaces import registry
+from planish.optimizer.interfaces.recipe import Recipe, When
 from planish.optimizer.ir.program import Axis, Role, Signature, TensorSpec
 from planish.optimizer.lowering import lower
 from planish.optimizer.lowering.checkpoint.tokenizer import load_tokenizer
@@ -102,10 +104,8 @@ def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fixed_steps_race_where_there_are_data_and_a_lock_repeats_them(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "planish.optimizer.pipeline.presets.PRESETS", {"fast": {"onnxruntime": "quantize-int8{minimum=1}"}}
-    )
-    monkeypatch.setattr("planish.optimizer.pipeline.presets.CALIBRATED", {"fast": {"onnxruntime": (STATIC,)}})
+    recipes = (Recipe(("quantize-int8{minimum=1}",)), Recipe((STATIC,), When.CALIBRATED))
+    monkeypatch.setattr(OnnxRuntime, "presets", {"fast": recipes})
     options: Any = {"preset": "fast", "shapes": [{"sequence": 8}]}
     without = optimize(tiny, tmp_path / "without", **options)
     assert without.manifest.reference.calibrated_on == "nothing"

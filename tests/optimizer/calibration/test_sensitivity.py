@@ -11,12 +11,14 @@ import onnx.numpy_helper as nh
 import onnx_ir as ir
 import pytest
 
+from planish.backends.onnxruntime.target import OnnxRuntime
 from planish.optimizer import Pipeline, optimize
 from planish.optimizer.calibration.sensitivity import SelectMatMuls, losses, tightened
 from planish.optimizer.fidelity.budget import Budget
 from planish.optimizer.fidelity.reference import Reference
 from planish.optimizer.interfaces import registry
 from planish.optimizer.interfaces.quantization_pass import QuantizationPass
+from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir.program import Role, Signature, TensorSpec
 from planish.optimizer.output.lock import Lock
 from planish.optimizer.runtime.cases import thin
@@ -142,8 +144,7 @@ def test_a_preset_keeps_what_it_can_and_the_lock_says_what(
         "planish.optimizer.compilation.engine.time_against_first",
         lambda *_: [Timing(1, 1, 1, 1, 1), Timing(1, 2, 2, 2, 1)],
     )
-    table = {"fast": {"onnxruntime": "quantize-int8{minimum=1}"}}
-    monkeypatch.setattr("planish.optimizer.pipeline.presets.PRESETS", table)
+    monkeypatch.setattr(OnnxRuntime, "presets", {"fast": (Recipe(("quantize-int8{minimum=1}",)),)})
     shape = [{"sequence": 8}]
     free = optimize(tiny, tmp_path / "free", preset="fast", keep=["cosine>=0.9"], shapes=shape)
     bound = free.manifest.targets["onnxruntime"].comparison["logits"]["cosine_min"]

@@ -20,9 +20,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from planish.backends.onnxruntime.target import OnnxRuntime
 from planish.optimizer import errors, optimize
 from planish.optimizer.driver.verify import verify
 from planish.optimizer.interfaces.pass_base import PassResult
+from planish.optimizer.interfaces.recipe import Recipe, When
 from planish.optimizer.ir.program import Arrays
 from planish.optimizer.output.lock import LOCK, Lock
 from planish.optimizer.output.manifest import Manifest
@@ -259,7 +261,7 @@ def test_each_component_is_chosen_by_itself(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_trial_that_changes_nothing_says_so(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "EXTRA", "fuse-rms-norm")
+    monkeypatch.setattr(presets, "SHARED", (Recipe(("fuse-rms-norm",), When.PADDED),))
     result = optimize(tiny, tmp_path / "out", preset="exact", shapes=[{"batch": 4, "sequence": 8}])
     (trial,) = Lock.read(result.folder / "planish.lock").targets["onnxruntime"].tried
     assert (trial.kept, trial.why, trial.measured) == (False, "changed nothing: no place for it", [])
@@ -268,8 +270,8 @@ def test_a_trial_that_changes_nothing_says_so(tiny: Path, tmp_path: Path, monkey
 def test_a_pass_that_misses_what_was_asked_for_is_undone(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = {"fast": {"onnxruntime": "fold-constants,prune-ffn{keep=0.5 multiple=4}"}}
-    monkeypatch.setattr(presets, "PRESETS", table)
+    pruning = Recipe(("fold-constants", "prune-ffn{keep=0.5 multiple=4}"))
+    monkeypatch.setattr(OnnxRuntime, "presets", {"fast": (pruning,)})
     result = optimize(tiny, tmp_path / "out", preset="fast", keep=["max_abs<=1e-5"], shapes=[{"sequence": 8}])
     record = result.manifest.targets["onnxruntime"]
     (undone,) = record.rolled_back

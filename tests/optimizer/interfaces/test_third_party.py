@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from planish.backends.onnxruntime.target import OnnxRuntime
 from planish.optimizer import Pipeline, optimize
 from planish.optimizer.errors import CheckFailed, UsageError
 from planish.optimizer.interfaces import registry
-from planish.optimizer.pipeline import presets
+from planish.optimizer.interfaces.recipe import Recipe
 from tests.conftest import Planish
 
 SOURCE = Path(__file__).parents[2] / "third_party"
@@ -78,7 +79,8 @@ def test_its_backend_gives_a_checked_and_measured_engine(installed: Path, tiny: 
 def test_a_wrong_pass_is_caught_named_undone_and_reproduced(
     installed: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(presets.PRESETS["exact"], "onnxruntime", "fold-constants,negate-gelu,fuse-attention")
+    wrong = Recipe(("fold-constants", "negate-gelu", "fuse-attention"))
+    monkeypatch.setattr(OnnxRuntime, "presets", {"exact": (wrong,)})
     result = optimize(tiny, tmp_path / "out", preset="exact")
     record = result.manifest.targets["onnxruntime"]
     (undone,) = record.rolled_back
