@@ -1,6 +1,7 @@
-"""Accumulators of what was seen of an activation: they take rows, batch after batch, and never grow.
+"""Observers: statistics of one activation over calibration data.
 
-Each is a small, mergeable summary: what it knows of a thousand batches has the size of what it knows of one.
+An observer adds up rows, batch after batch. Its size depends on the width of the activation alone, not on the number of
+batches.
 """
 
 from __future__ import annotations
@@ -13,55 +14,77 @@ import numpy as np
 import onnx_ir as ir
 
 BINS = 4096
+"""Bins of a histogram."""
 
 
 class Observer(abc.ABC):
-    """What was seen of one activation; the first rows say how wide it is."""
+    """Statistics of one activation; its width is that of the first rows."""
 
     bulky: ClassVar[bool] = False
-    """Whether it is forgotten as soon as the pass had a chance to use it (`Pass.digest`)."""
+    """True for statistics so large that they are dropped after `Pass.consume`, before the next ones are collected."""
 
     rows: int = 0
-    """How many rows were seen."""
+    """Number of rows that were added."""
 
     @classmethod
     @abc.abstractmethod
     def size(cls, width: int) -> int:
-        """Bytes that it takes for rows of ``width`` entries."""
+        """Bytes of the statistics for rows of ``width`` entries."""
 
     @abc.abstractmethod
     def add(self, rows: np.ndarray) -> None:
-        """Take in rows, float32, shape (rows, width)."""
+        """Add rows, float32, shape (rows, width)."""
+
+    @property
+    @abc.abstractmethod
+    def finite(self) -> bool:
+        """True if no entry of any row was NaN or infinity."""
 
 
-Seen = TypeVar("Seen", bound=Observer)
+AnyObserver = TypeVar("AnyObserver", bound=Observer)
 
 
-def statistic_of(value: ir.Value, what: type[Seen]) -> Seen | None:
-    """What was seen of a value; nothing if nobody looked, or if there were no rows."""
-    found = cast("Seen | None", value.meta.get(what.__name__))
-    return found if found is not None and found.rows else None
+def statistic_of(value: ir.Value, kind: type[AnyObserver]) -> AnyObserver | None:
+    """The statistics of a value; None if they were not collected, or if there were no rows."""
+    observer = cast("AnyObserver | None", value.meta.get(kind.__name__))
+    return observer if observer is not None and observer.rows else None
+
+
+def unusable_statistic(value: ir.Value, kind: type[Observer], who_needs: str) -> str | None:
+    """Reason why a pass cannot use the statistics of an activation; None if it can.
+
+    ``who_needs`` is the subject and verb of the reason: "gptq needs", "fixed scales need".
+    """
+    observer = statistic_of(value, kind)
+    if observer is None:
+        return f"nothing was seen of its activation: {who_needs} calibration data"
+    return None if observer.finite else "its activation holds NaN or infinity"
 
 
 class HistogramObserver(Observer):
-    """The distribution of all entries: extremes, and a histogram over a range that doubles as it must.
+    """Distribution of all entries: extremes, and a histogram whose range doubles until it holds every entry.
 
-    Bins have equal width and the range is a power of two, so that two old bins make one new bin exactly.
+    Bins have equal width, and the range is a power of two: two old bins are exactly one new bin.
     """
 
     def __init__(self) -> None:
         self.bound = 0.0
-        """Bins are laid over [-bound, bound]."""
+        """The bins cover [-bound, bound]."""
         self.counts = np.zeros(BINS, np.int64)
+        """Entries in each bin."""
         self.low = math.inf
+        """Smallest entry; NaN if an entry was NaN."""
         self.high = -math.inf
+        """Largest entry; NaN if an entry was NaN."""
         self.lows: float = 0.0
+        """Sum of the smallest entries of batches."""
         self.highs: float = 0.0
+        """Sum of the largest entries of batches."""
         self.batches = 0
 
     @classmethod
     def size(cls, width: int) -> int:
-        """The histogram's, whatever the width."""
+        """Bytes of the histogram, the same for every width."""
         return BINS * 8
 
     def add(self, rows: np.ndarray) -> None:
@@ -71,6 +94,7 @@ class HistogramObserver(Observer):
         low, high = float(rows.min()), float(rows.max())
         self.rows += len(rows)
         self.batches += 1
+        # The functions of numpy, not min and max: these would lose a NaN, depending on the order of operands.
         self.low, self.high = np.minimum(self.low, low).item(), np.maximum(self.high, high).item()
         self.lows += low
         self.highs += high
@@ -79,47 +103,54 @@ class HistogramObserver(Observer):
             self.counts += np.histogram(rows, BINS, (-self.bound, self.bound))[0]
 
     def _grow(self, largest: float) -> None:
+        # A lower limit, since zero has no logarithm.
         needed = 2.0 ** math.ceil(math.log2(max(largest, 2.0**-60)))
         if not self.counts.any():
             self.bound = max(self.bound, needed)
         while self.bound < needed:
-            middle = self.counts.reshape(-1, 2).sum(axis=1)
-            self.counts = np.pad(middle, BINS // 4)
+            merged = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts = np.pad(merged, BINS // 4)
             self.bound *= 2
 
     @property
     def finite(self) -> bool:
-        """Whether all entries were finite."""
+        """True if both extremes are finite."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     @property
     def centers(self) -> np.ndarray:
-        """The middle of each bin."""
+        """Center of each bin."""
         return (np.arange(BINS) + 0.5) * (2 * self.bound / BINS) - self.bound
 
 
 class ChannelObserver(Observer):
-    """Each channel (entry of a row) by itself: extremes, mean, mean magnitude and mean square."""
+    """Statistics of each channel (entry of a row): extremes, mean, mean magnitude and mean square."""
 
     def __init__(self) -> None:
         self.low = np.zeros(1, np.float32)
         """Smallest entry, or zero."""
         self.high = np.zeros(1, np.float32)
         """Largest entry, or zero."""
+        # Float64: sums over millions of rows lose small terms in float32.
         self._sums = np.zeros((3, 1), np.float64)
 
     @classmethod
     def size(cls, width: int) -> int:
-        """Five numbers a channel."""
+        """Bytes of five numbers a channel."""
         return 32 * width
 
     def add(self, rows: np.ndarray) -> None:
-        """Take in rows."""
+        """Add rows to the sums of each channel."""
         self.rows += len(rows)
         self.low = np.minimum(self.low, rows.min(axis=0, initial=0))
         self.high = np.maximum(self.high, rows.max(axis=0, initial=0))
         parts = (rows, np.abs(rows), np.square(rows))
         self._sums = self._sums + np.stack([part.sum(axis=0, dtype=np.float64) for part in parts])
+
+    @property
+    def finite(self) -> bool:
+        """True if the extremes of all channels are finite."""
+        return bool(np.isfinite(self.largest).all())
 
     @property
     def largest(self) -> np.ndarray:
@@ -146,7 +177,7 @@ class ChannelObserver(Observer):
 
 
 class GramObserver(Observer):
-    """Products of every two channels, summed over all rows: what the squared error of a product depends on.
+    """Gram matrix of an activation: sums over all rows of the products of every two channels.
 
     For an error E of a matrix, the squared error of X · E is the trace of Eᵀ · (Xᵀ · X) · E.
     """
@@ -161,11 +192,11 @@ class GramObserver(Observer):
 
     @classmethod
     def size(cls, width: int) -> int:
-        """Half a square matrix."""
+        """Bytes of half a square matrix."""
         return 2 * width * (width + 1)
 
     def add(self, rows: np.ndarray) -> None:
-        """Take in rows."""
+        """Add the products of the channels of each row."""
         from scipy.linalg.lapack import ssfrk
 
         self.rows += len(rows)
@@ -176,18 +207,19 @@ class GramObserver(Observer):
 
     @property
     def finite(self) -> bool:
-        """Whether all sums are finite."""
+        """True if all sums are finite."""
         return bool(np.isfinite(self._sums).all())
 
     @property
     def mean(self) -> np.ndarray:
-        """The mean over rows, float32, shape (width, width)."""
+        """Mean of the products over rows, float32, shape (width, width)."""
         from scipy.linalg.lapack import stfttr
 
         if not self.rows:
-            raise ValueError("nothing was seen")
-        found, failed = stfttr(self._width, self._sums / np.float32(self.rows))
-        if failed:
-            raise ValueError(f"stfttr refuses its argument {-failed}")
-        upper = np.triu(found)
-        return np.asarray(upper + np.triu(found, 1).T)
+            raise ValueError("a Gram matrix has no mean before rows are added")
+        unpacked, status = stfttr(self._width, self._sums / np.float32(self.rows))
+        if status:
+            raise ValueError(f"stfttr refuses its argument {-status}")
+        # LAPACK leaves the other triangle as it was: uninitialized.
+        upper = np.triu(unpacked)
+        return np.asarray(upper + np.triu(unpacked, 1).T)

@@ -1,4 +1,4 @@
-"""What all quantizing passes share: the products they are about, and which of them stay in float."""
+"""Base class of quantization passes: the MatMuls that they may quantize, and the reasons why some stay in float."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge
 
-from planish.optimizer.interfaces.observers import ChannelObserver, statistic_of
+from planish.optimizer.interfaces.observers import ChannelObserver, Observer, statistic_of
 from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, StatisticRequest, admitted
 from planish.optimizer.ir.edit import add_initializer, forget_unread, remove_dead, rename_duplicates
 from planish.optimizer.ir.graph import (
@@ -28,34 +28,34 @@ from planish.optimizer.ir.lazy_tensors import lazy
 
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _AS_FLOAT = "planish.as_float"
-"""Under which a tensor of 16 bits keeps its float form."""
+"""Key of the float form in the metadata of a 16-bit tensor."""
 
 
 @dataclass(frozen=True)
 class MatMulSite:
-    """A product with a constant matrix.
+    """A MatMul with a constant matrix.
 
-    Operands are looked up when they are asked for: where one product reads another, rewriting the first gives the
-    second another operand.
+    Operands are read from the node each time: if one MatMul reads another, rewriting the first changes the operand of
+    the second.
     """
 
     node: ir.Node
     main: ir.Graph
-    """The main graph of its model; the product may stand in a subgraph."""
+    """The main graph of its model; the MatMul may be in a subgraph."""
 
     @property
     def data(self) -> ir.Value:
-        """The activation."""
+        """The activation: the left operand."""
         return _operand(self.node, 0)
 
     @property
     def weight(self) -> ir.Value:
-        """The matrix, or what a Cast makes of it."""
+        """The matrix, or the output of a Cast of it."""
         return _operand(self.node, 1)
 
     @property
     def tensor(self) -> ir.TensorProtocol:
-        """The entries of the matrix; ValueError once the product reads something else."""
+        """Entries of the matrix, float; ValueError if the MatMul has been rewritten to read something else."""
         tensor = matrix_behind(self.weight)
         if tensor is None:
             raise ValueError(f"{self.name!r} has no constant matrix any more")
@@ -63,60 +63,69 @@ class MatMulSite:
 
     @property
     def observable(self) -> bool:
-        """Whether the activation can be shown as an output: a value of a branch or of the body of a loop cannot."""
+        """True if the activation can be an output of the main graph: a value of a branch or of a loop's body cannot."""
         return self.data.graph is self.main and not self.data.is_initializer()
 
     @property
     def name(self) -> str:
-        """How options and the lock call it: by its product, whose name stays the same."""
+        """Name in options and in the lock: that of the MatMul, which passes do not change."""
         return _name_of(self.node)
 
 
 @dataclass(frozen=True)
 class QuantizationPass(Pass):
-    """Rounds the matrices of products; each product is a site that may be skipped by name."""
+    """Base of passes that quantize the matrices of MatMuls; each MatMul is a site that may be skipped by name."""
 
     exact: ClassVar[bool] = False
 
     minimum: Annotated[int, Ge(0)] = 4096
-    """Elements that a matrix must have to be worth it."""
+    """Smallest number of elements of a matrix that is quantized."""
 
     skip: tuple[str, ...] = ()
-    """Names of products that stay in float: those that would cost the most accuracy."""
+    """Names of MatMuls that stay in float: those that would cost the most accuracy."""
 
     correct_bias: bool = False
-    """Whether the mean error of each product's rounded matrix, over calibration data, is taken out of the bias behind
-    it (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.2)."""
+    """Subtract the mean error of each quantized MatMul over calibration data from the bias that follows it (Nagel et
+    al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.2)."""
+
+    @property
+    def site_statistics(self) -> Sequence[type[Observer]]:
+        """Statistics of the activation of each candidate that the pass needs."""
+        return ()
 
     def statistics(self, model: ir.Model) -> Sequence[StatisticRequest]:
-        """The mean of each channel, if biases are corrected."""
-        corrected = [site for site in self.candidates(model) if _bias_of(site)] if self.correct_bias else []
-        return [StatisticRequest(site.data, ChannelObserver) for site in corrected]
+        """Requests of the statistics of each candidate, and of channel means if biases are corrected."""
+        kinds = self.site_statistics
+        # Reading a graph for candidates reads its matrices: it is left out where nothing is requested.
+        sites = self.candidates(model) if kinds or self.correct_bias else []
+        corrected = [site for site in sites if _bias_of(site)] if self.correct_bias else []
+        means = [StatisticRequest(site.data, ChannelObserver) for site in corrected]
+        return [*means, *(StatisticRequest(site.data, kind) for site in sites for kind in kinds)]
 
     def unsupported(self, site: MatMulSite) -> str | None:
-        """Why this form cannot say this matrix; nothing if it can."""
+        """Reason why the pass can never quantize the matrix of a site; None if it can."""
         return None
 
     def not_ready(self, site: MatMulSite) -> str | None:
-        """Why a product that could be rounded cannot be rounded now; nothing if it can."""
+        """Reason why a site that could be quantized cannot be now, for want of statistics; None if it can."""
         return None
 
     @abc.abstractmethod
     def dequantized_weight(self, site: MatMulSite) -> np.ndarray:
-        """The matrix of a site as its product will see it, float32, shape as given."""
+        """The matrix of a site that the quantized MatMul computes with, float32, same shape."""
 
     def dequantized_input(self, site: MatMulSite, data: np.ndarray) -> np.ndarray:
-        """An activation as a product will see it; as it is, unless the form rounds it."""
+        """The activation that the quantized MatMul computes with; ``data`` itself if activations stay in float."""
         return data
 
     @abc.abstractmethod
     def rewrite(self, model: ir.Model, sites: list[MatMulSite]) -> None:
-        """Write all of these in few bits."""
+        """Quantize all of these sites."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite every such MatMul of the main graph and of its subgraphs."""
+        """Quantize the MatMuls of the main graph and of its subgraphs."""
         result = PassResult(model, modified=False)
-        taken: list[MatMulSite] = []
+        sites: list[MatMulSite] = []
         products = products_of(model, "MatMul", "Gemm")
         unknown = set(self.skip) - {_name_of(node) for node in products}
         result.refusals += [
@@ -129,29 +138,30 @@ class QuantizationPass(Pass):
                 result.refusals.append(Refusal.at(node, reason or "", node.inputs[1]))
             elif admitted():
                 result.sites.append(location_of(node))
-                taken.append(site)
-        corrected = [self._correct(model.graph, site) for site in taken] if self.correct_bias else []
-        if taken:
-            read = [site.weight.producer() for site in taken]
-            self.rewrite(model, taken)
-            _tidy(model, [node for node in read if node is not None])
-        result.modified = bool(taken)
-        result.facts["quantized"] = len(taken)
+                sites.append(site)
+        # Before the rewrite: afterwards the matrices in float are gone.
+        corrected = [self._correct_bias(model.graph, site) for site in sites] if self.correct_bias else []
+        if sites:
+            producers = [site.weight.producer() for site in sites]
+            self.rewrite(model, sites)
+            _clean_up(model, [node for node in producers if node is not None])
+        result.modified = bool(sites)
+        result.facts["quantized"] = len(sites)
         if self.correct_bias:
             result.facts["corrected"] = sum(corrected)
         return result
 
     def candidates(self, model: ir.Model) -> list[MatMulSite]:
-        """Products that can be rounded, those that are skipped among them."""
+        """MatMuls that the pass can quantize, skipped ones included."""
         sites = (site_of(node, model.graph) for node in products_of(model))
-        return [site for site in sites if site is not None and self._misfit(site) is None]
+        return [site for site in sites if site is not None and self._no_candidate(site) is None]
 
-    def _correct(self, graph: ir.Graph, site: MatMulSite) -> bool:
-        """Add the mean of what rounding takes away to the bias behind a product; False if there is none."""
-        place, channels = _bias_of(site), statistic_of(site.data, ChannelObserver)
-        if place is None or channels is None:
+    def _correct_bias(self, graph: ir.Graph, site: MatMulSite) -> bool:
+        """Add the mean of what quantization subtracts to the bias that follows a MatMul; False if there is none."""
+        bias_input, channels = _bias_of(site), statistic_of(site.data, ChannelObserver)
+        if bias_input is None or channels is None:
             return False
-        node, index = place
+        node, index = bias_input
         bias = constant_of(node.inputs[index])
         if bias is None:
             return False
@@ -160,16 +170,17 @@ class QuantizationPass(Pass):
         return True
 
     def _reason(self, site: MatMulSite) -> str | None:
-        """Why this product stays in float."""
+        """Reason why a MatMul stays in float; None if it does not."""
         if site.name in self.skip:
             return "it is skipped, as the pass was asked to"
-        misfit, not_ready = self._misfit(site), self.not_ready(site)
-        if misfit is None and not_ready is not None and not site.observable:
+        no_candidate, not_ready = self._no_candidate(site), self.not_ready(site)
+        # Statistics of such a site are missing whatever data are given: advice to calibrate would not help.
+        if no_candidate is None and not_ready is not None and not site.observable:
             return "its activation is a value of a subgraph or a constant, which calibration cannot observe"
-        return misfit or not_ready
+        return no_candidate or not_ready
 
-    def _misfit(self, site: MatMulSite) -> str | None:
-        """Why this matrix cannot be rounded, or is not worth it."""
+    def _no_candidate(self, site: MatMulSite) -> str | None:
+        """Reason why the matrix of a site cannot or should not be quantized; None if it is a candidate."""
         if IN_FLOAT in site.node.metadata_props:
             return "it multiplies the channels that stand out"
         if site.tensor.dtype is not ir.DataType.FLOAT:
@@ -186,30 +197,30 @@ def _name_of(product: ir.Node) -> str:
 
 
 def products_of(model: ir.Model, *op_types: str) -> list[ir.Node]:
-    """Every product of the main graph and its subgraphs (branches of If, bodies of Loop), in order."""
+    """Nodes of these types in the main graph and its subgraphs (branches of If, bodies of Loop), in order."""
     kinds = op_types or ("MatMul",)
     return [node for graph in model.graphs() for node in graph if node.op_type in kinds and node.domain == ""]
 
 
 def site_of(node: ir.Node, main: ir.Graph) -> MatMulSite | None:
-    """The product with a constant matrix that a MatMul is, if it is one; ``main`` is the main graph around it."""
-    given = node.op_type == "MatMul" and node.inputs[0] is not None and matrix_behind(node.inputs[1]) is not None
-    return MatMulSite(node, main) if given else None
+    """The site of a node; None unless it is a MatMul with a constant matrix. ``main`` is its model's main graph."""
+    is_site = node.op_type == "MatMul" and node.inputs[0] is not None and matrix_behind(node.inputs[1]) is not None
+    return MatMulSite(node, main) if is_site else None
 
 
 def matrix_behind(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The constant matrix that a value is, also one of 16 bits behind a Cast to float; None if it is none.
+    """The constant matrix of a value, or that of 16 bits in front of a Cast to float; None if there is none.
 
-    The float form is made when it is read, and kept with the tensor of 16 bits, which copies of a model share.
+    The float form is computed when it is read. It is kept with the 16-bit tensor, which copies of a model share.
     """
     if is_weight_matrix(value) and value is not None:
         return value.const_value
-    made_float = producer_of(value, "Cast")
-    stored = None if made_float is None else made_float.inputs[0]
-    halves = stored.const_value if stored is not None and is_weight_matrix(stored) else None
-    if made_float is None or halves is None or halves.dtype not in _HALVES:
+    cast_node = producer_of(value, "Cast")
+    operand = None if cast_node is None else cast_node.inputs[0]
+    halves = operand.const_value if operand is not None and is_weight_matrix(operand) else None
+    if cast_node is None or halves is None or halves.dtype not in _HALVES:
         return None
-    if made_float.attributes.get_int("to", 0) != ir.DataType.FLOAT:
+    if cast_node.attributes.get_int("to", 0) != ir.DataType.FLOAT:
         return None
     if _AS_FLOAT not in halves.meta:
         shape, name = sizes_of(halves), f"{halves.name}_float"
@@ -218,7 +229,7 @@ def matrix_behind(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def sites_by_data(model: ir.Model) -> list[list[MatMulSite]]:
-    """Products of the main graph with constant float matrices, by the activation that they read."""
+    """Sites of the main graph with float matrices, grouped by the activation that they read."""
     groups: dict[ir.Value, list[MatMulSite]] = {}
     for site in (site_of(node, model.graph) for node in model.graph if node.domain == ""):
         if site is None or IN_FLOAT in site.node.metadata_props or site.tensor.dtype is not ir.DataType.FLOAT:
@@ -228,17 +239,16 @@ def sites_by_data(model: ir.Model) -> list[list[MatMulSite]]:
 
 
 def refusals_in_subgraphs(model: ir.Model) -> list[Refusal]:
-    """One for each product of a branch or of the body of a loop: what a pass cannot do that needs to observe it."""
+    """Refusals of a pass that needs statistics: one for each MatMul of a branch or of a loop's body."""
     nodes = [node for node in products_of(model) if node.graph is not model.graph]
     return [Refusal.at(node, "it stands in a subgraph, whose values calibration cannot observe") for node in nodes]
 
 
 def _not_a_site(node: ir.Node) -> str:
-    """Why a product is none with a constant matrix that this could be about."""
-    constant = matrix_behind(node.inputs[1]) is not None
+    """Reason why a MatMul or Gemm is not a site."""
     if producer_of(node.inputs[1], "DequantizeLinear") is not None:
         return "its right operand is in few bits already"
-    if node.op_type == "Gemm" and constant:
+    if node.op_type == "Gemm" and matrix_behind(node.inputs[1]) is not None:
         return "it is a Gemm: unfuse-gemm{anywhere=true} writes it as a product and a sum"
     return "its right operand is not a constant matrix"
 
@@ -250,28 +260,26 @@ def _operand(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-def _tidy(model: ir.Model, replaced: Sequence[ir.Node]) -> None:
-    """Remove Casts of matrices that nobody reads any more, and constants; make names unique again.
-
-    What is written is named after what was there (`a_float` of `a`), and another value may have that name already.
-    """
-    for node in replaced:
+def _clean_up(model: ir.Model, producers: Sequence[ir.Node]) -> None:
+    """Remove Casts of matrices, and constants, that nothing reads any more; make names unique."""
+    for node in producers:
         if node.graph is not None:
             remove_dead(node.graph, node)
     for graph in model.graphs():
         forget_unread(graph, graph.initializers.values())
+    # New values are named after old ones (`a_float` of `a`), and the model may have such names already.
     rename_duplicates(model.graph)
 
 
 def _finite(site: MatMulSite) -> bool:
-    """Whether all entries of a matrix are numbers; it is read once for all who ask."""
+    """True if all entries of the matrix are finite; computed once for each tensor."""
     if "finite" not in site.tensor.meta:
         site.tensor.meta["finite"] = bool(np.isfinite(site.tensor.numpy()).all())
     return bool(site.tensor.meta["finite"])
 
 
 def _bias_of(site: MatMulSite) -> tuple[ir.Node, int] | None:
-    """The Add of a constant vector that alone reads a product, and which of its inputs that is."""
+    """The Add of a constant vector that is the only reader of a MatMul, and the index of the vector."""
     node = sole_user(site.node.outputs[0])
     if node is None or node.op_type != "Add" or node.domain != "":
         return None
@@ -280,7 +288,7 @@ def _bias_of(site: MatMulSite) -> tuple[ir.Node, int] | None:
 
 
 def one_of(*numbers: int) -> Callable[[int], int]:
-    """A check of an option that takes a few numbers."""
+    """Validator of an option that takes one of a few numbers."""
 
     def check(number: int) -> int:
         if number not in numbers:

@@ -1,4 +1,4 @@
-"""Constants that a node reads, changed for that node alone."""
+"""Constant operands of a node, changed for that node alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from planish.optimizer.ir.lazy_tensors import lazy
 
 
 def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
-    """The tensor behind a constant, of a matrix in 16 bits its float form; ValueError if it is none."""
+    """The tensor of a constant, the float form of a 16-bit matrix; ValueError if the value is not constant."""
     if value is not None and value.const_value is not None:
         return value.const_value
     matrix = matrix_behind(value)
@@ -27,15 +27,16 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
 
 
 def change_operand(
-    graph: ir.Graph, node: ir.Node, index: int, what: str, change: Callable[[np.ndarray], np.ndarray]
+    graph: ir.Graph, node: ir.Node, index: int, suffix: str, change: Callable[[np.ndarray], np.ndarray]
 ) -> None:
-    """Let a node read a changed float copy of a constant, of the same shape, made when it is read.
+    """Replace a constant operand of a node by a changed float copy of the same shape, computed when it is read.
 
-    Whoever else reads the constant keeps it; one that nobody reads any more is forgotten.
+    Other readers keep the constant; it is removed if there are none.
     """
     value = node.inputs[index]
     tensor = tensor_of(value)
-    name = f"{'' if value is None else value.name}_{what}"
+    name = f"{'' if value is None else value.name}_{suffix}"
+    # Lazy: passes in a row would otherwise keep every form of every matrix in memory.
     read = lambda: np.asarray(change(tensor.numpy().astype(np.float32)), np.float32)  # noqa: E731
     node.replace_input_with(index, add_initializer(graph, name, lazy(read, ir.DataType.FLOAT, sizes_of(tensor), name)))
     if value is not None:

@@ -1,14 +1,14 @@
-"""Which range of an activation is kept when it gets 256 fixed steps: from what was seen of it over calibration data."""
+"""Ranges of activations over calibration data, and the scale and zero point of 256 fixed steps that follow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
-from planish.optimizer.interfaces.observers import BINS, ChannelObserver, HistogramObserver, statistic_of
+from planish.optimizer.interfaces.observers import BINS, HistogramObserver, unusable_statistic
 from planish.optimizer.interfaces.quantization_pass import MatMulSite
 
 RangeMethod = Literal["minmax", "average", "percentile", "entropy", "mse"]
@@ -17,114 +17,124 @@ _SHARES = np.geomspace(1.0, 0.02, 79)
 """Shares of the largest magnitude that `mse` and `entropy` try."""
 _LEVELS = 128
 """Steps of a magnitude in 8 bits."""
+_EMPTY = 1e-12
+"""Probability that is added to every level: the logarithm of an empty one would be infinite."""
 
 
-def range_unready(site: MatMulSite) -> str | None:
-    """Why an activation cannot get fixed steps; nothing if it can."""
-    found = statistic_of(site.data, HistogramObserver)
-    if found is None:
-        return "nothing was seen of its activation: fixed scales need calibration data"
-    return None if found.finite else "its activation holds NaN or infinity"
+def range_not_ready(site: MatMulSite) -> str | None:
+    """Reason why an activation cannot have a fixed scale; None if it can."""
+    return unusable_statistic(site.data, HistogramObserver, "fixed scales need")
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Scale and zero point of 256 steps."""
+class QuantizationParameters:
+    """Scale and zero point of an activation in 8 bits."""
 
     scale: float
     zero_point: int
     signed: bool
-    """int8 around a zero point of zero, or uint8."""
+    """True for int8 around a zero point of zero, False for uint8."""
 
     @property
     def dtype(self) -> np.dtype:
         """Type of the integers."""
         return np.dtype(np.int8 if self.signed else np.uint8)
 
-    def dequantized_input(self, data: np.ndarray) -> np.ndarray:
-        """Real numbers as their nearest steps stand for them."""
+    def dequantized(self, data: np.ndarray) -> np.ndarray:
+        """Values that the integers of ``data`` stand for, float32."""
         limits = np.iinfo(self.dtype)
-        steps = np.clip(np.rint(data / self.scale) + self.zero_point, limits.min, limits.max)
-        return np.asarray((steps - self.zero_point) * self.scale, np.float32)
+        integers = np.clip(np.rint(data / self.scale) + self.zero_point, limits.min, limits.max)
+        return np.asarray((integers - self.zero_point) * self.scale, np.float32)
 
 
-def steps_for(shown: HistogramObserver, method: RangeMethod, *, signed: bool) -> Steps:
-    """Steps for what was seen: symmetric around zero if ``signed``, else from the lowest to the highest entry.
+def parameters_of(histogram: HistogramObserver, method: RangeMethod, *, signed: bool) -> QuantizationParameters:
+    """Scale and zero point for an activation; an activation that is always zero has a scale of one.
 
-    `minmax` keeps everything; `average` the mean of the batches' extremes (Jacob et al. 2018, section 3.1, keep a
-    moving one); `percentile` all but one entry in ten thousand; `entropy` the range whose rounded distribution is
-    closest to the true one (Migacz 2017, "8-bit inference with TensorRT"); `mse` that with the least squared error
-    (Sung et al. 2015). An activation that is always zero has a scale of one.
+    The range is symmetric around zero if ``signed``, else it goes from the lowest to the highest entry.
     """
-    low, high = _kept(shown, method, signed=signed)
+    low, high = _RANGES[method](histogram, signed=signed)
+    # Padding and ReLU make zero the commonest entry: it must be one of the steps.
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max(-low, high) / 127 if signed else (high - low) / 255
+    # Four digits: two machines whose sums differ in the last bit then write the same engine.
     scale = float(np.float32(f"{scale:.4g}")) if scale > 0 else 1.0
-    return Steps(scale, 0 if signed else int(np.clip(round(-low / scale), 0, 255)), signed)
+    return QuantizationParameters(scale, 0 if signed else int(np.clip(round(-low / scale), 0, 255)), signed)
 
 
-def _kept(shown: HistogramObserver, method: RangeMethod, *, signed: bool) -> tuple[float, float]:
-    if method == "average":
-        return shown.lows / shown.batches, shown.highs / shown.batches
-    if method == "percentile":
-        return _percentile(shown)
-    if method == "minmax" or not shown.counts.any():
-        return shown.low, shown.high
-    loss = _divergence if method == "entropy" else _squared_error
-    reach = max(-shown.low, shown.high)
-    tried = [(max(shown.low, -share * reach), min(shown.high, share * reach)) for share in _SHARES]
-    return min(tried, key=lambda kept: loss(shown, *kept, signed=signed))
+def _minmax(histogram: HistogramObserver, *, signed: bool) -> tuple[float, float]:
+    """The extremes."""
+    return histogram.low, histogram.high
 
 
-def _percentile(shown: HistogramObserver) -> tuple[float, float]:
-    """Limits beyond which lies as much on each side as two-sided percentiles leave out."""
-    total = np.cumsum(shown.counts) / max(int(shown.counts.sum()), 1)
+def _average(histogram: HistogramObserver, *, signed: bool) -> tuple[float, float]:
+    """The means of the extremes of batches: Jacob et al. 2018, section 3.1, take moving averages."""
+    return histogram.lows / histogram.batches, histogram.highs / histogram.batches
+
+
+def _percentile(histogram: HistogramObserver, *, signed: bool) -> tuple[float, float]:
+    """Limits that leave out one entry in ten thousand, half of them on each side."""
+    total = np.cumsum(histogram.counts) / max(int(histogram.counts.sum()), 1)
     outside = (100 - _PERCENT) / 200
-    low = shown.centers[int(np.searchsorted(total, outside))]
-    high = shown.centers[min(int(np.searchsorted(total, 1 - outside)), BINS - 1)]
-    return max(float(low), shown.low), min(float(high), shown.high)
+    low = histogram.centers[int(np.searchsorted(total, outside))]
+    high = histogram.centers[min(int(np.searchsorted(total, 1 - outside)), BINS - 1)]
+    return max(float(low), histogram.low), min(float(high), histogram.high)
 
 
-def _squared_error(shown: HistogramObserver, low: float, high: float, *, signed: bool) -> float:
-    """Of all entries, each taken to lie in the middle of its bin."""
-    filled = np.flatnonzero(shown.counts)
+class _Loss(Protocol):
+    def __call__(self, histogram: HistogramObserver, low: float, high: float, *, signed: bool) -> float: ...
+
+
+def _search(histogram: HistogramObserver, *, signed: bool, loss: _Loss) -> tuple[float, float]:
+    """The range with the least loss among shares of the whole range."""
+    # Only finite batches are counted, and an activation may have none.
+    if not histogram.counts.any():
+        return histogram.low, histogram.high
+    reach = max(-histogram.low, histogram.high)
+    ranges = [(max(histogram.low, -share * reach), min(histogram.high, share * reach)) for share in _SHARES]
+    return min(ranges, key=lambda limits: loss(histogram, *limits, signed=signed))
+
+
+def _squared_error(histogram: HistogramObserver, low: float, high: float, *, signed: bool) -> float:
+    """Squared error of all entries, each taken to be at the center of its bin (Sung et al. 2015)."""
+    filled = np.flatnonzero(histogram.counts)
     low, high = (-max(-low, high), max(-low, high)) if signed else (min(low, 0.0), max(high, 0.0))
     step = (high - low) / 255
     if step <= 0:
         return float("inf")
-    values = shown.centers[filled]
+    values = histogram.centers[filled]
     error = np.clip(np.rint((values - low) / step), 0, 255) * step + low - values
-    return float((np.square(error) * shown.counts[filled]).sum())
+    return float((np.square(error) * histogram.counts[filled]).sum())
 
 
-def _divergence(shown: HistogramObserver, low: float, high: float, *, signed: bool) -> float:
-    """Kullback-Leibler divergence of magnitudes from themselves in 128 steps, beyond the range clipped into it."""
-    folded = (shown.counts[BINS // 2 :] + shown.counts[: BINS // 2][::-1]).astype(np.float64)
-    count = max(_LEVELS, int(np.ceil(max(-low, high) / shown.bound * len(folded))))
-    true = folded[:count].copy()
-    true[-1] += folded[count:].sum()
-    filled = folded[:count] > 0
-    level = np.arange(count) * _LEVELS // count
-    mass = np.bincount(level, folded[:count], _LEVELS)
-    share = np.bincount(level, filled, _LEVELS)
-    coarse = np.where(filled, (mass / np.maximum(share, 1))[level], 0)
-    true, coarse = true / true.sum(), (coarse + 1e-12) / (coarse + 1e-12).sum()
-    inside = true > 0
-    return float((true[inside] * np.log(true[inside] / coarse[inside])).sum())
+def _divergence(histogram: HistogramObserver, low: float, high: float, *, signed: bool) -> float:
+    """Kullback-Leibler divergence of the magnitudes' distribution from its form in 128 levels.
 
-
-def expected_error(channels: ChannelObserver, scale: np.ndarray, matrices: Sequence[np.ndarray]) -> float:
-    """Expected squared error of products with an activation in 256 fixed steps and columns in 255.
-
-    Channels are divided by ``scale``, rows multiplied by it; a channel whose scale is zero is left out. An entry that
-    is rounded to steps of a size is off by a twelfth of its square in the mean.
+    Migacz 2017, "8-bit Inference with TensorRT". Magnitudes beyond the range are clipped into the last bin.
     """
-    inverse = np.divide(1, scale, where=scale > 0, out=np.zeros_like(scale))
-    step = float((channels.high * inverse).max() - (channels.low * inverse).min()) / 255
-    power = float((channels.square * np.square(inverse)).sum())
-    error = 0.0
-    for matrix in matrices:
-        scaled = matrix * scale[:, None]
-        error += step**2 * float(np.square(scaled).sum()) / 12
-        error += power * float(np.square(np.abs(scaled).max(axis=0) / 127).sum()) / 12
-    return error
+    magnitudes = (histogram.counts[BINS // 2 :] + histogram.counts[: BINS // 2][::-1]).astype(np.float64)
+    # Fewer bins than levels would make every narrow range lossless.
+    count = max(_LEVELS, int(np.ceil(max(-low, high) / histogram.bound * len(magnitudes))))
+    fine = magnitudes[:count].copy()
+    fine[-1] += magnitudes[count:].sum()
+    filled = magnitudes[:count] > 0
+    level = np.arange(count) * _LEVELS // count
+    mass = np.bincount(level, magnitudes[:count], _LEVELS)
+    bins = np.bincount(level, filled, _LEVELS)
+    # A level's mass is spread over those of its bins that are filled: empty bins stay empty.
+    coarse = np.where(filled, (mass / np.maximum(bins, 1))[level], 0)
+    fine, coarse = fine / fine.sum(), (coarse + _EMPTY) / (coarse + _EMPTY).sum()
+    inside = fine > 0
+    return float((fine[inside] * np.log(fine[inside] / coarse[inside])).sum())
+
+
+class _Range(Protocol):
+    def __call__(self, histogram: HistogramObserver, *, signed: bool) -> tuple[float, float]: ...
+
+
+_RANGES: dict[RangeMethod, _Range] = {
+    "minmax": _minmax,
+    "average": _average,
+    "percentile": _percentile,
+    "entropy": functools.partial(_search, loss=_divergence),
+    "mse": functools.partial(_search, loss=_squared_error),
+}

@@ -17,7 +17,9 @@ from planish.optimizer.calibration.collect import Calibrate
 from planish.optimizer.interfaces import registry
 from planish.optimizer.ir.program import Arrays, Role, Signature, TensorSpec
 from planish.optimizer.pipeline.instruments import VerifyEach
-from planish.passes.quantization._rounding import Blocks, Method, blocks_of
+from planish.passes.quantization._blocks import BlockFormat, QuantizedBlocks
+from planish.passes.quantization.methods import METHODS
+from planish.passes.quantization.methods.mse import Mse
 
 ROWS, COLUMNS = 64, 96  # of more than 1024 bytes in 4 bits: what checks lend to the runtime
 
@@ -48,15 +50,14 @@ def matrix_of(seed: int, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> np.ndarray
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("method", ["nearest", "mse", "hqq"])
-def test_what_is_stored_is_what_is_computed(bits: int, symmetric: bool, method: Method) -> None:
+def test_what_is_stored_is_what_is_computed(bits: int, symmetric: bool, method: str) -> None:
     matrix, data = matrix_of(0), matrix_of(1, (6, ROWS)).reshape(2, 3, ROWS)
     model = product(matrix)
     text = f"quantize-weights{{bits={bits} block=16 symmetric={str(symmetric).lower()} method={method} minimum=0}}"
     (report,) = Pipeline.parse(text).run(model, [VerifyEach()]).reports
     assert len(report.sites) == 2
     assert sum(node.op_type == "DequantizeLinear" for node in model.graph) == 1  # both read the same
-    blocks = blocks_of(matrix, bits, 16, symmetric=symmetric, method=method)
-    wanted = 2 * data @ blocks.restored(matrix)
+    wanted = 2 * data @ METHODS[method](BlockFormat(bits, 16, symmetric)).fit(matrix).dequantized(matrix)
     np.testing.assert_allclose(answer(model, data), wanted, rtol=1e-4, atol=1e-4)
     packed = model.clone()
     Pipeline.parse("use-matmul-nbits{activations=float}").run(packed, [VerifyEach()])
@@ -77,31 +78,32 @@ def test_what_is_stored_is_what_is_computed(bits: int, symmetric: bool, method: 
     seed=st.integers(0, 1000),
 )
 def test_no_entry_is_further_than_its_range_allows(
-    bits: int, symmetric: bool, method: Method, scale: float, zeros: bool, seed: int
+    bits: int, symmetric: bool, method: str, scale: float, zeros: bool, seed: int
 ) -> None:
     matrix = matrix_of(seed) * np.float32(scale)
     matrix[:16] *= 0 if zeros else 1  # a block of zeros
-    found = blocks_of(matrix, bits, 16, symmetric=symmetric, method=method)
-    integers, restored = found.integers(matrix), found.restored(matrix)
-    assert np.isfinite(found.scale).all()
-    assert (found.scale > 0).all()
+    blocks = METHODS[method](BlockFormat(bits, 16, symmetric)).fit(matrix)
+    integers, dequantized = blocks.integers(matrix), blocks.dequantized(matrix)
+    assert np.isfinite(blocks.scale).all()
+    assert (blocks.scale > 0).all()
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
     assert integers.min() >= low
     assert integers.max() <= high
-    assert not zeros or not restored[:16].any()
+    assert not zeros or not dequantized[:16].any()
     reach = np.abs(matrix).reshape(-1, 16, COLUMNS).max(axis=1, keepdims=True)
-    error = np.abs(restored - matrix).reshape(-1, 16, COLUMNS)
+    error = np.abs(dequantized - matrix).reshape(-1, 16, COLUMNS)
     assert (error <= reach * (1.01 if bits == 4 else 0.6) + 1e-30).all()
 
 
 def test_copies_of_a_model_share_what_depends_on_a_matrix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
+    fit = Mse.fit
 
-    def counted(matrix: np.ndarray, bits: int, block: int, *, symmetric: bool, method: Method) -> Blocks:
-        asked.append(bits)
-        return blocks_of(matrix, bits, block, symmetric=symmetric, method=method)
+    def counted(method: Mse, matrix: np.ndarray, activation: ir.Value | None = None) -> QuantizedBlocks:
+        asked.append(method.format.bits)
+        return fit(method, matrix, activation)
 
-    monkeypatch.setattr("planish.passes.quantization._gptq.blocks_of", counted)
+    monkeypatch.setattr(Mse, "fit", counted)
     model = product(matrix_of(0))
     for bits in (4, 4, 8):
         Pipeline.parse(f"quantize-weights{{bits={bits} minimum=0}}").run(model.clone())
@@ -111,10 +113,9 @@ def test_copies_of_a_model_share_what_depends_on_a_matrix_alone(monkeypatch: pyt
 def test_a_search_is_never_worse_than_the_whole_range() -> None:
     matrix = np.random.default_rng(0).standard_t(3, (256, 32)).astype(np.float32)  # outliers
     errors = {
-        method: float(
-            np.square(blocks_of(matrix, 4, 64, symmetric=True, method=method).restored(matrix) - matrix).sum()
-        )
+        method: float(np.square(blocks.dequantized(matrix) - matrix).sum())
         for method in ("nearest", "mse")
+        for blocks in [METHODS[method](BlockFormat(4, 64, symmetric=True)).fit(matrix)]
     }
     assert errors["mse"] < 0.9 * errors["nearest"]
 
@@ -171,7 +172,7 @@ def test_strip_by_strip_it_is_the_same(method: str, symmetric: bool, monkeypatch
     matrix, data = matrix_of(0, (64, 40)), heavy(1, (1, 200, 64))
     text = f"quantize-weights{{bits=4 minimum=0 method={method} symmetric={str(symmetric).lower()}}}"
     whole = stored(observed(product(matrix), data, text))
-    monkeypatch.setattr("planish.passes.quantization._rounding._STRIP", 64 * 7)
+    monkeypatch.setattr("planish.passes.quantization._blocks._STRIP", 64 * 7)
     strips = stored(observed(product(matrix), data, text))
     assert whole.keys() == strips.keys()
     for name, array in whole.items():

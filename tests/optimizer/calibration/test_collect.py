@@ -57,7 +57,7 @@ class Look(Pass):
             for kind in (HistogramObserver, ChannelObserver, GramObserver)
         ]
 
-    def digest(self, model: ir.Model) -> None:
+    def consume(self, model: ir.Model) -> None:
         for wish in self.statistics(model):
             gram = statistic_of(wish.value, GramObserver)
             if gram is not None:

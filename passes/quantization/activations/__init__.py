@@ -1,0 +1,1 @@
+"""Activation modes of `quantize-int8`, one a file."""
