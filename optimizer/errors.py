@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,30 @@ class InternalError(PlanishError):
     exit_code = 70
 
 
+_CLASSES: Mapping[str, type[PlanishError]] = {
+    kind.__name__: kind
+    for kind in (PlanishError, CheckFailed, UsageError, BadInput, MissingRuntime, OutOfResources, InternalError)
+}
+"""The classes that `encode` names."""
+
+
+def encode(error: PlanishError) -> dict[str, str | None]:
+    """Plain data of an error, from which `decode` makes it again in another process.
+
+    An error of a class that somebody else derived from one of ours becomes one of ours: the other process may not know
+    that class.
+    """
+    kind = next(cls for cls in type(error).__mro__ if _CLASSES.get(cls.__name__) is cls)
+    parts = {"what": error.what, "where": error.where, "advice": error.advice, "picture": error.picture}
+    return {"class": kind.__name__, **parts}
+
+
+def decode(data: Mapping[str, str | None]) -> PlanishError:
+    """The error that `encode` made this data of."""
+    kind = _CLASSES[data["class"] or ""]
+    return kind(data["what"] or "", where=data["where"], advice=data["advice"], picture=data["picture"])
+
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")
 """What numpy says, and gives no number for, when it could write only a part of an array."""
@@ -152,6 +177,17 @@ def of_system(error: OSError, writing: Path | None = None) -> PlanishError | Non
     if name is not None:
         return BadInput(f"this cannot be used ({said})", where=name)
     return None
+
+
+def of_exception(error: BaseException) -> PlanishError | None:
+    """The error to tell the user of, for any exception; None if it is a bug of ours."""
+    if isinstance(error, PlanishError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfResources("memory ran out", advice="close other programs or use a larger machine")
+    if isinstance(error, ImportError) and "Too many open files" in str(error):
+        return OutOfResources("too many files are open", advice="raise the limit (ulimit -n)")
+    return of_system(error) if isinstance(error, OSError) else None
 
 
 def _belongs(path: Path, destination: Path) -> bool:

@@ -14,15 +14,7 @@ from pathlib import Path
 import click
 
 from planish.optimizer.cli.supervising import INTERRUPTED
-from planish.optimizer.errors import (
-    InternalError,
-    OutOfResources,
-    PlanishError,
-    UsageError,
-    in_one_line,
-    of_system,
-    printable,
-)
+from planish.optimizer.errors import InternalError, PlanishError, UsageError, in_one_line, of_exception, printable
 from planish.optimizer.system import interrupts
 
 UNREAD = 141
@@ -48,7 +40,7 @@ def exit_code_of(error: BaseException) -> int:
         return UNREAD
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    clear = _as_ours(error)
+    clear = of_exception(error) or _bug(error)
     if clear.picture:
         _tell(printable(clear.picture))
     _tell(f"planish: error: {clear}")
@@ -88,17 +80,6 @@ def refuse_closed_output() -> None:
 def _tell(text: str) -> None:
     with suppress(OSError):  # nobody may be there any more to read it
         click.echo(text, err=True)
-
-
-def _as_ours(error: BaseException) -> PlanishError:
-    if isinstance(error, PlanishError):
-        return error
-    if isinstance(error, MemoryError):
-        return OutOfResources("memory ran out", advice="close other programs or use a larger machine")
-    if isinstance(error, ImportError) and "Too many open files" in str(error):
-        return OutOfResources("too many files are open", advice="raise the limit (ulimit -n)")
-    clear = of_system(error) if isinstance(error, OSError) else None
-    return clear or _bug(error)
 
 
 def _bug(error: BaseException) -> PlanishError:
