@@ -10,36 +10,29 @@ that the file declares; if that finds a size for every value, and sizes and work
 
 from __future__ import annotations
 
-import faulthandler
-import json
 import logging
 import math
-import os
-import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from planish.optimizer import errors
-from planish.optimizer.errors import BadInput, InternalError, OutOfResources, PlanishError
+from planish.optimizer.errors import BadInput, CheckFailed, OutOfResources
 from planish.optimizer.interfaces import registry
 from planish.optimizer.ir import onnx_io
 from planish.optimizer.ir.graph import subgraphs_of, weight_bytes
 from planish.optimizer.ir.shape_inference import follows_few, quiet_libraries
 from planish.optimizer.ir.weightless import without_weights
 from planish.optimizer.runtime.cases import Case, load_cases, save_cases, thin
-from planish.optimizer.system import interrupts
+from planish.optimizer.system.child_process import Channel, ChildProcess, Message, parent_channel
 from planish.optimizer.system.machine import available_memory, limit_memory
 from planish.optimizer.system.scratch import scratch_folder
 
@@ -63,9 +56,11 @@ _CHANGED = 1e-2
 """Relative difference that another order of summation does not explain."""
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "std::bad_array_new_length")
 """What ONNX Runtime 1.31 says, in an error of no other kind, when memory ran out."""
-_OUTPUTS, _REORDERED, _COMPLAINT = "outputs.safetensors", "reordered.safetensors", "error.json"
-_OPENED = "opened"
-"""The name of a file that is written when the runtime has opened the graph."""
+_INPUTS, _OUTPUTS, _REORDERED = "inputs.safetensors", "outputs.safetensors", "reordered.safetensors"
+_OPENED, _ANSWERED, _FINISHED = "opened", "answered", "finished"
+"""What the process tells: the runtime has opened the graph; the outputs are written; so are those with the runtime's
+optimizations, or a note says why not."""
+_SUBJECT = "the process that runs this file"
 _ADVICE = "leave the comparison out (--no-check, --reference none), or give it smaller axes"
 
 
@@ -198,57 +193,110 @@ def _run_forked(
     """
     if sys.platform != "linux":
         return None
-    with scratch_folder() as folder:
-        child = os.fork()
-        if child == 0:
-            _work_and_exit(folder, path, model, cases, precise, limits)
-        status, deadline = None, time.monotonic() + (_BASE_SECONDS if small else limits.seconds)
+
+    def work(channel: Channel) -> None:
+        limit_memory(limits.memory)
+        _work(channel, folder, path, model, cases, precise)
+
+    replies: dict[str, Message] = {}
+    with scratch_folder() as folder, ChildProcess.fork(work, _SUBJECT, where=path) as child:
         try:
-            while status is None and time.monotonic() < deadline:
-                ended, code = os.waitpid(child, os.WNOHANG)
-                status = os.waitstatus_to_exitcode(code) if ended else None
-                if status is None:
-                    time.sleep(_POLL_SECONDS)
-        finally:
-            if status is None:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-        if status is not None:
-            return _collect(folder, path, status)
-        if not small and (folder / _OPENED).is_file():
-            raise limits.expired(path)
-        return None
+            return _collect(child, folder, path, replies, _BASE_SECONDS if small else limits.seconds)
+        except TimeoutError:
+            if not small and _OPENED in replies:
+                raise limits.expired(path) from None
+            return None
 
 
-def _work_and_exit(
-    folder: Path, path: Path, model: ir.Model, cases: Sequence[Case], precise: int, limits: Limits
-) -> NoReturn:
-    """In the fork: work, and leave without what a process does at its end, which is the parent's to do."""
-    code = 1
-    faulthandler.disable()  # its descriptor is the parent's
+def _run_confined(path: Path, cases: Sequence[Case], precise: int, limits: Limits) -> Run:
+    replies: dict[str, Message] = {}
+    with (
+        scratch_folder() as folder,
+        ChildProcess.start("planish.optimizer.lowering.original.limited_process", _SUBJECT, where=path) as child,
+    ):
+        save_cases(cases, folder / _INPUTS)
+        child.send(
+            "run", path=str(path), folder=str(folder), precise=precise, memory=limits.memory,
+            cases=len(cases), has_inputs=any(cases),
+        )  # fmt: skip
+        try:
+            # What is imported does not count as time of the file.
+            child.receive_before(time.monotonic() + _IMPORT_SECONDS)
+        except TimeoutError:
+            raise OutOfResources("the process that runs this file does not start", where=path) from None
+        try:
+            return _collect(child, folder, path, replies, limits.seconds)
+        except TimeoutError:
+            raise limits.expired(path) from None
+
+
+def _collect(child: ChildProcess, folder: Path, path: Path, replies: dict[str, Message], seconds: float) -> Run:
+    """The outputs that the process leaves, its ``replies`` by name; raises what it complained of, or TimeoutError."""
+    deadline = time.monotonic() + seconds
+    while (reply := child.receive_before(deadline)) is not None:
+        replies[reply.name] = reply
+    code = child.wait()
+    if -code == signal.SIGKILL:  # by the kernel, when memory ran out, or by somebody: the file is not to blame
+        raise OutOfResources("the process that runs this file was killed", where=path, advice=_ADVICE)
+    if _FINISHED in replies:
+        note: str | None = replies[_FINISHED].values["note"]
+    elif code >= 0:
+        raise child.failure()
+    elif _ANSWERED in replies:
+        note = f"ONNX Runtime does not survive it with its own optimizations (signal {-code})"
+    else:  # a crash of the runtime
+        raise BadInput(f"ONNX Runtime does not survive this file (signal {-code})", where=path)
+    if _ANSWERED not in replies:
+        return Run([], None, note)  # it was only loaded
+    has_reordered = _FINISHED in replies and replies[_FINISHED].values["has_reordered"]
+    return Run(load_cases(folder / _OUTPUTS), load_cases(folder / _REORDERED) if has_reordered else None, note)
+
+
+def main() -> None:
+    """Run a file in this process: take its limit, then tell step by step what came out."""
+    channel = parent_channel()
+    values = channel.receive().values
+    with channel.sending_errors():
+        registry.backend("onnxruntime").missing()  # imports it
+        limit_memory(values["memory"])
+        channel.send(Message("ready"))
+        folder = Path(values["folder"])
+        cases = load_cases(folder / _INPUTS) if values["has_inputs"] else [{} for _ in range(values["cases"])]
+        _work(channel, folder, Path(values["path"]), None, cases, values["precise"])
+
+
+def _work(
+    channel: Channel, folder: Path, path: Path, model: ir.Model | None, cases: Sequence[Case], precise: int
+) -> None:
+    """Run the file, and tell of each step as soon as it is done: the next step may end the process.
+
+    Outputs are written to files: as parts of mapped files they need not stay in the memory of who asked for them.
+    """
     try:
-        with (folder / "log").open("wb") as log:
-            for number in (1, 2):
-                os.dup2(log.fileno(), number)
-            interrupts.end_with_parent()
-            limit_memory(limits.memory)
-            _work(folder, path, model, cases, precise)
-            code = 0
-    except Exception as error:
-        (folder / "log").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-        raise
-    finally:
-        os._exit(code)
+        outputs = _plain(channel, path, model or _repaired(path), cases)
+        if cases:
+            save_cases(outputs, folder / _OUTPUTS)
+            channel.send(Message(_ANSWERED))
+        reordered, note = _reordered(path, cases[:precise], outputs) if cases else (None, None)
+        if reordered is not None:
+            save_cases(reordered, folder / _REORDERED)
+        channel.send(Message(_FINISHED, {"note": note, "has_reordered": reordered is not None}))
+    except MemoryError as error:
+        raise _no_memory(path) from error
 
 
-def _plain(folder: Path, path: Path, model: ir.Model, cases: Sequence[Case]) -> list[dict[str, np.ndarray]]:
+def _no_memory(path: Path) -> OutOfResources:
+    return OutOfResources("running this file takes too much memory", where=path, advice=_ADVICE)
+
+
+def _plain(channel: Channel, path: Path, model: ir.Model, cases: Sequence[Case]) -> list[dict[str, np.ndarray]]:
     try:
         engine = registry.backend("onnxruntime").load(model)
-        (folder / _OPENED).touch()
+        channel.send(Message(_OPENED))
         return [thin(engine.run(case)) for case in cases]
-    except (BadInput, errors.CheckFailed) as error:
+    except (BadInput, CheckFailed) as error:
         if any(said in error.what for said in _NO_MEMORY):
-            raise OutOfResources("running this file takes too much memory", where=path, advice=_ADVICE) from error
+            raise _no_memory(path) from error
         raise BadInput(error.what, where=path, advice=error.advice) from error
 
 
@@ -259,7 +307,7 @@ def _reordered(
     try:
         engine = registry.backend("onnxruntime").open(path)
         results = [thin(engine.run(case)) for case in cases]
-    except (BadInput, errors.CheckFailed) as error:
+    except (BadInput, CheckFailed) as error:
         return None, f"ONNX Runtime does not run it with its own optimizations ({error.what})"
     for wanted, given in zip(outputs, results, strict=False):
         for name in wanted:
@@ -279,89 +327,6 @@ def _alike(wanted: np.ndarray, given: np.ndarray) -> bool:
         given.astype(np.float64), wanted.astype(np.float64), rtol=0, atol=_CHANGED * scale, equal_nan=True
     )
     return bool(near.all())
-
-
-def _run_confined(path: Path, cases: Sequence[Case], precise: int, limits: Limits) -> Run:
-    with scratch_folder() as folder:
-        save_cases(cases, folder / "inputs.safetensors")
-        job = {
-            "path": str(path),
-            "precise": precise,
-            "memory": limits.memory,
-            "cases": len(cases),
-            "inputs": any(cases),
-        }
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        command = [sys.executable, "-m", "planish.optimizer.lowering.original.limited_process", str(folder)]
-        with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as child:
-            try:
-                # What is imported does not count as time of the file.
-                if child.stdout is None or not select.select([child.stdout], [], [], _IMPORT_SECONDS)[0]:
-                    raise OutOfResources("the process that runs this file does not start", where=path)
-                child.stdout.readline()
-                code = child.wait(limits.seconds)
-            except subprocess.TimeoutExpired:
-                raise limits.expired(path) from None
-            finally:
-                child.kill()
-        return _collect(folder, path, code)
-
-
-def _collect(folder: Path, path: Path, code: int) -> Run:
-    """What the process wrote down, or raise what it complained of."""
-    interrupts.check_ended(code)
-    if -code == signal.SIGKILL:  # by the kernel, when memory ran out, or by somebody: the file is not to blame
-        raise OutOfResources("the process that runs this file was killed", where=path, advice=_ADVICE)
-    complaint = folder / _COMPLAINT
-    if complaint.is_file():
-        said = json.loads(complaint.read_text(encoding="utf-8"))
-        kind: type[PlanishError] = getattr(errors, said.pop("kind"))
-        raise kind(**said)
-    if not (folder / "note.json").is_file():
-        if code < 0 and not (folder / _OUTPUTS).is_file():  # a crash of the runtime
-            raise BadInput(f"ONNX Runtime does not survive this file (signal {-code})", where=path)
-        if code >= 0:
-            last = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise InternalError(f"the process that runs the file ended with code {code}: {''.join(last)[:300]}")
-        note: str | None = f"ONNX Runtime does not survive it with its own optimizations (signal {-code})"
-    else:
-        note = json.loads((folder / "note.json").read_text(encoding="utf-8"))
-    if not (folder / _OUTPUTS).is_file():
-        return Run([], None, note)  # it was only loaded
-    reordered = load_cases(folder / _REORDERED) if (folder / _REORDERED).is_file() and note is None else None
-    return Run(load_cases(folder / _OUTPUTS), reordered, note)
-
-
-def main() -> None:
-    """What the process does: take its limit, run, write what came out step by step."""
-    folder = Path(sys.argv[1])
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    interrupts.end_with_parent()
-    registry.backend("onnxruntime").missing()  # imports it
-    limit_memory(job["memory"])
-    print("ready", flush=True)
-    path = Path(job["path"])
-    cases: list[dict[str, np.ndarray]] = [{} for _ in range(job["cases"])]
-    if job["inputs"]:
-        cases = load_cases(folder / "inputs.safetensors")
-    _work(folder, path, None, cases, job["precise"])
-
-
-def _work(folder: Path, path: Path, model: ir.Model | None, cases: Sequence[Case], precise: int) -> None:
-    """Run the file, and write what comes out, or the complaint, step by step: the next step may end the process."""
-    try:
-        outputs = _plain(folder, path, model or _repaired(path), cases)
-        if cases:
-            save_cases(outputs, folder / _OUTPUTS)
-        reordered, note = _reordered(path, cases[:precise], outputs) if cases else (None, None)
-        if reordered is not None:
-            save_cases(reordered, folder / _REORDERED)
-        (folder / "note.json").write_text(json.dumps(note), encoding="utf-8")
-    except (PlanishError, MemoryError) as error:
-        if isinstance(error, MemoryError):
-            error = OutOfResources("running this file takes too much memory", where=path, advice=_ADVICE)
-        said = {"kind": type(error).__name__, "what": error.what, "where": error.where, "advice": error.advice}
-        (folder / _COMPLAINT).write_text(json.dumps(said), encoding="utf-8")
 
 
 def announce(path: Path, note: str) -> None:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import abc
-import json
 import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from planish.optimizer import errors
-from planish.optimizer.errors import BadInput, InternalError, OutOfResources, PlanishError, is_no_room
+from planish.optimizer.errors import BadInput, InternalError, OutOfResources
 from planish.optimizer.lowering.checkpoint.checkpoint import Checkpoint, loaded, open_checkpoint, quiet
 from planish.optimizer.lowering.checkpoint.failures import told_as_bad_input
 from planish.optimizer.lowering.components import rope
@@ -28,7 +24,7 @@ from planish.optimizer.lowering.original.greedy import continue_greedily
 from planish.optimizer.lowering.original.offload import offloaded
 from planish.optimizer.runtime.cases import Case, load_cases, save_cases, thin
 from planish.optimizer.runtime.teacher_forcing import GreedyContinuation, Prompt, load_continuations, save_continuations
-from planish.optimizer.system import interrupts
+from planish.optimizer.system.child_process import ChildProcess, Message, serve
 from planish.optimizer.system.scratch import scratch_folder
 
 _WHOLE_LIMIT = 128 << 20
@@ -145,7 +141,8 @@ class CheckpointOriginal(TorchOriginal):
     """A checkpoint as transformers loads it, in a process of its own: beside other work, and gone with its memory.
 
     The process starts at once and loads the checkpoint while this one traces it; it ends when this one does. How it
-    shall be called is said later, in `ask_for`.
+    shall be called is said later, in `ask_for`. Inputs and outputs are files: as parts of mapped files they need not
+    stay in memory.
     """
 
     kind = "loaded"
@@ -154,57 +151,45 @@ class CheckpointOriginal(TorchOriginal):
 
     def __init__(self, folder: Path, task: str, adapter: Path | None = None) -> None:
         super().__init__(lambda: _KINDS[self.kind](open_checkpoint(folder, task, adapter)))
-        self._where = [self.kind, str(folder), task, *([] if adapter is None else [str(adapter)])]
+        self._source = {"folder": str(folder), "task": task, "adapter": None if adapter is None else str(adapter)}
         scratch = ExitStack()
         self._scratch = scratch.enter_context(scratch_folder())
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: ChildProcess | None = None
         self._end = weakref.finalize(self, scratch.close)
         """Ends the process, if it lives, and removes its folder; called when nobody needs the original any more."""
         self._stack = scratch
         self._begin()
 
     def _begin(self) -> None:
-        """Start the process."""
-        with (self._scratch / "log").open("wb") as log:
-            self._child = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "planish.optimizer.lowering.original.original",
-                    str(self._scratch),
-                    *self._where,
-                ],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **self.environment},
-            )
-        self._stack.callback(_kill, self._child)
+        """Start the process; whether it could load the checkpoint is asked later."""
+        child = ChildProcess.start(
+            "planish.optimizer.lowering.original.original",
+            "the process of the original model",
+            environment={**os.environ, **self.environment},
+        )
+        self._child = self._stack.enter_context(child)
+        child.send("load", kind=self.kind, **self._source)
 
     def start(self, cases: Cases, precise: int, prompts: Sequence[Prompt] = ()) -> Callable[[], Answers]:
         """Hand the cases to the process."""
-        folder, child = self._scratch, self._process()
-        for name, own in cases.items():
-            save_cases(own, folder / f"{name}.inputs.safetensors")
+        folder, child = self._scratch, self._child
+        if child is None:
+            raise InternalError("the process of the original was not started")
+        for name, of_component in cases.items():
+            save_cases(of_component, folder / f"{name}.inputs.safetensors")
         save_cases([prompt for prompt, _ in prompts], folder / "prompts.safetensors")
-        job = {"precise": precise, "calls": self._calls, "swaps": [reorder_at for _, reorder_at in prompts]}
-        with suppress(BrokenPipeError):  # it died; `finish` says of what
-            _stdin(child).write(f"{json.dumps(job)}\n".encode())
-            _stdin(child).close()
+        swaps = [reorder_at for _, reorder_at in prompts]
+        child.send("answer", folder=str(folder), precise=precise, calls=self._calls, swaps=swaps)
 
         def finish() -> Answers:
             try:
-                child.wait()
-                return _collect(folder, child.returncode, list(cases))
+                child.receive()  # it has loaded the checkpoint
+                has_precise = child.receive().values["has_precise"]
+                return _load_answers(folder, list(cases), has_precise=has_precise)
             finally:
                 self._end()
 
         return finish
-
-    def _process(self) -> subprocess.Popen[bytes]:
-        if self._child is None:
-            raise InternalError("the process of the original was not started")
-        return self._child
 
 
 class OffloadedOriginal(CheckpointOriginal):
@@ -231,41 +216,20 @@ _KINDS: Mapping[str, Callable[[Checkpoint], Any]] = {"loaded": loaded, "offloade
 """Ways to come by the module of a checkpoint."""
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    child.kill()
-    child.wait()
-    if child.stdin is not None:
-        with suppress(BrokenPipeError):
-            child.stdin.close()
-
-
-def _stdin(child: subprocess.Popen[bytes]) -> IO[bytes]:
-    if child.stdin is None:
-        raise InternalError("the process of the original has no standard input")
-    return child.stdin
-
-
-def _collect(folder: Path, code: int, components: Sequence[str]) -> Answers:
-    interrupts.check_ended(code)
-    if code:
-        raise _failure(folder, code)
-    found = {name: load_cases(folder / f"{name}.outputs.safetensors") for name in components}
-    continued = load_continuations(folder / "continuations.safetensors")
-    if not all((folder / f"{name}.precise.safetensors").is_file() for name in components):
-        return Answers(found, None, continued)
+def _load_answers(folder: Path, components: Sequence[str], *, has_precise: bool) -> Answers:
+    outputs = {name: load_cases(folder / f"{name}.outputs.safetensors") for name in components}
+    continuations = load_continuations(folder / "continuations.safetensors")
+    if not has_precise:
+        return Answers(outputs, None, continuations)
     precise = {name: load_cases(folder / f"{name}.precise.safetensors") for name in components}
-    return Answers(found, precise, continued)
+    return Answers(outputs, precise, continuations)
 
 
-def _failure(folder: Path, code: int) -> PlanishError:
-    complaint = folder / "error.json"
-    if complaint.is_file():
-        said = json.loads(complaint.read_text(encoding="utf-8"))
-        kind: type[PlanishError] = getattr(errors, said.pop("kind"))
-        return kind(**said)
-    last = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-    kind = OutOfResources if code < 0 or code == OutOfResources.exit_code else InternalError
-    return kind(f"the process that runs the original model ended with code {code}: {''.join(last)[:300]}")
+def _save_answers(answers: Answers, folder: Path) -> None:
+    for kind, by_component in (("outputs", answers.outputs), ("precise", answers.precise or {})):
+        for name, of_component in by_component.items():
+            save_cases(of_component, folder / f"{name}.{kind}.safetensors")
+    save_continuations(answers.continuations, folder / "continuations.safetensors")
 
 
 @contextmanager
@@ -306,40 +270,30 @@ def _widen_as_they_run(module: Any, kept: Mapping[int, Any]) -> list[Any]:
     return before + [layer.register_forward_hook(restore) for layer in layers]
 
 
-def main() -> None:
-    """What the process of a `CheckpointOriginal` does: load, wait for the word, answer, write."""
-    scratch, kind, checkpoint, task, *adapters = sys.argv[1:]
-    folder = Path(scratch)
-    interrupts.end_with_parent()
-    try:
-        module = _KINDS[kind](open_checkpoint(Path(checkpoint), task, *map(Path, adapters)))
-        line = sys.stdin.readline()
-        if not line:
-            return  # nobody waits for an answer any more
-        job = json.loads(line)
-        original = TorchOriginal(lambda: module)
-        for name, (call, outputs) in job["calls"].items():
+class _OriginalServer:
+    """Answers the requests of a `CheckpointOriginal` in its process."""
+
+    def __init__(self) -> None:
+        self._module: Any = None
+
+    def answer(self, request: Message) -> Message:
+        """The reply to one request."""
+        values = request.values
+        if request.name == "load":
+            adapter = None if values["adapter"] is None else Path(values["adapter"])
+            checkpoint = open_checkpoint(Path(values["folder"]), values["task"], adapter)
+            self._module = _KINDS[values["kind"]](checkpoint)
+            return Message("loaded")
+        original = TorchOriginal(lambda: self._module)
+        for name, (call, outputs) in values["calls"].items():
             original.ask_for(name, call, outputs)
-        cases = {name: load_cases(folder / f"{name}.inputs.safetensors") for name in job["calls"]}
-        prompts = zip(load_cases(folder / "prompts.safetensors"), job["swaps"], strict=True)
-        _write(original.answer(cases, job["precise"], list(prompts)), folder)
-    except OSError as error:
-        if not is_no_room(error):
-            raise
-        print(f"there is no room to write its outputs ({error.strerror})", file=sys.stderr)
-        sys.exit(OutOfResources.exit_code)
-    except PlanishError as error:
-        said = {"kind": type(error).__name__, "what": error.what, "where": error.where, "advice": error.advice}
-        (folder / "error.json").write_text(json.dumps(said), encoding="utf-8")
-        sys.exit(error.exit_code)
-
-
-def _write(answers: Answers, folder: Path) -> None:
-    for kind, found in (("outputs", answers.outputs), ("precise", answers.precise or {})):
-        for name, own in found.items():
-            save_cases(own, folder / f"{name}.{kind}.safetensors")
-    save_continuations(answers.continuations, folder / "continuations.safetensors")
+        folder = Path(values["folder"])
+        cases = {name: load_cases(folder / f"{name}.inputs.safetensors") for name in values["calls"]}
+        prompts = list(zip(load_cases(folder / "prompts.safetensors"), values["swaps"], strict=True))
+        answers = original.answer(cases, values["precise"], prompts)
+        _save_answers(answers, folder)
+        return Message("answered", {"has_precise": all(name in (answers.precise or {}) for name in cases)})
 
 
 if __name__ == "__main__":
-    main()
+    serve(_OriginalServer().answer)

@@ -71,6 +71,6 @@ def test_what_a_worker_raises_is_raised_here(engine: EngineRef, tmp_path: Path) 
 @pytest.mark.parametrize(("how", "kind"), [(signal.SIGKILL, OutOfResources), (signal.SIGSEGV, InternalError)])
 def test_a_worker_that_dies_takes_nobody_along(how: signal.Signals, kind: type[Exception], engine: EngineRef) -> None:
     with Worker(engine) as worker:
-        os.kill(worker._process.pid, how)
+        os.kill(worker.child.pid, how)
         with pytest.raises(kind, match=rf"the process of this engine ended \(signal {how.value}\)"):
             worker.run(CASE)
