@@ -6,7 +6,6 @@ graph (networks are always strongly typed since TensorRT 11, and are asked to be
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Le, Len
 from pydantic import AfterValidator
 
-from planish.backends.tensorrt.emit import refuse_foreign
+from planish.backends.tensorrt.emit import refuse_foreign, write_build
 from planish.backends.tensorrt.presets import PRESETS
 from planish.optimizer.errors import CheckFailed, MissingRuntime
 from planish.optimizer.interfaces.backend import Backend, Engine
 from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir import onnx_io
-from planish.optimizer.ir.kv_cache import PAST
-from planish.optimizer.ir.program import Program, Signature
+from planish.optimizer.ir.program import Program
 
 _LONGEST = 512
 
@@ -63,17 +61,7 @@ class TensorRt(Backend):
         model, signature = program.sole()
         refuse_foreign(model)
         onnx_io.save(model, folder / self.model_file)
-        settings = {
-            "onnx": self.model_file,
-            "plan": "model.plan",
-            "strongly_typed": True,
-            "tf32": False,
-            "decomposable_attention": True,
-            "profiles": [self._profile(signature)],
-        }
-        (folder / "build.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        template = Path(__file__).with_name("build.py.in")
-        (folder / "build.py").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+        write_build(self.model_file, folder, signature, self.batch, self.sequence)
 
     def open(self, path: Path) -> Engine:
         """Say what is missing: plans are built by `build.py` where they run, and this version does not run them."""
@@ -93,19 +81,3 @@ class TensorRt(Backend):
         if not torch.cuda.is_available():
             return "there is no NVIDIA GPU that torch can use"
         return "this version of planish emits TensorRT engines and does not run them"
-
-    def _profile(self, signature: Signature) -> Mapping[str, Mapping[str, list[int]]]:
-        """Shapes of each input at the smallest, most usual and largest sizes."""
-        kinds = ("min", "opt", "max")
-        sizes = {
-            kind: {name: axis.clamp(self._range(signature, name)[place]) for name, axis in signature.axes.items()}
-            for place, kind in enumerate(kinds)
-        }
-        return {t.name: {kind: list(signature.shape_of(t, sizes[kind])) for kind in kinds} for t in signature.inputs}
-
-    def _range(self, signature: Signature, axis: str) -> tuple[int, ...]:
-        """The range of an axis: `batch` if it leads the first input, else `sequence`; a past may be empty."""
-        if axis == PAST:
-            return (0, *self.sequence[1:])
-        leads = bool(signature.inputs) and signature.inputs[0].shape[:1] == (axis,)
-        return self.batch if leads else self.sequence

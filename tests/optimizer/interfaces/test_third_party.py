@@ -17,6 +17,7 @@ from planish.optimizer import Pipeline, optimize
 from planish.optimizer.errors import CheckFailed, UsageError
 from planish.optimizer.interfaces import registry
 from planish.optimizer.interfaces.recipe import Recipe
+from planish.optimizer.testing import check_backend
 from tests.conftest import Planish
 
 SOURCE = Path(__file__).parents[2] / "third_party"
@@ -62,6 +63,11 @@ def test_a_name_that_two_distributions_claim_is_an_error(installed: Path, monkey
     registry.table.cache_clear()
     with pytest.raises(UsageError, match="'fold-constants' is registered by planish-example and by planish"):
         Pipeline.parse("fold-constants")
+
+
+def test_its_backend_passes_the_checks_that_authors_run(installed: Path) -> None:
+    skipped = check_backend(registry.backend_class("evaluator"))
+    assert skipped == {"missing-runtime": "planish itself needs onnx: it is always there"}
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import onnx.reference
 import onnx_ir as ir
 
 from planish.optimizer import Backend, Engine, Program
+from planish.optimizer.errors import BadInput, CheckFailed, in_one_line
 from planish.optimizer.ir.program import TensorSpec, guess_role
 
 
@@ -25,11 +26,16 @@ class Evaluator(Backend):
     """How much it prints."""
 
     def emit(self, program: Program, folder: Path) -> None:
+        if len(program.components) > 1:
+            raise CheckFailed("only programs of one component are written", where=f"target {self}")
         model, _ = program.sole()
         ir.save(ir.external_data.load_to_model(model.clone()), folder / self.model_file)
 
     def open(self, path: Path) -> Engine:
-        return EvaluatorEngine(onnx.load(path / self.model_file), self.verbose)
+        file = path / self.model_file
+        if not file.is_file():
+            raise BadInput("there is no engine here", where=file)
+        return EvaluatorEngine(onnx.load(file), self.verbose)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -44,7 +50,10 @@ class EvaluatorEngine(Engine):
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = [tensor.name for tensor in self.outputs]
-        return dict(zip(names, self._session.run(names, feeds), strict=True))
+        try:
+            return dict(zip(names, self._session.run(names, feeds), strict=True))
+        except Exception as error:  # whatever NumPy raises for shapes that do not fit
+            raise BadInput(f"the evaluator cannot run these inputs: {in_one_line(error)}") from error
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
