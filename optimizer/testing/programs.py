@@ -78,7 +78,7 @@ decoder (
 def encoder() -> Program:
     """Tokens to hidden states, (batch, sequence, 8): a product, a mask and an attention over the sequence."""
     draw = np.random.default_rng(0).standard_normal
-    constants = {
+    constants: dict[str, np.ndarray] = {
         "table": draw((VOCABULARY, _WIDTH)).astype(np.float32),
         "weight": draw((_WIDTH, _WIDTH)).astype(np.float32),
         "bias": draw(_WIDTH).astype(np.float32),
