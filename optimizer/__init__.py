@@ -1,6 +1,6 @@
 """Planish: a compiler for trained Transformers. The names below are the public interface.
 
-They are imported when they are first used: importing this package costs empty_cache.
+They are imported when they are first used: importing this package costs next to nothing.
 """
 
 from __future__ import annotations

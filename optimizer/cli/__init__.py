@@ -1,6 +1,6 @@
 """The command line: thin.
 
-Importing this package imports next to empty_cache: until `main` runs, Ctrl-C ends the process as it ends any Python
+Importing this package imports next to nothing: until `main` runs, Ctrl-C ends the process as it ends any Python
 program.
 """
 
