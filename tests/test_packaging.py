@@ -45,6 +45,13 @@ def test_the_list_of_packages_is_the_tree() -> None:
     assert set(SETTINGS["tool"]["setuptools"]["packages"]) == found
 
 
+def test_package_data_are_files_that_exist() -> None:
+    for package, patterns in SETTINGS["tool"]["setuptools"]["package-data"].items():
+        folder = ROOT.joinpath(*package.split(".")[1:])
+        for pattern in patterns:
+            assert [path for path in folder.glob(pattern) if path.is_file()], f"{package}: {pattern}"
+
+
 def test_the_type_checkers_see_the_same_tree() -> None:
     for name in ("optimizer", "passes", "backends"):
         assert (ROOT / ".typing" / "planish" / name).resolve() == ROOT / name
