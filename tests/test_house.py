@@ -7,7 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +103,51 @@ def test_backends_have_the_same_members(name: str) -> None:
     assert (ROOT / "tests" / "backends" / f"test_{name}.py").is_file()
 
 
+MODELS = {"torch", "transformers", "optimum", "peft", "accelerate"}
+IMPORT_MODELS = ("optimizer/lowering/", "optimizer/inference/")
+"""Rooms that import PyTorch and what builds upon it."""
+ALSO_IMPORT_MODELS = {"backends/tensorrt/target.py", "optimizer/cli/run_command.py"}
+"""The first asks for a GPU, and may import no room that does; the second shows a text as it is written."""
+
+
+def imported(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """First part of the name of each module that these nodes import."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield (node.module or "").partition(".")[0]
+
+
+def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from outside_functions(child)
+
+
 def test_heavy_runtimes_are_imported_inside_functions() -> None:
-    heavy = {"torch", "transformers", "optimum", "onnxruntime", "openvino", "tensorrt", "tokenizers", "scipy"}
+    heavy = {*MODELS, "onnxruntime", "openvino", "tensorrt", "tokenizers", "scipy"}
     for path in SOURCES:
-        for node in ast.parse(path.read_text()).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            found = {name.partition(".")[0] for name in names} & heavy
-            assert not found, f"{relative(path)}:{node.lineno} imports {found}"
+        found = heavy & set(imported(outside_functions(ast.parse(path.read_text()))))
+        assert not found, f"{relative(path)} imports {found}"
+
+
+def test_only_lowering_and_inference_import_pytorch() -> None:
+    importing = {relative(path) for path in SOURCES if MODELS & set(imported(ast.walk(ast.parse(path.read_text()))))}
+    assert any(path.startswith(IMPORT_MODELS[0]) for path in importing), "the test finds nothing"
+    assert {path for path in importing if not path.startswith(IMPORT_MODELS)} == ALSO_IMPORT_MODELS
+
+
+def test_importing_the_package_imports_no_library() -> None:
+    """Nor does looking at one of its names before it is used."""
+    script = (
+        "import sys; before = set(sys.modules); import planish.optimizer; dir(planish.optimizer); "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(new - set(sys.stdlib_module_names)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['planish']"
 
 
 def test_files_are_short() -> None:

@@ -11,6 +11,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from planish.optimizer.interfaces import registry
+from planish.optimizer.lowering.torch_device import cuda_device
 from planish.optimizer.system.machine import cores, instruction_set
 
 
@@ -77,10 +78,9 @@ def _memory() -> Finding:
 
 
 def _gpu() -> Finding:
-    import torch
-
-    if torch.cuda.is_available():
-        return Finding("GPU", "ok", f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")
+    name = cuda_device()
+    if name is not None:
+        return Finding("GPU", "ok", name)
     device = shutil.which("nvidia-smi")
     detail = (
         "no NVIDIA driver is installed"

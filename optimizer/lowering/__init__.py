@@ -1,4 +1,7 @@
-"""Checkpoint, module or ONNX file in, `Program` out. The only place that imports torch and transformers."""
+"""Checkpoint, module or ONNX file in, `Program` out.
+
+PyTorch and transformers are imported here and in `inference/`, inside functions, and nowhere else in the compiler.
+"""
 
 from __future__ import annotations
 
