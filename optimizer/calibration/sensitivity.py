@@ -14,7 +14,7 @@ the outputs of the original as the measure. (Dong et al. 2019, "HAWQ", orders la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -200,8 +200,6 @@ class SelectMatMuls(Instrument):
     load: Callable[[ir.Model], Engine]
     found: dict[str, list[Loss]] = field(default_factory=dict)
     """What was measured, by the text of the pass without the products to skip."""
-    outcomes: list[Outcome] = field(default_factory=list)
-    """What came of the pipelines that it watched."""
 
     def before(self, step: Step) -> None:
         """Find the fewest products to skip, and write them into the pass."""
@@ -257,16 +255,16 @@ class SelectMatMuls(Instrument):
         made = (thin(engine.run(case)) for case in reference.inputs)
         return not self.budget.violations(compare(self.signature, reference.inputs, reference.outputs, made))
 
-    def decisions(self, outcome: Outcome | None) -> list[Decision]:
-        """What was measured, and what is rounded of it in an outcome: nothing if that is not of its own making."""
-        ours = outcome if any(one is outcome for one in self.outcomes) else None
-        applied = [] if ours is None else ours.applied.passes
-        skipped = {str(replace(one, skip=())): set(one.skip) for one in applied if isinstance(one, QuantizationPass)}
-        return [
-            Decision(text, loss, rounded=loss.product not in skipped.get(text, {loss.product}))
-            for text, found in self.found.items()
-            for loss in found
-        ]
+
+def decisions(losses: Mapping[str, Sequence[Loss]], outcome: Outcome | None) -> list[Decision]:
+    """A decision for each measured MatMul; without an outcome, which applied the passes, none is quantized."""
+    applied = [] if outcome is None else outcome.applied.passes
+    skipped = {str(replace(step, skip=())): set(step.skip) for step in applied if isinstance(step, QuantizationPass)}
+    return [
+        Decision(text, loss, rounded=loss.product not in skipped.get(text, {loss.product}))
+        for text, measured in losses.items()
+        for loss in measured
+    ]
 
 
 def _behind(rest: str) -> tuple[list[QuantizationPass], list[Pass]]:

@@ -9,8 +9,9 @@ import numpy as np
 
 from planish.optimizer.calibration.data import Samples, one_behind_the_other
 from planish.optimizer.calibration.sources import tokenizer_of
+from planish.optimizer.compilation.job import Checks
 from planish.optimizer.compilation.progress import Stages
-from planish.optimizer.compilation.request import ReferenceMode, Request
+from planish.optimizer.compilation.request import Request
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fidelity.engine_check import demand_room
 from planish.optimizer.fidelity.inputs import make_inputs, make_prompts, quick
@@ -27,21 +28,21 @@ _PRECISE_CASES = 1
 
 
 def ask_original(
-    lowered: Lowered, request: Request, data: Samples | None, reference: ReferenceMode, stages: Stages
+    lowered: Lowered, request: Request, data: Samples | None, checks: Checks, stages: Stages
 ) -> tuple[dict[str, list[Arrays]], Callable[[], References] | None]:
     """Reference inputs, and the function that waits for the original's outputs; nothing if it shall not run.
 
     With `offload` it answers now: two who read all weights at once would need twice the memory.
     """
-    if reference == "none":
+    if checks is Checks.NONE:
         return {}, None
-    if reference == "offload" and request.preset is not None:  # before anything is read
+    if checks is Checks.OFFLOAD and request.preset is not None:  # before anything is read
         plain = max(weight_bytes(model) for model in lowered.program.components.values())
         for target in request.targets:
             demand_room(target, plain)
     inputs = reference_inputs(lowered, data)
     references = ask_references(lowered, inputs)
-    if reference == "offload":
+    if checks is Checks.OFFLOAD:
         with stages.stage("reference"):
             references()
     return inputs, references

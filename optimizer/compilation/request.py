@@ -64,11 +64,6 @@ class Request:
         return [*self.alternatives.get(target.name, ()), *(self.stepping.get(target.name, ()) if writes else ())]
 
     @property
-    def extra(self) -> Pipeline:
-        """What is tried behind the pipelines of the first target."""
-        return next(iter(self.extras.values()))
-
-    @property
     def beginning(self) -> tuple[Pass, ...]:
         """What all pipelines begin with, up to the first pass that asks the target or wants to see activations."""
         others = [one for known in (self.alternatives, self.stepping) for group in known.values() for one in group]

@@ -1,16 +1,137 @@
-"""What was timed, weighed: which engine of each component is shipped, and what the lock says of it."""
+"""Selection: which engine of each component is shipped, by the budget first and then by the clock.
+
+Everything here is computed from verdicts and timings; nothing is run.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from planish.optimizer.calibration.sensitivity import Decision
-from planish.optimizer.output.lock import Product, Speed, Trial
+from planish.optimizer.compilation.candidates import Candidate, Emitted
+from planish.optimizer.compilation.job import Checks
+from planish.optimizer.compilation.verdicts import NOT_CHECKED, OFFLOADED
+from planish.optimizer.interfaces.backend import Backend
+from planish.optimizer.ir.graph import io_signature
+from planish.optimizer.ir.program import Program
+from planish.optimizer.output.lock import LockedPass, Selection, Speed, Trial
+from planish.optimizer.system.machine import instruction_set
 from planish.optimizer.timing.interleaved import Timing
 
 Timed = Mapping[str, Mapping[str, Timing]]
 """Component -> shape -> timing, the speed-up over the plain lowering in it."""
+
+
+def eligible(candidates: Sequence[Emitted]) -> list[Emitted]:
+    """The candidates that keep their budgets and that, behind the main one, did something."""
+    main = candidates[0]
+    kept = [main] if not main.verdict.violations else []
+    return kept + [tried for tried in candidates[1:] if tried.obstacle(main) is None]
+
+
+def select_untimed(
+    target: Backend, main: Emitted, checks: Checks, *, preset: bool, within_budget: bool
+) -> Selection | None:
+    """The selection where the clock has no say: nothing keeps its budget, or nothing can be timed; None elsewhere.
+
+    Without the original, or with its weights in files, a preset ships the plain lowering and a pipeline what was asked
+    for.
+    """
+    candidate, violations = main.candidate, main.verdict.violations
+    if checks is not Checks.NONE and not within_budget:
+        return untimed_selection(target, candidate, "plain", f"outside the budget: {violations[0]}")
+    shipped: Literal["optimized", "plain"] = "plain" if preset else "optimized"
+    if checks is Checks.NONE:
+        return untimed_selection(target, candidate, shipped, f"{NOT_CHECKED}, and not measured")
+    if checks is Checks.OFFLOAD:
+        optimized = any(outcome.applied.passes for outcome in candidate.outcomes.values())
+        passes = ", passes not compared one by one" if optimized else ""
+        return untimed_selection(target, candidate, shipped, f"not measured{passes}: {OFFLOADED}")
+    missing = target.missing()
+    if missing is not None:
+        return untimed_selection(target, candidate, "optimized", f"not measured: {missing}")
+    return None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The fastest candidate for each component, as far as it beats the plain lowering."""
+
+    winners: Mapping[str, Emitted]
+    """By component; components that are missing stay plain."""
+    timed: Timed
+    """Timings of the fastest candidate of each component, those that do not win included."""
+
+
+def rank(program: Program, candidates: Sequence[Emitted], timings: Sequence[Timed]) -> Ranking:
+    """Compare candidates by their timings, in the same order.
+
+    Components may come from different candidates as long as their inputs and outputs are those of the plain lowering.
+    """
+    plain = {name: io_signature(model) for name, model in program.components.items()}
+    signatures = [
+        {name: io_signature(outcome.model) for name, outcome in emitted.candidate.outcomes.items()}
+        for emitted in candidates
+    ]
+    fastest_index = fastest_of_each(timings, apart=all(signature == plain for signature in signatures))
+    timed = {name: timings[index][name] for name, index in fastest_index.items()}
+    apart = all(signatures[index] == plain for index in fastest_index.values())
+    won = faster(timed, apart=apart)
+    return Ranking({name: candidates[index] for name, index in fastest_index.items() if name in won}, timed)
+
+
+def timed_selection(
+    target: Backend,
+    engine: Candidate,
+    ranking: Ranking,
+    candidates: Sequence[Emitted],
+    timings: Mapping[str, Timed],
+) -> Selection:
+    """The selection that a ranking leads to; ``timings`` are those of the eligible candidates, by what they tried."""
+    trials = [
+        trial(
+            emitted.candidate.tried,
+            emitted.obstacle(candidates[0]),
+            [name for name, winner in ranking.winners.items() if winner is emitted],
+            list(ranking.winners),
+            timings.get(emitted.candidate.tried, {}),
+        )
+        for emitted in candidates
+        if emitted.candidate.tried
+    ]
+    why = reason(list(ranking.timed), list(ranking.winners))
+    selection = untimed_selection(target, engine, "optimized" if ranking.winners else "plain", why)
+    return selection.model_copy(update={"measured": speeds(ranking.timed), "tried": trials})
+
+
+def untimed_selection(
+    target: Backend, candidate: Candidate, shipped: Literal["optimized", "plain"], why: str
+) -> Selection:
+    """A selection for which nothing was timed."""
+    return Selection(
+        target=str(target),
+        pipelines={name: str(outcome.applied) for name, outcome in candidate.outcomes.items()},
+        rolled_back=[
+            LockedPass(component=name, text=report.text, reason=report.rolled_back)
+            for name, outcome in candidate.outcomes.items()
+            for report in outcome.reports
+            if report.rolled_back is not None
+        ],
+        shipped=shipped,
+        why=why,
+        machine=instruction_set(),
+        measured=[],
+    )
+
+
+def without_changes(selection: Selection) -> Selection:
+    """The selection of an engine that no pass changed: an equal engine is not faster, whatever the clock says."""
+    why = "no pass changed anything"
+    if not selection.measured:
+        return selection.model_copy(update={"why": f"{selection.why}; {why}"})
+    return selection.model_copy(update={"shipped": "plain", "why": why})
 
 
 def fastest(engines: Sequence[Mapping[str, Timing]]) -> int:
@@ -64,21 +185,6 @@ def trial(passes: str, obstacle: str | None, kept: Sequence[str], won: Sequence[
     why = "faster than without" if kept else "not measurably faster than without"
     why += f", in {', '.join(kept)}" if kept and len(kept) < len(won) else ""
     return Trial(passes=passes, kept=bool(kept), why=why, measured=speeds(timed))
-
-
-def product(component: str, decision: Decision) -> Product:
-    """The record of a product that a pass may round."""
-    loss = decision.loss
-    return Product(
-        component=component,
-        text=decision.text,
-        product=loss.product,
-        location=loss.location,
-        noise=loss.relative_mse,
-        effect=loss.output_error,
-        weights=loss.weights,
-        rounded=decision.rounded,
-    )
 
 
 def speeds(timed: Timed) -> list[Speed]:

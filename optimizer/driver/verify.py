@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from planish.optimizer.compilation.candidates import EVALUATION, NOT_CHECKED
 from planish.optimizer.compilation.progress import Progress, Stages, silent
+from planish.optimizer.compilation.verdicts import EVALUATION, NOT_CHECKED
 from planish.optimizer.fidelity.engine_check import check_as_loaders_open, check_engines
 from planish.optimizer.fidelity.metrics import Comparison
 from planish.optimizer.fidelity.reference import References

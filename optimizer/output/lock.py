@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from planish.optimizer.errors import BadInput, UsageError, first_fault
 
 LOCK = "planish.lock"
+_ANEW = "remove the lock to choose anew, or give the request that it was made for"
 
 
 class LockedPass(BaseModel):
@@ -121,21 +122,25 @@ class Lock(BaseModel):
                 advice="give --calibration and --samples as they were, or remove the lock to choose anew",
             )
 
-    def check_fits(
-        self, path: Path, source: Mapping[str, str], requested: Mapping[str, str], targets: list[str]
-    ) -> None:
-        """UsageError if the lock was made for another source, request or set of targets."""
-        advice = "remove the lock to choose anew, or give the request that it was made for"
+    def check_source(self, path: Path, source: Mapping[str, str]) -> None:
+        """UsageError if the lock was made for another source: SHA-256 of each file by its name."""
         if dict(source) != self.source:
-            raise UsageError("this lock was made for another source", where=path, advice=advice)
+            self.refuse_source(path)
+
+    def refuse_source(self, path: Path) -> NoReturn:
+        """UsageError: the lock was made for another source."""
+        raise UsageError("this lock was made for another source", where=path, advice=_ANEW)
+
+    def check_request(self, path: Path, requested: Mapping[str, str], targets: list[str]) -> None:
+        """UsageError if the lock was made for another request or set of targets."""
         if dict(requested) != self.requested:
             raise UsageError(
-                f"this lock was made for {self.requested}, not for {dict(requested)}", where=path, advice=advice
+                f"this lock was made for {self.requested}, not for {dict(requested)}", where=path, advice=_ANEW
             )
         if targets != [choice.target for choice in self.targets.values()]:
             raise UsageError(
                 f"this lock was made for the targets {', '.join(c.target for c in self.targets.values())}, "
                 f"not for {', '.join(targets)}",
                 where=path,
-                advice=advice,
+                advice=_ANEW,
             )

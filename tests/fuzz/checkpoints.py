@@ -12,7 +12,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +25,7 @@ from planish.optimizer.errors import CheckFailed
 from planish.optimizer.lowering import lower
 from planish.optimizer.lowering.checkpoint.checkpoint import bind, loaded, open_checkpoint, skeleton
 from planish.optimizer.lowering.checkpoint.tokenizer import load_tokenizer
-from planish.optimizer.runtime.worker import EngineRef
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_faster
 from tests.conftest import with_tokenizer
 from tests.fuzz import Wrong
 from tests.fuzz.harness import SECONDS
@@ -83,22 +82,21 @@ def _lower_here(source: Any, *arguments: Any, background: bool, **options: Any) 
     return lower(source, *arguments, **options)
 
 
-def _last_wins(engines: Sequence[EngineRef], *_: object) -> list[Timing]:
-    """In the place of a race, whose seconds say nothing of results."""
-    return [Timing(1.0, place, place, place, 1) for place in range(1, len(engines) + 1)]
-
-
 def case(seed: int, folder: Path) -> str:
     """Make the checkpoint of this seed, read it, and compare."""
     rng = random.Random(seed)
     checkpoint, task, adapted = write(rng, folder)
     if rng.random() < _WHOLE_SHARE:
         try:
-            with (
-                mock.patch("planish.optimizer.driver.optimize.lower", _lower_here),
-                mock.patch("planish.optimizer.compilation.engine.time_against_first", _last_wins),
-            ):
-                optimize(checkpoint, folder / "out", task=task, adapter=adapted, pipeline="fold-constants")
+            with mock.patch("planish.optimizer.driver.optimize.lower", _lower_here):
+                optimize(
+                    checkpoint,
+                    folder / "out",
+                    task=task,
+                    adapter=adapted,
+                    pipeline="fold-constants",
+                    clock=all_faster,
+                )
         except CheckFailed as error:
             if not _finite(checkpoint):
                 return "not finite, refused"

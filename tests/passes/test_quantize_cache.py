@@ -26,6 +26,7 @@ from planish.optimizer.pipeline.presets import pipeline_text
 from planish.optimizer.runtime.generation import Decoding
 from planish.optimizer.runtime.worker import EngineRef
 from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_faster
 from tests.train import MODELS as TRAINED
 from tests.zoo import GENERATORS, Species, build
 
@@ -101,15 +102,20 @@ def test_a_cache_inside_attention_is_brought_out(model_type: str, tmp_path: Path
 @pytest.mark.breadth
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "t5", "bart", "whisper"])
 def test_texts_go_on_as_before(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2
-    )
     species = by_name(model_type)
     checkpoint = build(species, tmp_path / "checkpoint")
     decodings = {}
     for name, target in (("plain", PLAIN), ("rounded", ROUNDED)):
         keep = ["cosine>=0.99", "kl<=0.01", "top1>=0.8"]
-        result = optimize(checkpoint, tmp_path / name, task=species.task, targets=[target], pipeline=EXACT, keep=keep)
+        result = optimize(
+            checkpoint,
+            tmp_path / name,
+            task=species.task,
+            targets=[target],
+            pipeline=EXACT,
+            keep=keep,
+            clock=all_faster,
+        )
         assert result.manifest.targets[PLAIN].shipped == "optimized"
         assert not verify(tmp_path / name)[PLAIN].problems
         backend = registry.backend(target)
@@ -162,10 +168,9 @@ def test_components_that_hand_each_other_something_else_go_together(
         own = speed if "with_past" in str(engines[0].path) else 1.3 if speed < 1 else 0.9
         return [Timing(1, own, 0.99 * own, 1.01 * own, 1)] * len(engines)
 
-    monkeypatch.setattr("planish.optimizer.compilation.engine.time_against_first", race)
     text = EXACT.replace("legalize-onnxruntime", "quantize-cache,legalize-onnxruntime")
     lowered = lower(build(by_name("t5"), tmp_path / "checkpoint"))
-    optimize(tmp_path / "checkpoint", tmp_path / "out", pipeline=text, keep=["cosine>=0.99"])
+    optimize(tmp_path / "checkpoint", tmp_path / "out", pipeline=text, keep=["cosine>=0.99"], clock=race)
     changed = {
         name: io_signature(ir.load(tmp_path / "out" / PLAIN / f"{name}.onnx")) != io_signature(model)
         for name, model in lowered.program.components.items()

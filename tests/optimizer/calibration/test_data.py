@@ -22,7 +22,7 @@ from planish.optimizer.lowering.checkpoint.tokenizer import load_tokenizer
 from planish.optimizer.output.lock import Lock
 from planish.optimizer.pipeline import presets
 from planish.optimizer.runtime.array_files import fitted
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import each_faster
 from tests.train import MODELS, pairs
 
 ARRAYS = Signature((TensorSpec("x", ir.DataType.FLOAT, ("batch", 2), Role.VALUES),), ())
@@ -90,23 +90,13 @@ def test_the_longest_input_is_made_of_the_users_texts(tokens: tuple[Signature, A
     np.testing.assert_array_equal(made["input_ids"][0], np.resize(known, 48))
 
 
-@pytest.fixture
-def always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each engine is twice as fast as the one before it."""
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first",
-        lambda engines, *_: [Timing(1, 2.0**n, 2.0**n, 2.0**n, 1) for n in range(len(engines))],
-    )
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("always_faster")
 def test_fixed_steps_race_where_there_are_data_and_a_lock_repeats_them(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes = (Recipe(("quantize-int8{minimum=1}",)), Recipe((STATIC,), When.CALIBRATED))
     monkeypatch.setattr(OnnxRuntime, "presets", {"fast": recipes})
-    options: Any = {"preset": "fast", "shapes": [{"sequence": 8}]}
+    options: Any = {"preset": "fast", "shapes": [{"sequence": 8}], "clock": each_faster}
     without = optimize(tiny, tmp_path / "without", **options)
     assert without.manifest.reference.calibrated_on == "nothing"
     options |= {"calibration": texts(80), "lock": tmp_path / "lock"}
@@ -131,7 +121,6 @@ def test_fixed_steps_race_where_there_are_data_and_a_lock_repeats_them(
 @pytest.mark.parametrize(
     ("source", "origin"), [("tiny", "made from the signature"), ("writer", "written by the model itself")]
 )
-@pytest.mark.usefixtures("always_faster")
 def test_made_up_data_are_told(source: str, origin: str, tiny: Path, tmp_path: Path) -> None:
     told: list[str] = []
     folder = tiny if source == "tiny" else MODELS / source
@@ -145,7 +134,6 @@ def test_made_up_data_are_told(source: str, origin: str, tiny: Path, tmp_path: P
 
 
 @pytest.mark.breadth
-@pytest.mark.usefixtures("always_faster")
 def test_the_decoder_of_an_encoder_decoder_hears_answers(tmp_path: Path) -> None:
     program = lower(MODELS / "translator").program
     rehearsal = SelfGeneratedData(program.components, registry.backend("onnxruntime").load)

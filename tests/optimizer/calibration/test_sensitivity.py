@@ -13,7 +13,7 @@ import pytest
 
 from planish.backends.onnxruntime.target import OnnxRuntime
 from planish.optimizer import Pipeline, optimize
-from planish.optimizer.calibration.sensitivity import SelectMatMuls, losses, tightened
+from planish.optimizer.calibration.sensitivity import SelectMatMuls, decisions, losses, tightened
 from planish.optimizer.fidelity.budget import Budget
 from planish.optimizer.fidelity.reference import Reference
 from planish.optimizer.interfaces import registry
@@ -22,7 +22,7 @@ from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir.program import Role, Signature, TensorSpec
 from planish.optimizer.output.lock import Lock
 from planish.optimizer.runtime.cases import thin
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_faster
 from tests.conftest import Planish
 
 WIDTH = 32
@@ -86,13 +86,12 @@ def test_as_few_are_skipped_as_the_budget_needs(budget: str, skipped: list[str])
     (applied,) = outcome.applied.passes
     assert isinstance(applied, QuantizationPass)
     assert list(applied.skip) == skipped
-    assert not any(decision.rounded for decision in watcher.decisions(outcome))  # it is somebody else's
-    watcher.outcomes.append(outcome)
-    decisions = watcher.decisions(outcome)
-    # Where all are rounded, the effect of each matters to nobody.
-    assert [decision.loss.output_error is None for decision in decisions] == [not skipped] * 4
-    products = [decision.loss.product for decision in decisions]
-    assert [found.loss.product for found in decisions if not found.rounded] == products[: len(skipped)]
+    assert not any(decision.rounded for decision in decisions(watcher.found, None))  # the plain lowering
+    made = decisions(watcher.found, outcome)
+    # Where all are quantized, the error that each makes decides nothing, and is not measured.
+    assert [decision.loss.output_error is None for decision in made] == [not skipped] * 4
+    products = [decision.loss.product for decision in made]
+    assert [decision.loss.product for decision in made if not decision.rounded] == products[: len(skipped)]
 
 
 def test_huge_outputs_are_compared_by_the_entries_that_the_reference_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,16 +139,14 @@ def test_a_budget_with_a_share_of_its_error() -> None:
 def test_a_preset_keeps_what_it_can_and_the_lock_says_what(
     tiny: Path, tmp_path: Path, planish: Planish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first",
-        lambda *_: [Timing(1, 1, 1, 1, 1), Timing(1, 2, 2, 2, 1)],
-    )
     monkeypatch.setattr(OnnxRuntime, "presets", {"fast": (Recipe(("quantize-int8{minimum=1}",)),)})
     shape = [{"sequence": 8}]
-    free = optimize(tiny, tmp_path / "free", preset="fast", keep=["cosine>=0.9"], shapes=shape)
+    free = optimize(tiny, tmp_path / "free", preset="fast", keep=["cosine>=0.9"], shapes=shape, clock=all_faster)
     bound = free.manifest.targets["onnxruntime"].comparison["logits"]["cosine_min"]
     keep = [f"cosine_min>={1 - (1 - bound) / 3:.7f}"]
-    built = optimize(tiny, tmp_path / "out", preset="fast", keep=keep, shapes=shape, lock=tmp_path / "lock")
+    built = optimize(
+        tiny, tmp_path / "out", preset="fast", keep=keep, shapes=shape, lock=tmp_path / "lock", clock=all_faster
+    )
     record = built.manifest.targets["onnxruntime"]
     assert not record.rolled_back
     products = Lock.read(tmp_path / "lock").targets["onnxruntime"].products
@@ -157,7 +154,9 @@ def test_a_preset_keeps_what_it_can_and_the_lock_says_what(
     assert [one.product for one in products if not one.rounded] == [one.product for one in products][
         : sum(not one.rounded for one in products)
     ]
-    again = optimize(tiny, tmp_path / "again", preset="fast", keep=keep, shapes=shape, lock=tmp_path / "lock")
+    again = optimize(
+        tiny, tmp_path / "again", preset="fast", keep=keep, shapes=shape, lock=tmp_path / "lock", clock=all_faster
+    )
     assert again.manifest.targets == built.manifest.targets
     said = planish("explain", tmp_path / "out", "--pass", "quantize-int8").stdout
     assert f"quantizes {sum(one.rounded for one in products)} of {len(products)} MatMuls" in " ".join(said.split())

@@ -11,14 +11,14 @@ import pytest
 
 from planish.backends.openvino.target import OpenVino
 from planish.optimizer import bench, optimize, verify
-from planish.optimizer.compilation.candidates import Candidate
-from planish.optimizer.compilation.engine import Builder
+from planish.optimizer.compilation import engine
 from planish.optimizer.compilation.progress import Stages
+from planish.optimizer.compilation.verdicts import Verdict
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fidelity.reference import Reference
 from planish.optimizer.interfaces import registry
 from planish.optimizer.runtime.cases import load_cases, save_cases
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_equal
 
 MODEL = """<ir_version: 10, opset_import: ["" : 23]>
 g (float[rows,4] x) => (float[rows,4] y) { i = Identity (x)  y = Relu (i) }"""
@@ -56,9 +56,6 @@ def test_the_number_of_stages_stays_the_same(tmp_path: Path, monkeypatch: pytest
     """With an engine that is looked at once more, and one that is not measured."""
     default = registry.backend("openvino{precision=default}")
     monkeypatch.setattr(OpenVino, "as_loaders_open", lambda _: default)  # on machines without bf16 as well
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
-    )
     onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "model.onnx")
     told: list[tuple[str, int, int]] = []
     optimize(
@@ -66,6 +63,7 @@ def test_the_number_of_stages_stays_the_same(tmp_path: Path, monkeypatch: pytest
         tmp_path / "out",
         targets=["openvino", "tensorrt", "onnxruntime"],
         progress=lambda *said: told.append(said),
+        clock=all_equal,
     )
     assert {total for _, _, total in told} == {14}
     counts = [done for _, done, _ in told]
@@ -77,20 +75,19 @@ def test_the_number_of_stages_stays_the_same(tmp_path: Path, monkeypatch: pytest
 
 
 def test_building_an_engine_again_is_no_further_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that strays too far is rounded less: passes, emission and check are told twice, and counted once."""
+    """An engine that strays too far is quantized less: passes, emission and check are told twice, and counted once."""
     strayed, answers = iter([True, True]), iter([["a product"]])
-    violations = vars(Candidate)["violations"].fget
+    violations = vars(Verdict)["violations"].fget
     monkeypatch.setattr(
-        Candidate, "violations", property(lambda own: ["far"] if next(strayed, False) else violations(own))
+        Verdict, "violations", property(lambda own: ["far"] if next(strayed, False) else violations(own))
     )
-    monkeypatch.setattr(Builder, "_products", lambda *_: next(answers, []))
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
-    )
-    monkeypatch.setattr("planish.optimizer.compilation.engine._STRICTER", (0.5,))
+    monkeypatch.setattr(engine, "products_of", lambda *_: next(answers, []))
+    monkeypatch.setattr(engine, "STRICTER", (0.5,))
     onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "model.onnx")
     told: list[tuple[str, int, int]] = []
-    result = optimize(tmp_path / "model.onnx", tmp_path / "out", progress=lambda *said: told.append(said))
+    result = optimize(
+        tmp_path / "model.onnx", tmp_path / "out", progress=lambda *said: told.append(said), clock=all_equal
+    )
     assert any("rounding is held to 0.5" in note for note in result.notes)
     assert [name for name, _, _ in told].count("onnxruntime: emission") == 2
     assert {total for _, _, total in told} == {6}

@@ -26,6 +26,7 @@ from planish.optimizer.fidelity.metrics import METRICS
 from planish.optimizer.ir.program import Axis, Program, Provenance, Role, Signature, TensorSpec
 from planish.optimizer.lowering import lower
 from planish.optimizer.output.lock import LOCK, Lock
+from planish.optimizer.timing.interleaved import Timing
 from tests.optimizer.cli.test_bad_input import USAGE, refused
 from tests.zoo import Species, build
 
@@ -268,18 +269,17 @@ def test_a_pipeline_that_fires_nowhere_says_so(graph: Path, tmp_path: Path, caps
 def test_expectations_fail_before_anything_is_timed(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def race(*_: object) -> None:
+    def clock(*_: object) -> list[Timing]:
         raise AssertionError("nothing shall be timed")
 
     def check(*_: object, **__: object) -> None:
         raise AssertionError("nothing shall be emitted and checked")
 
-    monkeypatch.setattr("planish.optimizer.compilation.engine.time_against_first", race)
     with pytest.raises(CheckFailed, match="passes left 2 nodes Attention, 3 were expected"):
-        optimize(tiny, tmp_path / "out", expect=["Attention=3"])
-    monkeypatch.setattr("planish.optimizer.compilation.engine.check_engines", check)
+        optimize(tiny, tmp_path / "out", expect=["Attention=3"], clock=clock)
+    monkeypatch.setattr("planish.optimizer.compilation.verdicts.check_engines", check)
     with pytest.raises(CheckFailed, match="fuse-attention fired at 0 sites, 5 were expected"):
-        optimize(tiny, tmp_path / "out", expect=["fuse-attention=5"])
+        optimize(tiny, tmp_path / "out", expect=["fuse-attention=5"], clock=clock)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ from planish.optimizer.inference.session import AnyTask, open_task
 from planish.optimizer.inference.text_generation import TextGenerator, with_options
 from planish.optimizer.lowering.checkpoint.tokenizer import load_tokenizer
 from planish.optimizer.output.manifest import Manifest
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_faster
 from tests.conftest import Planish
 from tests.train import MODELS
 
@@ -27,17 +27,9 @@ SIZES = {"batch": 2, "sequence": 16}
 TEXTS = ["w1", "w2 w3 w4", "w5 w6", "w7 " * 30, "w8 w9"]
 
 
-@pytest.fixture(autouse=True)
-def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the passes made is shipped, whatever this machine would measure."""
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2
-    )
-
-
 def test_only_this_size_is_taken_and_the_answers_are_the_same(tiny: Path, tmp_path: Path) -> None:
-    free = optimize(tiny, tmp_path / "free", targets=TARGETS)
-    fixed = optimize(tiny, tmp_path / "fixed", targets=TARGETS, fix=SIZES)
+    free = optimize(tiny, tmp_path / "free", targets=TARGETS, clock=all_faster)
+    fixed = optimize(tiny, tmp_path / "fixed", targets=TARGETS, fix=SIZES, clock=all_faster)
     for target in TARGETS:
         assert all(tensor.shape == (2, 16) for tensor in fixed.engines[target].inputs)
         assert fixed.engines[target].outputs[0].shape == (2, 3)
@@ -56,7 +48,7 @@ def answers(folder: Path, texts: list[str]) -> list[list[float]]:
 
 
 def test_padding_is_among_the_cases(tiny: Path, tmp_path: Path) -> None:
-    result = optimize(tiny, tmp_path / "out", fix={"sequence": 16, "batch": 1})
+    result = optimize(tiny, tmp_path / "out", fix={"sequence": 16, "batch": 1}, clock=all_faster)
     cases = references(result).components["model"].inputs
     assert {case["attention_mask"].shape for case in cases} == {(1, 16)}
     assert {int(case["attention_mask"].sum()) for case in cases} == {2, 16}
@@ -77,7 +69,7 @@ def test_a_decoder_of_two_texts_writes_what_one_of_any_number_does(tmp_path: Pat
     prompts = [Question(text) for text in ("Return a list of", "The file is closed when", "Raise")]
     written = {}
     for name, fix in (("free", None), ("fixed", {"batch": 2})):
-        optimize(MODELS / "writer", tmp_path / name, targets=TARGETS, fix=fix)
+        optimize(MODELS / "writer", tmp_path / name, targets=TARGETS, fix=fix, clock=all_faster)
         for target in TARGETS:
             writer: AnyTask = open_task(tmp_path / name / target)
             assert isinstance(writer, TextGenerator)

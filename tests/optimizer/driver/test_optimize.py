@@ -206,8 +206,7 @@ def test_only_what_is_faster_is_shipped(
     low: float, shipped: str, why: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timings = [Timing(2.0, 1.0, 1.0, 1.0, 20), Timing(1.9, 1.05, low, 1.1, 20)]
-    monkeypatch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda engines, inputs: timings)
-    result = optimize(tiny, tmp_path / "out", preset="exact")
+    result = optimize(tiny, tmp_path / "out", preset="exact", clock=lambda engines, inputs: timings)
     record = result.manifest.targets["onnxruntime"]
     assert (record.shipped, record.why) == (shipped, why)
     assert bool(record.pipelines) == (shipped == "optimized")
@@ -221,11 +220,13 @@ def test_padding_is_removed_where_that_is_faster(
     low: float, kept: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timings = [Timing(2.0, 1.0, 1.0, 1.0, 20), Timing(1.8, 1.1, 1.08, 1.2, 20), Timing(1.2, 1.6, low, 1.7, 20)]
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first", lambda engines, inputs: timings[: len(engines)]
-    )
     build = functools.partial(
-        optimize, tiny, preset="exact", shapes=[{"batch": 4, "sequence": 8}], lock=tmp_path / "lock"
+        optimize,
+        tiny,
+        preset="exact",
+        shapes=[{"batch": 4, "sequence": 8}],
+        lock=tmp_path / "lock",
+        clock=lambda engines, inputs: timings[: len(engines)],
     )
     result = build(tmp_path / "out")
     record = result.manifest.targets["onnxruntime"]
@@ -238,7 +239,13 @@ def test_padding_is_removed_where_that_is_faster(
     built = [(tmp_path / name / "onnxruntime" / "model.onnx").read_bytes() for name in ("out", "again")]
     assert built[0] == built[1]
     assert trial.why == ("faster than without" if kept else "not measurably faster than without")
-    single = optimize(tiny, tmp_path / "single", preset="exact", shapes=[{"batch": 1, "sequence": 8}])
+    single = optimize(
+        tiny,
+        tmp_path / "single",
+        preset="exact",
+        shapes=[{"batch": 1, "sequence": 8}],
+        clock=lambda engines, inputs: timings[: len(engines)],
+    )
     assert not Lock.read(single.folder / "planish.lock").targets["onnxruntime"].tried
 
 
@@ -247,13 +254,16 @@ def test_each_component_is_chosen_by_itself(tmp_path: Path, monkeypatch: pytest.
         own = Timing(2.0, 1.25, 1.2, 1.3, 20) if "encoder" in engines[0].path.name else Timing(2.0, 1.0, 0.98, 1.02, 20)
         return [Timing(2.0, 1.0, 1.0, 1.0, 20), *[own] * (len(engines) - 1)]
 
-    monkeypatch.setattr("planish.optimizer.compilation.engine.time_against_first", race)
     checkpoint = build(next(each for each in GENERATORS if each.model_type == "t5"), tmp_path / "checkpoint")
     lock = tmp_path / "lock"
-    record = optimize(checkpoint, tmp_path / "out", preset="exact", lock=lock).manifest.targets["onnxruntime"]
+    record = optimize(checkpoint, tmp_path / "out", preset="exact", lock=lock, clock=race).manifest.targets[
+        "onnxruntime"
+    ]
     assert record.why == "faster than the plain lowering; left plain: decoder_model, decoder_with_past_model"
     assert [name for name, text in record.pipelines.items() if text] == ["encoder_model"]
-    again = optimize(checkpoint, tmp_path / "again", preset="exact", lock=lock).manifest.targets["onnxruntime"]
+    again = optimize(checkpoint, tmp_path / "again", preset="exact", lock=lock, clock=race).manifest.targets[
+        "onnxruntime"
+    ]
     assert again.pipelines == record.pipelines
     for name in ("encoder_model", "decoder_model", "decoder_with_past_model"):
         made = [(tmp_path / folder / "onnxruntime" / f"{name}.onnx").read_bytes() for folder in ("out", "again")]

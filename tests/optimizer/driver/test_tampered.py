@@ -24,6 +24,7 @@ from planish.optimizer.runtime.generation import Decoding
 from planish.optimizer.runtime.teacher_forcing import GreedyContinuation
 from planish.optimizer.runtime.worker import EngineRef
 from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_equal
 from tests.conftest import with_tokenizer
 from tests.optimizer.cli.test_bad_input import run
 from tests.zoo import Species, build
@@ -97,11 +98,7 @@ def outputs_in(folder: Path) -> Outputs:
 
     def make(kind: str) -> Path:
         if not (folder / kind).is_dir():
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
-                )
-                optimize(with_tokenizer(build(KINDS[kind], folder / f"{kind}-checkpoint")), folder / kind)
+            optimize(with_tokenizer(build(KINDS[kind], folder / f"{kind}-checkpoint")), folder / kind, clock=all_equal)
         return folder / kind
 
     return make

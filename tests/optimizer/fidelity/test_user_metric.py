@@ -13,7 +13,7 @@ from planish.optimizer.errors import BadInput, CheckFailed, UsageError
 from planish.optimizer.fidelity.budget import Budget
 from planish.optimizer.fidelity.metrics import Comparison
 from planish.optimizer.fidelity.user_metric import Evaluation, scored
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_faster
 from tests.conftest import Planish
 
 
@@ -67,20 +67,16 @@ def test_an_engine_that_scores_too_low_is_not_shipped(
         "import pathlib, sys\nplace = pathlib.Path(sys.argv[1])\nassert (place / 'config.json').is_file()\n"
         "print(2 if b'_int8' in b''.join(f.read_bytes() for f in place.glob('*.onnx')) else 1)\n"
     )
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first",
-        lambda *_: [Timing(1, 1, 1, 1, 1), Timing(1, 2, 2, 2, 1)],
-    )
     options: Any = {"pipeline": "quantize-int8{minimum=1}", "evaluate": f"{sys.executable} {script}"}
-    kept = optimize(tiny, tmp_path / "kept", keep=["score>=2x"], **options)
+    kept = optimize(tiny, tmp_path / "kept", keep=["score>=2x"], **options, clock=all_faster)
     found = kept.manifest.targets["onnxruntime"].comparison
     assert found["own measure.engine"] == {"score": 2, "score_ratio": 2}
     with pytest.raises(CheckFailed, match="score_ratio of engine is 2, the budget asks score<=1x"):
-        optimize(tiny, tmp_path / "refused", keep=["score<=1x"], **options)
+        optimize(tiny, tmp_path / "refused", keep=["score<=1x"], **options, clock=all_faster)
     assert not (tmp_path / "refused").exists()
     assert "its own measure was not taken again" in planish("verify", tmp_path / "kept").stdout
     with pytest.raises(UsageError, match="are not judged"):
-        optimize(tiny, tmp_path / "refused", reference="none", **options)
+        optimize(tiny, tmp_path / "refused", reference="none", **options, clock=all_faster)
     usage = planish("optimize", tiny, "-o", tmp_path / "no", "--keep", "score>=1")
     assert usage.returncode == 2
     assert "give --evaluate" in usage.stderr

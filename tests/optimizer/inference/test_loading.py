@@ -22,7 +22,7 @@ from planish.optimizer.inference.requests import Question
 from planish.optimizer.inference.session import open_task
 from planish.optimizer.inference.text_tasks import TextTasks
 from planish.optimizer.runtime.tokenization import LightTokenizer
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_equal
 from tests.conftest import with_tokenizer
 from tests.zoo import GENERATORS, IMAGES, Species, build
 
@@ -46,11 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
     def make(kind: str) -> Path:
         if not (folder / kind).is_dir():
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
-                )
-                optimize(with_tokenizer(build(KINDS[kind], folder / f"{kind}-checkpoint")), folder / kind)
+            optimize(with_tokenizer(build(KINDS[kind], folder / f"{kind}-checkpoint")), folder / kind, clock=all_equal)
         return folder / kind
 
     return make

@@ -16,7 +16,7 @@ from planish.optimizer.inference.requests import Question
 from planish.optimizer.inference.session import open_task
 from planish.optimizer.inference.text_generation import TextGenerator, processors, with_options
 from planish.optimizer.runtime.generation import Sampling
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_faster
 from tests.conftest import Planish
 from tests.train import MODELS, pairs
 
@@ -28,10 +28,8 @@ PROMPTS = ["Return a list of", "The file is closed when", "Raise"]
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Engines of both models for both CPU targets; nothing is timed."""
     folder = tmp_path_factory.mktemp("written")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
-        for name in ("writer", "translator"):
-            optimize(MODELS / name, folder / name, targets=TARGETS)
+    for name in ("writer", "translator"):
+        optimize(MODELS / name, folder / name, targets=TARGETS, clock=all_faster)
     return {name: folder / name for name in ("writer", "translator")}
 
 

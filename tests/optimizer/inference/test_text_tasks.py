@@ -25,7 +25,7 @@ from planish.optimizer.inference.vision import classes
 from planish.optimizer.interfaces.backend import Engine
 from planish.optimizer.ir.program import Arrays, TensorSpec
 from planish.optimizer.system import interrupts
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_equal
 from tests.conftest import Planish, with_tokenizer
 from tests.optimizer.cli.test_bad_input import run
 from tests.zoo import Species, build
@@ -43,11 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         if task not in built:
             folder = tmp_path_factory.mktemp(task)
             checkpoint = with_tokenizer(build(Species("bert", task), folder / "checkpoint"))
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
-                )
-                optimize(checkpoint, folder / "out")
+            optimize(checkpoint, folder / "out", clock=all_equal)
             answerer = open_task(folder / "out")
             assert isinstance(answerer, TextTasks)
             built[task] = answerer, checkpoint
@@ -94,9 +90,7 @@ def test_scores_are_those_of_the_pipelines_of_transformers(config: dict[str, Any
     from transformers import pipeline
 
     checkpoint = with_tokenizer(build(Species("bert", "text-classification", config), tmp_path / "checkpoint"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
-        optimize(checkpoint, tmp_path / "out")
+    optimize(checkpoint, tmp_path / "out", clock=all_equal)
     answerer = open_task(tmp_path / "out")
     asked = pipeline("text-classification", str(checkpoint), top_k=None)
     pairs = [("w1 w2", "w3 w4"), ("w1 w2", "w50 w60 w70")]
@@ -217,10 +211,7 @@ def test_embeddings_of_the_real_checkpoint(minilm: Path, tmp_path: Path, monkeyp
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
-    )
-    optimize(minilm, tmp_path / "out")
+    optimize(minilm, tmp_path / "out", clock=all_equal)
     texts = ["A cat sits on the mat.", "Compilers turn one text into another, step by step."]
     found = np.array([a["embedding"] for a in open_task(tmp_path / "out").answer([Question(t) for t in texts])])
     encoded = AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt")

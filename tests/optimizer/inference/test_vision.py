@@ -23,7 +23,7 @@ from planish.optimizer.lowering import lower
 from planish.optimizer.lowering.checkpoint.sequence_limits import limit_axes
 from planish.optimizer.lowering.components.tasks import TASKS
 from planish.optimizer.runtime.generation import Sampling
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_equal, all_faster
 from tests.conftest import Planish, with_tokenizer
 from tests.zoo import GENERATORS, IMAGES, Species, build
 
@@ -42,9 +42,7 @@ def made(species: Species, folder: Path, *, tokenizer: bool = False) -> Path:
     (checkpoint / "preprocessor_config.json").write_text(PROCESSOR)
     if tokenizer:
         with_tokenizer(checkpoint)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2)
-        optimize(checkpoint, folder / "out", targets=TARGETS)
+    optimize(checkpoint, folder / "out", targets=TARGETS, clock=all_faster)
     return folder
 
 
@@ -145,9 +143,7 @@ def test_engines_take_what_they_are_made_for(
     with pytest.raises(BadInput, match="it has no array 'pixel_values'; it has \\['input_ids'\\]"):
         list(answerer.questions(file_of(tmp_path, input_ids=np.ones((1, 4)))))
     assert not (tmp_path / "no.jsonl").exists()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
-        optimize(tiny, tmp_path / "text")
+    optimize(tiny, tmp_path / "text", clock=all_equal)
     with pytest.raises(BadInput, match="takes texts, not arrays"):
         list(open_task(tmp_path / "text").questions(file_of(tmp_path, input_ids=np.ones((1, 4)))))
 

@@ -14,7 +14,7 @@ from planish.optimizer import optimize
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.lowering import lower
 from planish.optimizer.lowering.checkpoint.checkpoint import bind, loaded, open_checkpoint, skeleton
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_equal
 from tests.conftest import Planish
 from tests.zoo import GENERATORS, build
 
@@ -80,12 +80,9 @@ def test_weights_are_those_that_peft_merges(kind: str, tmp_path: Path) -> None:
 
 
 def test_an_engine_with_an_adapter_equals_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
-    )
     checkpoint = base("gpt2", tmp_path)
     folder = adapter(checkpoint, "LoraConfig", TURNED, tmp_path)
-    result = optimize(checkpoint, tmp_path / "out", task="text-generation", adapter=folder)
+    result = optimize(checkpoint, tmp_path / "out", task="text-generation", adapter=folder, clock=all_equal)
     assert result.manifest.targets["onnxruntime"].comparison["generation.next token"]["greedy"] == 1
     assert "adapter_model.safetensors" in result.manifest.source.files
 

@@ -26,6 +26,7 @@ from planish.optimizer.lowering.export.onnx_file import read_signature
 from planish.optimizer.output.lock import LOCK, Lock
 from planish.optimizer.runtime.generation import Decoding, Sampling
 from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_equal, all_faster
 from tests.train import MODELS as TRAINED
 from tests.zoo import GENERATORS, Species, build
 
@@ -239,10 +240,7 @@ def test_sampling_is_reproducible_and_bounded() -> None:
 
 @pytest.mark.breadth
 def test_an_output_of_a_decoder_is_verified_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2
-    )
-    optimize(build(by_name("t5"), tmp_path / "c"), tmp_path / "out", targets=TARGETS)
+    optimize(build(by_name("t5"), tmp_path / "c"), tmp_path / "out", targets=TARGETS, clock=all_equal)
     verdicts = verify(tmp_path / "out")
     assert {name: verdict.problems for name, verdict in verdicts.items()} == dict.fromkeys(TARGETS, ())
     assert all("generation.next token" in (v.comparison.outputs if v.comparison else {}) for v in verdicts.values())
@@ -261,12 +259,9 @@ def test_an_output_of_a_decoder_is_verified_again(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.breadth
 def test_locked_builds_are_equal_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2
-    )
     checkpoint = build(by_name("t5"), tmp_path / "c")
     for name in ("one", "other"):
-        optimize(checkpoint, tmp_path / name, targets=TARGETS, lock=tmp_path / "lock")
+        optimize(checkpoint, tmp_path / name, targets=TARGETS, lock=tmp_path / "lock", clock=all_faster)
     files = {
         name: {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
         for name in ("one", "other")

@@ -19,7 +19,7 @@ from planish.optimizer.inference.session import open_task, with_prompt
 from planish.optimizer.inference.text_tasks import TextTasks
 from planish.optimizer.lowering.checkpoint.checkpoint import companions_in, open_checkpoint
 from planish.optimizer.runtime.sentence_modules import SentenceModules, read_modules
-from planish.optimizer.timing.interleaved import Timing
+from tests.clocks import all_equal
 from tests.conftest import with_tokenizer
 from tests.zoo import Species, build
 
@@ -211,9 +211,7 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("config_sentence_transformers.json", {"prompts": {"query": "w1 w2: ", "plain": ""}, "default_prompt_name": None}),
     ):  # fmt: skip
         (folder / name).write_text(json.dumps(value))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 1, 1, 1, 1)] * 2)
-        optimize(folder, folder.parent / "out")
+    optimize(folder, folder.parent / "out", clock=all_equal)
     return folder, folder.parent / "out"
 
 

@@ -21,6 +21,7 @@ from planish.optimizer.timing import tuning_table as module
 from planish.optimizer.timing.interleaved import Timing
 from planish.optimizer.timing.tuning_table import Profile
 from planish.passes.legalize.legalize_onnxruntime import LegalizeOnnxRuntime
+from tests.clocks import all_faster
 from tests.conftest import Planish
 
 Race = Callable[..., list[Timing]]
@@ -112,20 +113,19 @@ def test_forms_are_really_timed(raised: ir.Model, tmp_path: Path, monkeypatch: p
 @pytest.mark.slow
 def test_a_lock_repeats_what_a_profile_chose(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "time_against_first", racing(1.5, 1.2)[0])
-    monkeypatch.setattr(
-        "planish.optimizer.compilation.engine.time_against_first", lambda *_: [Timing(1, 2, 2, 2, 1)] * 2
-    )
     lock = tmp_path / "build.lock"
-    first = optimize(tiny, tmp_path / "first", profile=tmp_path / "profile.json", lock=lock)
+    first = optimize(tiny, tmp_path / "first", profile=tmp_path / "profile.json", lock=lock, clock=all_faster)
     assert "legalize-onnxruntime{keep_sums=false attention=multi-head}" in lock.read_text()
     assert any(first.measurements["profile"].values())
     graph = onnx.load(tmp_path / "first" / "onnxruntime" / "model.onnx", load_external_data=False).graph
     assert sum(node.op_type == "MultiHeadAttention" for node in graph.node) == 2
-    second = optimize(tiny, tmp_path / "second", lock=lock, profile=tmp_path / "profile.json")
+    second = optimize(tiny, tmp_path / "second", lock=lock, profile=tmp_path / "profile.json", clock=all_faster)
     assert first.manifest.files == second.manifest.files
     assert second.notes == ["the profile was not asked about onnxruntime: the lock has decided"]
     with pytest.raises(UsageError, match="a profile chooses for presets"):
-        optimize(tiny, tmp_path / "third", pipeline="fold-constants", profile=tmp_path / "profile.json")
+        optimize(
+            tiny, tmp_path / "third", pipeline="fold-constants", profile=tmp_path / "profile.json", clock=all_faster
+        )
 
 
 @pytest.mark.breadth

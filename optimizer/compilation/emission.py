@@ -1,0 +1,60 @@
+"""Engine folders: a target's files, and the files of the source that loaders expect beside them."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from planish.optimizer.compilation.job import Job
+from planish.optimizer.interfaces.backend import Backend
+from planish.optimizer.ir import onnx_io
+
+
+def emit(job: Job, target: Backend, models: Mapping[str, ir.Model], place: Path) -> None:
+    """Write an engine of these graphs into a new folder ``place``, with the companions of the source."""
+    place.mkdir(parents=True)
+    target.emit(replace(job.program, components=dict(models)), place)
+    if job.lowered.folder is None:
+        return
+    for name in job.lowered.companions:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        if name in job.lowered.rewritten:
+            (place / name).write_text(job.lowered.rewritten[name], encoding="utf-8")
+        else:
+            onnx_io.copy_file(job.lowered.folder / name, place / name)
+
+
+def replace_folder(source: Path, place: Path) -> None:
+    """Replace the folder ``place`` by a copy of ``source``."""
+    shutil.rmtree(place)
+    shutil.copytree(source, place)
+
+
+@dataclass(frozen=True)
+class PlainEngine:
+    """The engine of the plain lowering for one target: no pass of ours, all optimizations of the runtime.
+
+    It is emitted, and scored by the user's own metric, when that is first needed.
+    """
+
+    job: Job
+    target: Backend
+
+    @functools.cached_property
+    def place(self) -> Path:
+        """Its folder."""
+        place = self.job.places.scratch / f"plain-{self.target.name}"
+        emit(self.job, self.target, {name: model.clone() for name, model in self.job.program.components.items()}, place)
+        return place
+
+    @functools.cached_property
+    def score(self) -> float:
+        """The user's own metric of it; ValueError if there is none."""
+        if self.job.request.evaluation is None:
+            raise ValueError("no metric of the user's own was asked for")
+        return self.job.request.evaluation.score(self.place)
