@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from planish.optimizer.errors import UsageError
 from planish.optimizer.fidelity.budget import Budget, measured_metrics, metrics_of
@@ -20,6 +20,9 @@ from planish.optimizer.interfaces.recipe import When
 from planish.optimizer.ir.program import Program, Signature
 from planish.optimizer.pipeline import presets
 from planish.optimizer.pipeline.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from planish.optimizer.compilation.options import BuildOptions
 
 
 @dataclass(frozen=True)
@@ -112,53 +115,51 @@ class Request:
         refuse_other_sizes(program.signatures.values(), self.shapes)
 
 
-def request_of(
-    targets: Sequence[str],
-    preset: str | None,
-    pipeline: str | None,
-    keep: Sequence[str],
-    shapes: Sequence[Mapping[str, int]],
-    fix: Mapping[str, int] | None,
-    profile: str | Path | None,
-    evaluate: str | None,
-    logits: Literal["all", "last"],
-    *,
-    calibrated: bool,
-    reference: str = "full",
-) -> Request:
-    """The request, or UsageError: the preset is `exact` where nothing is said."""
-    targets, keep = _several(targets), _several(keep)
-    _refuse_idle(reference, keep, shapes, evaluate, runs=pipeline is not None, calibrated=calibrated)
+def request_of(options: BuildOptions, *, calibrated: bool) -> Request:
+    """The request of these options, with calibration data or without.
+
+    The preset is `exact` where neither a preset nor a pipeline is given. UsageError for options that exclude each
+    other or would do nothing.
+    """
+    preset, pipeline, shapes = options.preset, options.pipeline, options.shapes
+    targets, keep = _several(options.targets), _several(options.keep)
+    _refuse_idle(options, keep, calibrated=calibrated)
     if preset is not None and pipeline is not None:
         raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
-    if profile is not None and pipeline is not None:
+    if options.profile is not None and pipeline is not None:
         raise UsageError("a profile chooses for presets, not for a pipeline", advice="write the options into the text")
     backends = tuple(registry.backend(text) for text in targets)
     names = [backend.name for backend in backends]
     if not names or len(set(names)) != len(names):
         raise UsageError(f"each target must be given once, got {names}", advice="build two folders for two variants")
     preset = "exact" if pipeline is None and preset is None else preset
-    asked = Budget.parse(keep) if keep else presets.budget(preset)
-    first = [option_text.format_spec(presets.SPECIALIZE, fix)] if fix else []
-    pipelines = _pipelines_for(backends, preset, pipeline, first, calibrated=calibrated)
-    own = None if evaluate is None else Evaluation.parse(evaluate)
-    if own is None and any(clause.metric.startswith("score") for clause in asked.clauses):
-        raise UsageError("a budget on score needs a command that prints it", where="--keep", advice="give --evaluate")
-    if logits == "last" and any(clause.metric == "perplexity" for clause in asked.clauses):
-        raise UsageError("perplexity needs the scores behind every token", where="--logits last", advice="keep kl<=X")
+    budget = Budget.parse(keep) if keep else presets.budget(preset)
+    evaluation = None if options.evaluate is None else Evaluation.parse(options.evaluate)
+    _refuse_unmeasured(budget, options)
+    first = [option_text.format_spec(presets.SPECIALIZE, options.fix)] if options.fix else []
+    padded = any(sizes.get("batch", 1) > 1 for sizes in shapes)
     return Request(
         targets=backends,
         preset=preset,
-        pipelines=pipelines,
-        asked=asked,
+        pipelines=_pipelines_for(backends, preset, pipeline, first, calibrated=calibrated),
+        asked=budget,
         shapes=tuple(shapes),
-        extras=_extras(backends, preset if any(sizes.get("batch", 1) > 1 for sizes in shapes) else None),
+        extras=_extras(backends, preset if padded else None),
         alternatives=_tried(backends, preset if calibrated else None, When.CALIBRATED, first),
         stepping=_tried(backends, preset, When.GENERATING, first),
-        evaluation=own,
-        last_logits=logits == "last",
-        profile=None if profile is None else Path(profile),
+        evaluation=evaluation,
+        last_logits=options.logits == "last",
+        profile=None if options.profile is None else Path(options.profile),
     )
+
+
+def _refuse_unmeasured(budget: Budget, options: BuildOptions) -> None:
+    """UsageError for clauses of a budget that these options leave without a value."""
+    metrics = [clause.metric for clause in budget.clauses]
+    if options.evaluate is None and any(metric.startswith("score") for metric in metrics):
+        raise UsageError("a budget on score needs a command that prints it", where="--keep", advice="give --evaluate")
+    if options.logits == "last" and "perplexity" in metrics:
+        raise UsageError("perplexity needs the scores behind every token", where="--logits last", advice="keep kl<=X")
 
 
 def _several(texts: Sequence[str]) -> Sequence[str]:
@@ -166,25 +167,17 @@ def _several(texts: Sequence[str]) -> Sequence[str]:
     return (texts,) if isinstance(texts, str) else texts
 
 
-def _refuse_idle(
-    reference: str,
-    keep: Sequence[str],
-    shapes: Sequence[Mapping[str, int]],
-    evaluate: str | None,
-    *,
-    runs: bool,
-    calibrated: bool,
-) -> None:
-    """UsageError for options that would do nothing beside this way of treating the original; without it a preset
-    ``runs`` no pass."""
+def _refuse_idle(options: BuildOptions, keep: Sequence[str], *, calibrated: bool) -> None:
+    """UsageError for options that would do nothing beside ``options.reference``."""
+    reference = options.reference
     where, advice = f"--reference {reference}", "leave one of the two out"
     if reference == "none" and keep:
         raise UsageError("nothing is compared, so no budget can be kept", where=f"--keep {keep[0]}", advice=advice)
-    if reference == "none" and evaluate is not None:
+    if reference == "none" and options.evaluate is not None:
         raise UsageError("engines that nothing is compared with are not judged", where="--evaluate")
-    if reference == "none" and calibrated and not runs:
+    if reference == "none" and calibrated and options.pipeline is None:
         raise UsageError("a preset runs no pass then, so nothing is calibrated", where=where, advice=advice)
-    if reference != "full" and shapes:
+    if reference != "full" and options.shapes:
         raise UsageError("nothing is timed then, at no --shape", where=where, advice=advice)
 
 
@@ -209,6 +202,3 @@ def _tried(
     """What a preset, if there is one, tries of each target's recipes in one case, each behind ``first``."""
     found = {t.name: presets.recipes(preset, t.name, when) if preset is not None else () for t in targets}
     return {name: [Pipeline.parse(",".join([*first, *recipe.passes])) for recipe in own] for name, own in found.items()}
-
-
-ReferenceMode = Literal["full", "offload", "none"]

@@ -89,19 +89,7 @@ def optimize(source: str | Path | Any, out: str | Path, options: BuildOptions | 
 
 def _request(options: BuildOptions, data: Samples | None) -> Request:
     """The request of the options; UsageError for options that exclude each other or would do nothing."""
-    request = request_of(
-        options.targets,
-        options.preset,
-        options.pipeline,
-        options.keep,
-        options.shapes,
-        options.fix,
-        options.profile,
-        options.evaluate,
-        options.logits,
-        calibrated=bool(data),
-        reference=options.reference,
-    )
+    request = request_of(options, calibrated=bool(data))
     if options.samples is not None and not request.observes:
         raise UsageError(NOT_OBSERVED, where="--samples", advice="leave it out")
     return request

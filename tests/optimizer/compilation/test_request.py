@@ -16,6 +16,7 @@ import pytest
 
 from planish.optimizer import bench, optimize
 from planish.optimizer.cli.options import parse_shapes
+from planish.optimizer.compilation.options import BuildOptions
 from planish.optimizer.compilation.request import request_of
 from planish.optimizer.driver.bisect import bisect
 from planish.optimizer.driver.opt import optimize_file
@@ -134,7 +135,7 @@ def test_which_program_has_which_metrics(writer: Program, translator: Program) -
 
 def requested(*keep: str, preset: str | None = "small") -> Any:
     pipeline = None if preset else "quantize-int8"
-    return request_of(["onnxruntime"], preset, pipeline, keep, [], None, None, None, "all", calibrated=False)
+    return request_of(BuildOptions(preset=preset, pipeline=pipeline, keep=keep), calibrated=False)
 
 
 def test_passes_on_a_component_without_the_metric_keep_the_default_of_the_preset(translator: Program) -> None:
@@ -342,6 +343,6 @@ def test_what_is_said_of_a_source_that_it_cannot_mean(graph: Path) -> None:
 
 
 def test_a_single_text_is_one_target_and_one_budget() -> None:
-    request = request_of("openvino", "fast", None, "cosine>=0.5", [], None, None, None, "all", calibrated=False)
+    request = request_of(BuildOptions(targets="openvino", preset="fast", keep="cosine>=0.5"), calibrated=False)
     assert [target.name for target in request.targets] == ["openvino"]
     assert str(request.asked) == "cosine>=0.5"
