@@ -6,7 +6,6 @@ into a lock, what was done into a manifest, what was timed into the measurements
 
 from __future__ import annotations
 
-import gc
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +28,11 @@ from planish.optimizer.lowering.checkpoint.checkpoint import sha256
 from planish.optimizer.output.lock import LOCK, Lock
 from planish.optimizer.output.sites import Expectation, refuse_absent
 from planish.optimizer.system import interrupts
+from planish.optimizer.system.garbage import collecting_seldom
 from planish.optimizer.system.interrupts import holding_interrupts
 from planish.optimizer.system.links import file_in
 from planish.optimizer.system.scratch import scratch_folder, temporary
 from planish.optimizer.system.staging import demand_apart, staged_file, staged_folder
-
-_COLLECT_SELDOM = (200_000, 50, 1_000)
-"""Thresholds of the collector while tracing: a twentieth of its time goes into looking at what stays."""
 
 
 def optimize(source: str | Path | Any, out: str | Path, options: BuildOptions | None = None, **fields: Any) -> Result:
@@ -53,9 +50,10 @@ def optimize(source: str | Path | Any, out: str | Path, options: BuildOptions | 
     _refuse_absent(expected, request, checks, lock)
     stages = Stages(options.progress, _count_stages(request, checks, lock))
     demand_apart(Path(out), *_files_of(source, options))
-    with staged_folder(Path(out)) as folder, scratch_folder() as scratch:
+    with staged_folder(Path(out)) as folder, scratch_folder() as scratch, collecting_seldom() as settle:
         with stages.stage("lowering"):
             lowered = _lower(source, options, request)
+            settle()
         demand_apart(Path(out), lowered.files(), {})  # weights of an `.onnx` may lie in OUT though the graph does not
         _check_lock(lock, options, lowered, data)
         request.check_fits(lowered.program)
@@ -157,28 +155,21 @@ def _copy_text(source: Path, place: Path) -> None:
 
 
 def _lower(source: str | Path | Any, options: BuildOptions, request: Request) -> Lowered:
-    """Lower, with the garbage collector run seldom: few objects of torch die meanwhile, and a million stay."""
+    """Lower the source; BadInput if the graph has no inputs."""
     if interrupts.watched():
         # torch makes a folder for compiled code as soon as it is imported, and nothing is compiled here.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(temporary()))
-    usual = gc.get_threshold()
-    gc.set_threshold(*_COLLECT_SELDOM)
-    with holding_interrupts():  # also while the collector runs below, out of which no exception gets
-        try:
-            lowered = lower(
-                source,
-                options.task,
-                adapter=None if options.adapter is None else Path(options.adapter),
-                background=options.reference == "full",
-                offload=options.reference == "offload",
-                last_logits=request.last_logits,
-                sample_inputs=options.sample_inputs,
-                dynamic_axes=options.dynamic_axes,
-            ).with_fixed(request.fixed)
-        finally:
-            gc.set_threshold(*usual)
-        gc.collect()
-        gc.freeze()
+    with holding_interrupts():
+        lowered = lower(
+            source,
+            options.task,
+            adapter=None if options.adapter is None else Path(options.adapter),
+            background=options.reference == "full",
+            offload=options.reference == "offload",
+            last_logits=request.last_logits,
+            sample_inputs=options.sample_inputs,
+            dynamic_axes=options.dynamic_axes,
+        ).with_fixed(request.fixed)
     if not all(signature.inputs for signature in lowered.program.signatures.values()):
         raise BadInput(
             "the graph has no inputs, and so always gives the same",
