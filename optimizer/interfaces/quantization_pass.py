@@ -222,6 +222,7 @@ def matrix_behind(value: ir.Value | None) -> ir.TensorProtocol | None:
         return None
     if cast_node.attributes.get_int("to", 0) != ir.DataType.FLOAT:
         return None
+    # Kept: what passes store with the float form must be found there by the next reader.
     if _AS_FLOAT not in halves.meta:
         shape, name = sizes_of(halves), f"{halves.name}_float"
         halves.meta[_AS_FLOAT] = lazy(lambda: halves.numpy().astype(np.float32), ir.DataType.FLOAT, shape, name)

@@ -1,4 +1,4 @@
-"""Error that 8-bit products are expected to have, from statistics alone."""
+"""Expected error of 8-bit MatMuls, from statistics alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from planish.optimizer.interfaces.observers import ChannelObserver
 
 
 def expected_error(channels: ChannelObserver, scale: np.ndarray, matrices: Sequence[np.ndarray]) -> float:
-    """Expected squared error of products of an activation in 256 fixed steps and matrices whose columns have 255.
+    """Expected squared error of MatMuls of an activation in 256 fixed steps and matrices whose columns have 255.
 
     Channels are divided by ``scale``, rows multiplied by it; a channel whose scale is zero is left out. Rounding to
     multiples of a step has a mean squared error of a twelfth of the squared step.

@@ -56,7 +56,7 @@ def parameters_of(histogram: HistogramObserver, method: RangeMethod, *, signed: 
     # Padding and ReLU make zero the commonest entry: it must be one of the steps.
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max(-low, high) / 127 if signed else (high - low) / 255
-    # Four digits: two machines whose sums differ in the last bit then write the same engine.
+    # Four digits: batches that are added up in another order, or on another machine, then hardly change the engine.
     scale = float(np.float32(f"{scale:.4g}")) if scale > 0 else 1.0
     return QuantizationParameters(scale, 0 if signed else int(np.clip(round(-low / scale), 0, 255)), signed)
 

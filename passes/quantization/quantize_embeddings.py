@@ -32,7 +32,7 @@ class QuantizeEmbeddings(Pass):
     exact: ClassVar[bool] = False
 
     minimum: Annotated[int, Ge(0)] = 1 << 16
-    """Elements that a table must have to be worth it."""
+    """Smallest number of elements of a table that is quantized."""
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the tables of the main graph and its subgraphs, wherever they are read."""
@@ -113,5 +113,5 @@ def _look_up(lookup: ir.Node, table: ir.Value, scales: ir.Value) -> None:
     graph.insert_before(lookup, tape.nodes)
     ir.convenience.replace_all_uses_with(old, rows, replace_graph_outputs=True)
     graph.remove(lookup, safe=True)
-    # The result keeps its name: it may be an output, and later passes are told of sites by name.
+    # The result keeps its name: it may be an output, and options name values of the graph.
     old.name, rows.name = f"{base}_whole", base

@@ -83,7 +83,7 @@ def _column_scales(matrix: np.ndarray) -> np.ndarray:
 def _input_scale(site: MatMulSite) -> np.float32:
     histogram = statistic_of(site.data, HistogramObserver)
     largest = 0.0 if histogram is None else max(-histogram.low, histogram.high)
-    # Four digits, as for fixed scales of integers: sums that differ in the last bit give the same engine.
+    # Four digits, as for fixed scales of integers: differences in the last bits then hardly change the engine.
     return np.float32(f"{largest / _LARGEST:.4g}") if largest > 0 else np.float32(1)
 
 

@@ -1,4 +1,4 @@
-"""Turn the residual stream of a decoder, so that no channel stands out: outliers are spread over all of them.
+"""Rotate the residual stream of a decoder, so that outliers are spread over all channels.
 
 Before:  h = Gather (table, ids);    y = RMSNormalization (h, g);  p = MatMul (y, w);    ...;  k = MatMul (z, v)
          n = Add (h, k)
@@ -6,8 +6,8 @@ After:   h = Gather (table·Q, ids);  y = RMSNormalization (h, 1);  p = MatMul (
          n = Add (h, k)
 
 Q is orthogonal: a Hadamard matrix, times a cosine transform where the width is no power of two, with signs drawn once.
-The root mean square of h is that of hQ, so normalizations see no difference once their scales are in the matrices
-behind them. Nothing is computed that was not before. Ashkboos et al. 2024, "QuaRot", section 4, stage 1.
+The root mean square of h is that of hQ: normalizations give the same, rotated, once their scales are in the matrices
+behind them. No operator is added. Ashkboos et al. 2024, "QuaRot", section 4, stage 1.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ from planish.optimizer.ir.graph import (
 from planish.passes.quantization._operands import change_operand, tensor_of
 
 _SEED = 0
-_TURNED = "planish.turned"
-"""Metadata key of a normalization that reads a stream which was turned: once is enough."""
+_ROTATED = "planish.turned"
+"""Metadata key of a normalization that reads a rotated stream: one rotation is enough."""
+
+Operand = tuple[ir.Node, ir.Value | None]
+"""A value of a stream, and a node that reads or writes it."""
 
 
-class _Stuck(Exception):
-    """What keeps a stream from being turned, and the node where."""
+class _NotRotatable(Exception):
+    """Refusal of a stream, at the node that prevents its rotation."""
 
     def __init__(self, node: ir.Node, reason: str, culprit: ir.Value | None = None) -> None:
         super().__init__(reason)
@@ -45,27 +48,27 @@ class _Stuck(Exception):
 
 @dataclass(frozen=True)
 class RotateResidual(Pass):
-    """Rotate everything that writes to a stream of RMSNormalizations, and back what reads it."""
+    """Rotate all matrices that write to a stream of RMSNormalizations, and those that read it by the inverse."""
 
     name: ClassVar[str] = "rotate-residual"
 
     def call(self, model: ir.Model) -> PassResult:
         """Rotate the streams of the main graph, each as a whole or not at all."""
         result = PassResult(model, modified=False)
-        known: set[int] = set()
+        visited: set[int] = set()
         for node in list(model.graph):
-            if node.op_type != "RMSNormalization" or id(node.inputs[0]) in known:
+            if node.op_type != "RMSNormalization" or id(node.inputs[0]) in visited:
                 continue
             stream = _Stream()
             try:
                 stream.follow(node, node.inputs[0])
-            except _Stuck as stuck:
-                result.refusals.append(stuck.refusal)
+            except _NotRotatable as error:
+                result.refusals.append(error.refusal)
             else:
                 if stream.tables and admitted():
                     result.sites.append(location_of(node))
-                    stream.turn(model.graph)
-            known |= stream.values
+                    stream.rotate(model.graph)
+            visited |= stream.values
         result.modified = bool(result.sites)
         return result
 
@@ -76,25 +79,30 @@ class _Stream:
 
     values: set[int] = field(default_factory=set)
     tables: list[tuple[ir.Node, int]] = field(default_factory=list)
-    """Constants whose last axis is the stream's: the node that reads each, and as which input."""
+    """Constants whose last axis is the stream's: the node that reads each, and the index of the operand."""
     norms: list[ir.Node] = field(default_factory=list)
+    """Normalizations that read the stream."""
 
     def follow(self, node: ir.Node, value: ir.Value | None) -> None:
-        """Take in a value that ``node`` reads or writes, and whatever is joined to it. _Stuck if that cannot be."""
-        pending = [(node, value)]
-        while pending:
-            place, one = pending.pop()
-            if one is None or id(one) in self.values:
-                continue
-            if one.is_graph_output() or one.producer() is None:
-                raise _Stuck(place, "the stream enters or leaves the model", one)
-            self.values.add(id(one))
-            pending += self._written(one)
-            for use in one.uses():
-                pending += self._read(use.node, one)
+        """Add a value that ``node`` reads or writes, and all values that Adds join it with.
 
-    def _written(self, value: ir.Value) -> list[tuple[ir.Node, ir.Value | None]]:
-        """What else belongs to the stream because of what writes a value of it."""
+        _NotRotatable if the basis of one of them cannot be changed.
+        """
+        # One wrong reader or writer is enough to refuse: in a stream, all values have the same basis.
+        pending: list[Operand] = [(node, value)]
+        while pending:
+            neighbour, current = pending.pop()
+            if current is None or id(current) in self.values:
+                continue
+            if current.is_graph_output() or current.producer() is None:
+                raise _NotRotatable(neighbour, "the stream enters or leaves the model", current)
+            self.values.add(id(current))
+            pending += self._through_producer(current)
+            for use in current.uses():
+                pending += self._through_reader(use.node, current)
+
+    def _through_producer(self, value: ir.Value) -> list[Operand]:
+        """Values of the stream that the producer of ``value`` reads; its constants are recorded."""
         node = value.producer()
         if node is None:
             return []
@@ -109,47 +117,49 @@ class _Stream:
             if bias is not None:
                 self.tables.append((node, bias))
             return [(node, operand) for index, operand in enumerate(node.inputs) if index != bias]
-        raise _Stuck(node, f"{node.op_type} writes to the stream", value)
+        raise _NotRotatable(node, f"{node.op_type} writes to the stream", value)
 
-    def _read(self, node: ir.Node, value: ir.Value) -> list[tuple[ir.Node, ir.Value | None]]:
-        """What else belongs to the stream because of what reads a value of it."""
+    def _through_reader(self, node: ir.Node, value: ir.Value) -> list[Operand]:
+        """Values of the stream that a reader of ``value`` writes; a normalization is recorded."""
         if node.op_type == "Add":
             return [(node, node.outputs[0])]
-        if _TURNED in node.metadata_props:
-            raise _Stuck(node, "the stream is turned already", value)
+        if _ROTATED in node.metadata_props:
+            raise _NotRotatable(node, "the stream is turned already", value)
         scale = node.inputs[1] if node.op_type == "RMSNormalization" and node.inputs[0] is value else None
         if not is_constant_vector(scale, width_of(value)) or node.attributes.get_int("axis", -1) != -1:
-            raise _Stuck(node, f"{node.op_type} reads the stream", value)
+            raise _NotRotatable(node, f"{node.op_type} reads the stream", value)
         readers = [use.node for use in node.outputs[0].uses()]
         if node.outputs[0].is_graph_output() or not all(_multiplies(reader, node.outputs[0]) for reader in readers):
-            raise _Stuck(node, "what was normalized is read by more than products with constant matrices", value)
+            raise _NotRotatable(node, "what was normalized is read by more than products with constant matrices", value)
         self.norms.append(node)
         return []
 
-    def turn(self, graph: ir.Graph) -> None:
+    def rotate(self, graph: ir.Graph) -> None:
         """Rotate the constants."""
         rotation = rotation_of(sizes_of(tensor_of(self.norms[0].inputs[1]))[0])
         for node, index in self.tables:
             change_operand(graph, node, index, "rotated", lambda array: array @ rotation)
         for norm in self.norms:
             scale = tensor_of(norm.inputs[1]).numpy().astype(np.float32)
+            # The scale moves from the normalization into the matrices: in the rotated basis it is a full matrix.
             back = np.ascontiguousarray(rotation.T * scale)
             for reader in [use.node for use in norm.outputs[0].uses()]:
                 change_operand(graph, reader, 1, "rotated", functools.partial(np.matmul, back))
             change_operand(graph, norm, 1, "rotated", np.ones_like)
-            norm.metadata_props[_TURNED] = "1"
+            norm.metadata_props[_ROTATED] = "1"
 
 
 def rotation_of(width: int) -> np.ndarray:
-    """An orthogonal matrix, float32, that spreads every channel over all others; the same for the same width."""
+    """An orthogonal matrix, float32, that spreads each channel over all others; the same one for the same width."""
     import scipy.fft
     import scipy.linalg
 
-    power = width & -width
+    power = width & -width  # the largest power of two that divides the width
+    # Without signs a constant vector would end in a single channel: the opposite of what is wanted.
     signs = np.random.default_rng(_SEED).choice([-1.0, 1.0], width)
-    spread = scipy.linalg.hadamard(power) / np.sqrt(power)
-    rest = scipy.fft.dct(np.eye(width // power), norm="ortho", axis=0)
-    return np.asarray(signs[:, None] * np.kron(rest, spread), np.float32)
+    hadamard = scipy.linalg.hadamard(power) / np.sqrt(power)
+    cosines = scipy.fft.dct(np.eye(width // power), norm="ortho", axis=0)
+    return np.asarray(signs[:, None] * np.kron(cosines, hadamard), np.float32)
 
 
 def _multiplies(node: ir.Node, data: ir.Value) -> bool:

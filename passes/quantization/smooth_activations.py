@@ -146,7 +146,7 @@ class SmoothActivations(Pass):
     def _error(self, matrix: np.ndarray, scale: np.ndarray, gram: np.ndarray) -> float:
         """Squared error of the results if the scaled matrix is quantized."""
         scaled = matrix * scale[:, None]
-        # The method of blocks matters little here, and this is tried 21 times: the fastest one must do.
+        # AWQ searches with rounding to nearest, too; a search of ranges inside would run 21 times for each matrix.
         blocks = Nearest(BlockFormat(self.bits, self.block, symmetric=True)).fit(scaled)
         error = blocks.dequantized(scaled) / scale[:, None] - matrix
         return float((error * (gram @ error)).sum())

@@ -1,4 +1,4 @@
-"""The protocol of activation modes: where the activations of 8-bit products get their scales.
+"""The protocol of activation modes: where the activations of 8-bit MatMuls get their scales.
 
 A new mode is a file beside this one, a class with the statistics that it needs and the nodes that it writes; an entry
 in the table of `quantize-int8`; and its name in the option ``activations``.
@@ -22,7 +22,7 @@ SMALLEST_SCALE = 1e-30
 
 
 class ActivationMode(abc.ABC):
-    """Quantization of an activation, and the form of the product that reads it."""
+    """Quantization of an activation, and the form of the MatMul that reads it."""
 
     statistics: ClassVar[tuple[type[Observer], ...]] = ()
     """Statistics of each activation that the mode needs."""
@@ -33,11 +33,11 @@ class ActivationMode(abc.ABC):
 
     @abc.abstractmethod
     def dequantized_input(self, site: MatMulSite, data: np.ndarray) -> np.ndarray:
-        """Values of an activation that the product of a site computes with, float32, same shape as ``data``."""
+        """Values of an activation that the MatMul of a site computes with, float32, same shape as ``data``."""
 
     @abc.abstractmethod
     def rewrite(self, writer: GraphWriter, site: MatMulSite) -> None:
-        """Replace the product of a site by its 8-bit form."""
+        """Replace the MatMul of a site by its 8-bit form."""
 
 
 def symmetric_steps(data: np.ndarray, axis: int | None) -> np.ndarray:

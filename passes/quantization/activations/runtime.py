@@ -7,11 +7,11 @@ import onnx_ir as ir
 
 from planish.optimizer.interfaces.quantization_pass import MatMulSite
 from planish.passes.quantization.activations.activation_mode import symmetric_steps
-from planish.passes.quantization.activations.float_product import FloatProduct
+from planish.passes.quantization.activations.float_matmul import FloatMatMul
 from planish.passes.quantization.activations.writer import GraphWriter
 
 
-class RuntimeActivations(FloatProduct):
+class RuntimeActivations(FloatMatMul):
     """Activations stay in float in the graph."""
 
     def dequantized_input(self, site: MatMulSite, data: np.ndarray) -> np.ndarray:

@@ -16,12 +16,12 @@ import onnx_ir as ir
 from planish.optimizer.interfaces.observers import HistogramObserver, Observer, statistic_of
 from planish.optimizer.interfaces.quantization_pass import MatMulSite
 from planish.passes.quantization._ranges import QuantizationParameters, RangeMethod, parameters_of, range_not_ready
-from planish.passes.quantization.activations.float_product import FloatProduct
+from planish.passes.quantization.activations.float_matmul import FloatMatMul
 from planish.passes.quantization.activations.writer import GraphWriter
 
 
 @dataclass(frozen=True)
-class StaticActivations(FloatProduct):
+class StaticActivations(FloatMatMul):
     """Activations pass a QuantizeLinear and a DequantizeLinear with constant scales."""
 
     statistics: ClassVar[tuple[type[Observer], ...]] = (HistogramObserver,)

@@ -11,11 +11,11 @@ import onnx_ir as ir
 
 from planish.optimizer.interfaces.quantization_pass import MatMulSite
 from planish.passes.quantization.activations.activation_mode import symmetric_steps
-from planish.passes.quantization.activations.integer_product import IntegerProduct
+from planish.passes.quantization.activations.integer_matmul import IntegerMatMul
 from planish.passes.quantization.activations.writer import GraphWriter
 
 
-class TensorActivations(IntegerProduct):
+class TensorActivations(IntegerMatMul):
     """Activations are quantized by DynamicQuantizeLinear."""
 
     def dequantized_input(self, site: MatMulSite, data: np.ndarray) -> np.ndarray:

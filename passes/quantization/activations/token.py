@@ -11,14 +11,14 @@ import onnx_ir as ir
 
 from planish.optimizer.interfaces.quantization_pass import MatMulSite
 from planish.passes.quantization.activations.activation_mode import LEVELS, SMALLEST_SCALE, symmetric_steps
-from planish.passes.quantization.activations.integer_product import IntegerProduct
+from planish.passes.quantization.activations.integer_matmul import IntegerMatMul
 from planish.passes.quantization.activations.writer import GraphWriter
 
 _ZERO_POINT = 128
 """uint8, though the range is symmetric: the integer kernels of x86 multiply unsigned activations by signed weights."""
 
 
-class TokenActivations(IntegerProduct):
+class TokenActivations(IntegerMatMul):
     """Rows are divided by their largest magnitude and quantized with the same step."""
 
     def dequantized_input(self, site: MatMulSite, data: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Nodes and constants of 8-bit products, and what products share."""
+"""Nodes and constants of 8-bit MatMuls, shared where several read the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SharedConstants:
     def weight(self, site: MatMulSite) -> tuple[ir.Value, ir.Value]:
         """The matrix of a site in int8 and its scales, one for each column."""
         tensor, name = site.tensor, site.weight.name or ""
-        # By tensor, not by value: two initializers, or one and a Cast of another, may hold the same matrix.
+        # By tensor, not by value: two Casts of one 16-bit matrix are two values with the same float form.
         if id(tensor) not in self._weights:
             blocks = self.blocks_of(site)
             int8 = lazy(lambda: blocks.integers(tensor.numpy()), ir.DataType.INT8, sizes_of(tensor), f"{name}_int8")
@@ -52,14 +52,14 @@ class SharedConstants:
 
 @dataclass
 class GraphWriter:
-    """Inserts nodes into one graph, and keeps the quantized activations that its products share."""
+    """Writer that inserts nodes into one graph, and keeps the quantized activations that its MatMuls share."""
 
     graph: ir.Graph
     constants: SharedConstants
     _activations: dict[ir.Value, tuple[ir.Value, ...]] = field(default_factory=dict)
 
     def once(self, activation: ir.Value, quantize: Callable[[], tuple[ir.Value, ...]]) -> tuple[ir.Value, ...]:
-        """The values that ``quantize`` makes of an activation, made for the first product that reads it."""
+        """The values that ``quantize`` makes of an activation, once in this graph."""
         if activation not in self._activations:
             self._activations[activation] = quantize()
         return self._activations[activation]

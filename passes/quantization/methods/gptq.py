@@ -69,7 +69,8 @@ def _quantize_rows(rest: np.ndarray, order: np.ndarray, factor: np.ndarray, bloc
             integers[row] = np.clip(np.rint(rest[row] / scale) + zero_point, low, high)
             errors[row - start] = (rest[row] - (integers[row] - zero_point) * scale) / factor[row, row]
             rest[row + 1 : end] -= factor[row, row + 1 : end, None] * errors[row - start]
-        # Later rows get the errors of a whole group by one matrix product: row by row, memory would be the limit.
+        # Lazy batch updates: later rows get the errors of a whole group by one matrix product. Row by row, the time
+        # would go into reading them again and again.
         rest[end:] -= factor[start:end, end:].T @ errors
     return integers
 

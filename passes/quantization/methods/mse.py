@@ -57,8 +57,7 @@ def _error(
 ) -> None:
     """Write the rounding error of each entry to ``out``."""
     low, high = block_format.limits
-    # Limits are shifted instead of the integers, and everything is done in place: 26 shares of a large matrix would
-    # otherwise spend most of their time on fresh memory.
+    # In place, and with limits shifted instead of integers: none of 26 shares then allocates arrays of a strip's size.
     bottom, top = (low, high) if zero_point is None else (low - zero_point[:, None], high - zero_point[:, None])
     np.divide(blocks, scale[:, None], out=out)
     np.rint(out, out=out)

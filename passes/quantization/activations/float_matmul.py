@@ -1,4 +1,4 @@
-"""Products of dequantized operands, which a runtime fuses into products of integers."""
+"""MatMul of dequantized operands, which a runtime fuses into a MatMul of integers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from planish.passes.quantization.activations.activation_mode import ActivationMo
 from planish.passes.quantization.activations.writer import GraphWriter
 
 
-class FloatProduct(ActivationMode):
+class FloatMatMul(ActivationMode):
     """A mode that keeps the MatMul and puts a DequantizeLinear behind its matrix."""
 
     @abc.abstractmethod

@@ -1,4 +1,4 @@
-"""Products of integers: MatMulInteger of a quantized activation and an int8 matrix, scaled afterwards."""
+"""MatMul of integers: MatMulInteger of a quantized activation and an int8 matrix, scaled afterwards."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from planish.passes.quantization.activations.activation_mode import ActivationMo
 from planish.passes.quantization.activations.writer import GraphWriter
 
 
-class IntegerProduct(ActivationMode):
+class IntegerMatMul(ActivationMode):
     """A mode whose scales are computed by the engine."""
 
     @abc.abstractmethod
     def quantize(self, writer: GraphWriter, before: ir.Node, activation: ir.Value) -> tuple[ir.Value, ...]:
-        """An activation in uint8, its zero point, and the factor of the products' results."""
+        """An activation in uint8, its zero point, and the factor of the rows of the result."""
 
     def column_factor(self, writer: GraphWriter, scale: ir.Value) -> ir.Value:
         """The factor of each column of the results; ``scale`` has the scales of the matrix."""
@@ -31,10 +31,10 @@ class IntegerProduct(ActivationMode):
         operands = [integers, weight, zero_point]
         sums = writer.add(node, "int32", "MatMulInteger", operands, shape=shape, dtype=ir.DataType.INT32)
         real = writer.add(node, "float", "Cast", [sums], {"to": ir.DataType.FLOAT}, shape=shape)
-        # Columns before rows: `legalize-onnxruntime` makes one operator of the product, the Cast and the column factor.
+        # Columns before rows: `legalize-onnxruntime` makes one operator of MatMulInteger, the Cast and the column factor.
         # It leaves row factors apart, since MatMulIntegerToFloat is wrong with a scale for each row and a bias.
         columns = writer.add(node, "columns", "Mul", [real, self.column_factor(writer, scale)], shape=shape)
         rows = writer.add(node, "rows", "Mul", [columns, factor], shape=shape)
-        # A later product that reads this result must still find its statistics: they move to the new value.
+        # A later MatMul that reads this result must still find its statistics: they move to the new value.
         replace_value(node.outputs[0], rows, "float")
         writer.graph.remove(node, safe=True)
