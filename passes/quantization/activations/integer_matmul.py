@@ -31,7 +31,7 @@ class IntegerMatMul(ActivationMode):
         operands = [integers, weight, zero_point]
         sums = writer.add(node, "int32", "MatMulInteger", operands, shape=shape, dtype=ir.DataType.INT32)
         real = writer.add(node, "float", "Cast", [sums], {"to": ir.DataType.FLOAT}, shape=shape)
-        # Columns before rows: `legalize-onnxruntime` makes one operator of MatMulInteger, the Cast and the column factor.
+        # Columns before rows: `legalize-onnxruntime` fuses MatMulInteger, the Cast and the column factor.
         # It leaves row factors apart, since MatMulIntegerToFloat is wrong with a scale for each row and a bias.
         columns = writer.add(node, "columns", "Mul", [real, self.column_factor(writer, scale)], shape=shape)
         rows = writer.add(node, "rows", "Mul", [columns, factor], shape=shape)
