@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONG = {"command-line", "quantization"}
 """Pages whose commands take minutes."""
+FOLLOWED = "extending"
+"""The page whose scripts are files that belong together: `tests/test_extending.py` writes and runs them."""
 GENERATED = re.compile(r"<!-- planish (passes|backends) --markdown -->\n(.*?)<!-- end -->", re.DOTALL)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -72,7 +74,7 @@ def test_every_command_shown_is_run(page: Path, place: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "script"),
-    [(page, script) for page in PAGES for script in blocks(page, "python")],
+    [(page, script) for page in PAGES if page.stem != FOLLOWED for script in blocks(page, "python")],
     ids=lambda value: value.stem if isinstance(value, Path) else "script",
 )
 def test_every_script_shown_is_run(page: Path, script: str, place: Path) -> None:
