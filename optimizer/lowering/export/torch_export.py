@@ -53,6 +53,10 @@ def wrap(module: Any, call: Call, names: Iterable[str], outputs: Sequence[str]) 
     keywords = list(names)
 
     class Flat(torch.nn.Module):
+        # The exporter writes the name of this class into the metadata of every node. It stands for the whole program,
+        # and must not follow the file that it is written in: engines would differ whenever the file moves.
+        __module__ = "planish.optimizer.lowering.module"
+
         def __init__(self) -> None:
             super().__init__()
             self.module = module

@@ -180,7 +180,7 @@ def test_each_component_comes_from_the_candidate_that_is_fastest_there() -> None
 def test_components_with_other_inputs_come_from_one_candidate() -> None:
     """A decoder whose cache is stored in another type needs the encoder that was made with it."""
     main = emitted(CHANGED)
-    other = emitted(CHANGED, MORE, tried="other", model=lambda: graph("others"))
+    other = emitted(CHANGED, MORE, tried="other", model=lambda: graph("float16"))
     ranking = rank(PROGRAM, [main, other], [speeds_of(1.5, 1.2), speeds_of(1.1, 2.0)])
     assert all(winner is other for winner in ranking.winners.values())
     assert list(ranking.winners) == list(PROGRAM.components)
