@@ -79,11 +79,10 @@ class Fake(Backend):
         return cls.gone
 
 
-def graph(axis: str = "rows") -> ir.Model:
-    text = (
-        f"""<ir_version: 10, opset_import: ["" : 23]> g (float[{axis},4] x) => (float[{axis},4] y) {{ y = Relu (x) }}"""
+def graph(kind: str = "float") -> ir.Model:
+    return ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 23]> g ({kind}[rows,4] x) => ({kind}[rows,4] y) {{ y = Relu (x) }}"""
     )
-    return ir.from_onnx_text(text)
 
 
 NO_BORDER = Signature((), ())
