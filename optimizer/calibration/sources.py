@@ -15,7 +15,6 @@ from planish.optimizer.interfaces import registry
 from planish.optimizer.ir.program import Arrays, Signature
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.lowering.checkpoint.tokenizer import load_tokenizer
-from planish.optimizer.runtime.interpreter import CHECKER
 
 GIVEN = "given"
 """The origin of the user's own inputs."""
@@ -57,7 +56,7 @@ def calibration_batches(
             data.reference(signature, tokenizer_of(lowered))
         found[first] = functools.partial(_given, data, signature, tokenizer_of(lowered), made[first][-1])
     if lowered.program.generates and references is not None:
-        rehearsal = SelfGeneratedData(lowered.program.components, registry.backend(CHECKER).load)
+        rehearsal = SelfGeneratedData(lowered.program.components, registry.interpreter().load)
         if signature.cached and data is None:
             found[first] = functools.partial(rehearsal.texts, signature)
         for name in [name for name in signatures if name != first]:

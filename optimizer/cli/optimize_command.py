@@ -21,6 +21,7 @@ from planish.optimizer.cli.options import (
     print_json,
     shapes_option,
 )
+from planish.optimizer.interfaces.registry import DEFAULT_TARGET
 
 
 class _Optimize(Sectioned):
@@ -40,7 +41,7 @@ class _Optimize(Sectioned):
 @click.option("--task", shell_complete=complete_tasks, help="The task; read from config.json if not given.")
 @click.option(
     "--target", "targets", multiple=True, shell_complete=complete_targets, metavar="NAME[{k=v …}]",
-    default=["onnxruntime"], show_default=True,
+    default=[DEFAULT_TARGET], show_default=True,
     help="A runtime to build for, with its options; repeatable.",
 )  # fmt: skip
 @click.option("--preset", shell_complete=complete_presets, help="A named pipeline: exact (default), fast or small.")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from planish.optimizer.calibration.data import Given
 from planish.optimizer.compilation.job import Clock
 from planish.optimizer.compilation.progress import Progress, silent
+from planish.optimizer.interfaces import registry
 from planish.optimizer.timing.interleaved import time_against_first
 
 
@@ -19,7 +20,7 @@ class BuildOptions:
 
     task: str | None = None
     """The task of a checkpoint, where its configuration does not name it."""
-    targets: Sequence[str] = ("onnxruntime",)
+    targets: Sequence[str] = (registry.DEFAULT_TARGET,)
     """Targets with their options: `openvino{threads=2}`."""
     preset: str | None = None
     """`exact` (used where neither a preset nor a pipeline is given), `fast` or `small`."""

@@ -24,7 +24,7 @@ from planish.optimizer.interfaces.pass_base import Pass
 from planish.optimizer.ir import onnx_io
 from planish.optimizer.pipeline.instruments import CompareEach, Instrument, MeasureCost, Reproducer, VerifyEach
 from planish.optimizer.pipeline.pipeline import Outcome, Pipeline
-from planish.optimizer.runtime.interpreter import CHECKER, load_mapped
+from planish.optimizer.runtime.interpreter import load_mapped
 from planish.optimizer.timing.tuning_table import Profile
 
 
@@ -115,7 +115,7 @@ class Transformer:
             return []
         signature = self._job.program.signatures[component]
         budget_of = functools.partial(self._budget_of, component)
-        load = registry.backend(CHECKER).load
+        load = registry.interpreter().load
         return [CompareEach(signature, quick(self._job.inputs[component]), budget_of, load)]
 
     def _budget_of(self, component: str, step: Pass) -> Budget:
@@ -126,7 +126,7 @@ class Transformer:
 
     def _calibrate(self, component: str, say: Callable[[str], None]) -> Calibrate:
         mapped = functools.partial(load_mapped, place=self._job.places.scratch / "observed")
-        load = registry.backend(CHECKER).load if self._job.checks is Checks.FULL else mapped
+        load = registry.interpreter().load if self._job.checks is Checks.FULL else mapped
         return Calibrate(self._job.program.signatures[component], self._job.batches[component], load, say)
 
     def _select(self, component: str, freedom: Freedom) -> SelectMatMuls | None:
@@ -135,7 +135,7 @@ class Transformer:
         steering, references = self._job.request.steering(signature), self._job.references
         if references is None or self._job.checks is not Checks.FULL or not steering.clauses:
             return None
-        budget, load = tightened(steering, freedom.share), registry.backend(CHECKER).load
+        budget, load = tightened(steering, freedom.share), registry.interpreter().load
         return SelectMatMuls(signature, lambda: references().components[component], budget, load)
 
     def _tune(self, component: str, freedom: Freedom) -> list[Instrument]:

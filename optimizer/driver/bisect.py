@@ -31,7 +31,6 @@ from planish.optimizer.lowering import lower
 from planish.optimizer.output.manifest import Manifest, engine_folder
 from planish.optimizer.pipeline.pipeline import Pipeline
 from planish.optimizer.runtime.cases import size_of_case
-from planish.optimizer.runtime.interpreter import CHECKER
 from planish.optimizer.system.links import refuse_links_out
 from planish.optimizer.system.scratch import scratch_folder
 from planish.optimizer.system.staging import demand_not_read, staged_file
@@ -91,7 +90,7 @@ class Oracle:
         budget = self.exact if exact else self.asked
         try:
             verify(model)
-            engine = registry.backend(CHECKER).load(model)
+            engine = registry.interpreter().load(model)
             outputs = [engine.run(case) for case in self.reference.inputs]
             found = compare(self.signature, self.reference.inputs, self.reference.outputs, outputs)
         except (CheckFailed, ValueError) as error:  # what does not run, or gives outputs of other shapes
@@ -102,7 +101,7 @@ class Oracle:
         """Run the last of the passes, on at most so many of its sites, over what the others made of the model."""
         with at_most(sites) as left:
             try:
-                load = registry.backend(CHECKER).load
+                load = registry.interpreter().load
                 Calibrate(self.signature, lambda: self.reference.inputs, load).gather(applied[-1], model)
                 result = applied[-1](model)
             except Exception as error:  # noqa: BLE001 - a pass that breaks is what is looked for
@@ -303,5 +302,5 @@ def _seen(trial: Oracle, model: ir.Model, values: Sequence[ir.Value]) -> Arrays 
     if any(value.dtype is None for value in hidden):
         return None
     shown.graph.outputs.extend(hidden)
-    found: dict[str, np.ndarray] = {**case, **registry.backend(CHECKER).load(shown).run(case)}
+    found: dict[str, np.ndarray] = {**case, **registry.interpreter().load(shown).run(case)}
     return found if all((value.name or "") in found for value in values) else None

@@ -21,7 +21,6 @@ from planish.optimizer.pipeline import instruments, presets
 from planish.optimizer.pipeline.instruments import Instrument
 from planish.optimizer.pipeline.pipeline import PassReport, Pipeline
 from planish.optimizer.runtime.cases import thin
-from planish.optimizer.runtime.interpreter import CHECKER
 from planish.optimizer.system.staging import demand_not_read, staged_file
 
 
@@ -85,7 +84,7 @@ def target_name(target: str | None, pipeline: str | None) -> str:
     """The name of the target that a preset is resolved for; UsageError if there is none to resolve."""
     if target is not None and pipeline is not None:
         raise UsageError("a target chooses among presets, not for a pipeline", where="--target", advice="leave it out")
-    return registry.backend(target or CHECKER).name
+    return registry.backend(target or registry.DEFAULT_TARGET).name
 
 
 def observing(lowered: Lowered, calibration: Given | None = None) -> Calibrate:
@@ -93,7 +92,7 @@ def observing(lowered: Lowered, calibration: Given | None = None) -> Calibrate:
     signature = lowered.program.sole()[1]
     inputs = quick(make_inputs(signature)) if calibration is None else Samples.of(calibration).batches(signature, None)
     cases = list(inputs)
-    return Calibrate(signature, lambda: cases, registry.backend(CHECKER).load)
+    return Calibrate(signature, lambda: cases, registry.interpreter().load)
 
 
 def steps_of(pipeline: str | None, preset: str | None, target: str, *, calibrated: bool = False) -> Pipeline:
@@ -113,7 +112,7 @@ def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:
         return Budget((*exact.clauses, *asked.clauses)) if step.exact else asked
 
     signature = lowered.program.sole()[1]
-    load = registry.backend(CHECKER).load
+    load = registry.interpreter().load
     engine = load(lowered.program.sole()[0])
     refuse_random(lowered, engine, reference.inputs)
     outputs = [engine.run(case) for case in reference.inputs]

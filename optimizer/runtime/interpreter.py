@@ -11,13 +11,10 @@ from planish.optimizer.interfaces import registry
 from planish.optimizer.interfaces.backend import Backend, Engine
 from planish.optimizer.ir import onnx_io
 
-CHECKER = "onnxruntime"
-"""The backend that runs graphs between passes, and engines whose own runtime is not here."""
-
 
 def runner_of(target: Backend, mapped: bool = False) -> Backend:
     """What runs an engine of ``target`` here: its own runtime, else the checking backend; ``mapped`` if it can."""
-    runner = target if target.missing() is None else registry.backend(CHECKER)
+    runner = target if target.missing() is None else registry.interpreter()
     return (runner.mapped() or runner) if mapped else runner
 
 
@@ -27,5 +24,5 @@ def load_mapped(model: ir.Model, place: Path) -> Engine:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     onnx_io.save(model, place / "model.onnx")
-    checker = registry.backend(CHECKER)
-    return (checker.mapped() or checker).open(place)
+    interpreter = registry.interpreter()
+    return (interpreter.mapped() or interpreter).open(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,14 @@ def test_folders_have_files_of_the_same_names(name: str) -> None:
     folder = Path(__file__).parents[2] / "backends" / name
     wanted = FILES - {"engine.py"} if name in NOT_OPENED else FILES
     assert {path.name for path in folder.glob("*.py")} == wanted
+
+
+def test_the_frame_names_no_backend() -> None:
+    """But for the target where none is named; text for people is no literal of its own."""
+    places = [
+        path.name
+        for path in (Path(__file__).parents[2] / "optimizer").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in set(BACKENDS)
+    ]
+    assert places == ["registry.py"]

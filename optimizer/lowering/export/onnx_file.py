@@ -103,7 +103,7 @@ def _check_border(model: ir.Model, path: Path) -> None:
 
 def _loads(model: ir.Model) -> bool:
     """Whether ONNX Runtime, if it is here, opens a graph; its kernels come later than the standard."""
-    backend = registry.backend("onnxruntime")
+    backend = registry.interpreter()
     if backend.missing() is not None or not follows_few(model):
         return True
     try:

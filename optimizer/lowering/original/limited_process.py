@@ -257,7 +257,7 @@ def main() -> None:
     channel = parent_channel()
     values = channel.receive().values
     with channel.sending_errors():
-        registry.backend("onnxruntime").missing()  # imports it
+        registry.interpreter().missing()  # imports it
         limit_memory(values["memory"])
         channel.send(Message("ready"))
         folder = Path(values["folder"])
@@ -291,7 +291,7 @@ def _no_memory(path: Path) -> OutOfResources:
 
 def _plain(channel: Channel, path: Path, model: ir.Model, cases: Sequence[Case]) -> list[dict[str, np.ndarray]]:
     try:
-        engine = registry.backend("onnxruntime").load(model)
+        engine = registry.interpreter().load(model)
         channel.send(Message(_OPENED))
         return [thin(engine.run(case)) for case in cases]
     except (BadInput, CheckFailed) as error:
@@ -305,7 +305,7 @@ def _reordered(
 ) -> tuple[list[dict[str, np.ndarray]] | None, str | None]:
     """The outputs with the runtime's own optimizations, None with a reason where they fail or are other ones."""
     try:
-        engine = registry.backend("onnxruntime").open(path)
+        engine = registry.interpreter().open(path)
         results = [thin(engine.run(case)) for case in cases]
     except (BadInput, CheckFailed) as error:
         return None, f"ONNX Runtime does not run it with its own optimizations ({error.what})"
