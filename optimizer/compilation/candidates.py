@@ -60,6 +60,11 @@ class Emitted:
     place: Path
     verdict: Verdict
 
+    @property
+    def tried(self) -> str:
+        """The passes that were tried, which tell the candidates of a target apart."""
+        return self.candidate.tried
+
     def obstacle(self, main: Emitted) -> str | None:
         """The reason why it cannot win against the main pipeline, known before anything is timed; None if it can."""
         reports = self.candidate.reports_beyond(main.candidate)

@@ -168,7 +168,7 @@ def _select_anew(job: Job, plain: PlainEngine, candidates: Sequence[Emitted]) ->
     if violations:  # components that keep their budgets apart may leave that of the continuations together
         why = f"outside the budget: {violations[0]}"
         return Selected(engine, selection.untimed_selection(target, engine.candidate, "plain", why), {})
-    tried = {emitted.candidate.tried: timed for emitted, timed in zip(eligible, timings, strict=True)}
+    tried = {emitted.tried: timed for emitted, timed in zip(eligible, timings, strict=True)}
     chosen = selection.timed_selection(target, engine.candidate, ranking, candidates, tried)
     return Selected(engine, chosen, selection.side_by_side(plain_timings, ranking.timed))
 
@@ -190,7 +190,7 @@ def _join(job: Job, plain: PlainEngine, winners: Mapping[str, Emitted]) -> Emitt
     """The engine whose components are the winners, and plain for the rest."""
     first = next(iter(winners.values()))
     components = job.program.components
-    if all(winners.get(name) is first for name in components):
+    if winners.keys() == components.keys() and {winner.tried for winner in winners.values()} == {first.tried}:
         return first
     parts = {
         name: winners[name].candidate.parts[name] if name in winners else untouched(model)

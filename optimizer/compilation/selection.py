@@ -92,14 +92,14 @@ def timed_selection(
     """The selection that a ranking leads to; ``timings`` are those of the eligible candidates, by what they tried."""
     trials = [
         trial(
-            emitted.candidate.tried,
+            emitted.tried,
             emitted.obstacle(candidates[0]),
-            [name for name, winner in ranking.winners.items() if winner is emitted],
+            [name for name, winner in ranking.winners.items() if winner.tried == emitted.tried],
             list(ranking.winners),
-            timings.get(emitted.candidate.tried, {}),
+            timings.get(emitted.tried, {}),
         )
         for emitted in candidates
-        if emitted.candidate.tried
+        if emitted.tried
     ]
     why = reason(list(ranking.timed), list(ranking.winners))
     selection = untimed_selection(target, engine, "optimized" if ranking.winners else "plain", why)
