@@ -1,1 +1,1 @@
-"""Calibration data, statistics of activations, sensitivities for mixed precision."""
+"""Calibration data, activation statistics, and sensitivities for mixed precision."""

@@ -31,7 +31,7 @@ def activations(
 ) -> Iterator[dict[str, np.ndarray]]:
     """For each input, the values called ``names`` as float rows, shape (rows, width).
 
-    Rows of padding are left out of values that run along ``mask``, as far as their symbolic shapes say so.
+    Padded rows are omitted for values that have the axes of ``mask`` by their symbolic shapes.
     """
     probe = model.clone()
     values = {value.name: value for node in probe.graph for value in node.outputs}
@@ -50,7 +50,8 @@ def activations(
 
 
 def _cut_off(graph: ir.Graph) -> None:
-    """Remove what is behind the outputs. Whole operators only: one that stays keeps all that it gives."""
+    """Remove the nodes that no output depends on."""
+    # Reverse order removes the readers of a node before the node itself.
     for node in reversed(list(graph)):
         if not any(value.uses() or value.is_graph_output() for value in node.outputs):
             graph.remove(node, safe=True)
@@ -58,7 +59,7 @@ def _cut_off(graph: ir.Graph) -> None:
 
 
 def _runs_along(mask: TensorSpec, value: ir.Value) -> bool:
-    """Whether texts and tokens are the first two axes of a value, as they are of a mask (or of its end)."""
+    """True if batch and tokens, the axes of the mask or of its end, are the first two axes of a value."""
     dims = [] if value.shape is None else [dim.value if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape]
     if len(dims) < 3 or len(mask.shape) != 2 or dims[0] != mask.shape[0]:
         return False
@@ -66,9 +67,10 @@ def _runs_along(mask: TensorSpec, value: ir.Value) -> bool:
 
 
 def _rows(array: np.ndarray, counts: np.ndarray | None) -> np.ndarray:
-    found = np.asarray(array, np.float32)
-    kept = found if counts is None else found[counts[:, -found.shape[1] :] != 0]
-    return kept.reshape(-1, found.shape[-1] if found.ndim else 1)
+    rows = np.asarray(array, np.float32)
+    # The mask may cover past and new tokens; values have the new tokens only, at its end.
+    kept = rows if counts is None else rows[counts[:, -rows.shape[1] :] != 0]
+    return kept.reshape(-1, rows.shape[-1] if rows.ndim else 1)
 
 
 @dataclass
@@ -77,21 +79,22 @@ class Calibrate(Instrument):
 
     signature: Signature
     batches: Callable[[], Iterable[Arrays]]
-    """The calibration data, each time from its beginning."""
+    """Function that yields the calibration data from the beginning."""
     load: Load
     say: Callable[[str], None] = lambda _: None
-    """Told what will be gathered and how much memory that takes, before it starts."""
+    """Function for a message on the statistics and their memory, before they are collected."""
     limit: int = _LIMIT
     asked: bool = field(default=False, init=False)
-    """Whether any pass wished for anything."""
+    """True if a pass requested statistics."""
     _held: list[StatisticRequest] = field(default_factory=list, init=False)
 
     def before(self, step: Step) -> None:
-        """Gather for the pass of this step."""
+        """Collect the statistics for the pass of this step."""
         self.gather(step.pass_, step.model)
 
     def after(self, step: Step) -> None:
-        """Forget: what a changed model computes is something else. A value may stand in for one that was seen."""
+        """Drop all statistics, since the values of a changed model differ. Replacements of values carry copies of
+        them."""
         for request in self._held:
             request.value.meta.pop(request.what.__name__, None)
         kinds = {request.what.__name__ for request in self._held}
@@ -101,11 +104,11 @@ class Calibrate(Instrument):
         self._held.clear()
 
     def failed(self, step: Step, error: Exception) -> None:
-        """Forget as well."""
+        """Drop all statistics."""
         self.after(step)
 
     def gather(self, step: Pass, model: ir.Model) -> None:
-        """Collect what ``step`` requests, in as many runs over the batches as the memory limit asks for."""
+        """Collect the statistics that ``step`` requests, in as many runs over the data as the memory limit requires."""
         requests = [
             request for request in _distinct(step.statistics(model)) if _can_be_seen(request.value, model.graph)
         ]
@@ -120,32 +123,34 @@ class Calibrate(Instrument):
             self._see(model, group)
             step.consume(model)
             for request in group:
+                # A consumed Gram matrix may be hundreds of megabytes; small ones stay until the pass has run.
                 if request.what.bulky:
                     request.value.meta.pop(request.what.__name__, None)
 
     def _see(self, model: ir.Model, requests: Sequence[StatisticRequest]) -> None:
-        made = [request.what() for request in requests]
+        observers = [request.what() for request in requests]
         names = sorted({request.value.name or "" for request in requests})
         for rows in activations(model, names, self.batches(), self.load, self.signature.mask()):
-            for request, observation in zip(requests, made, strict=True):
-                observation.add(rows[request.value.name or ""])
-        for request, observation in zip(requests, made, strict=True):
-            request.value.meta[request.what.__name__] = observation
+            for request, observer in zip(requests, observers, strict=True):
+                observer.add(rows[request.value.name or ""])
+        for request, observer in zip(requests, observers, strict=True):
+            request.value.meta[request.what.__name__] = observer
         self._held += requests
 
 
 def _can_be_seen(value: ir.Value, graph: ir.Graph) -> bool:
-    """Whether a value can be an output of the main graph: one of a subgraph cannot, and constants need no run."""
+    """True if a value can be an output of the main graph; values of subgraphs and constants cannot."""
     return value.graph is graph and not value.is_initializer()
 
 
 def _distinct(statistics: Sequence[StatisticRequest]) -> list[StatisticRequest]:
-    found = {(request.value.name, request.what): request for request in statistics}
-    return [found[key] for key in sorted(found, key=lambda key: (key[0] or "", key[1].__name__))]
+    by_key = {(request.value.name, request.what): request for request in statistics}
+    # Sorted, so that grouping, and with it the result of a locked build, does not depend on graph order.
+    return [by_key[key] for key in sorted(by_key, key=lambda key: (key[0] or "", key[1].__name__))]
 
 
 def _grouped(statistics: Sequence[StatisticRequest], limit: int) -> Iterator[list[StatisticRequest]]:
-    """As many at once as fit; one that does not fit by itself is gathered alone."""
+    """Groups of requests that fit the limit; a request that exceeds it is a group by itself."""
     group: list[StatisticRequest] = []
     for request in statistics:
         if group and sum(map(size_of, [*group, request])) > limit:
@@ -156,5 +161,5 @@ def _grouped(statistics: Sequence[StatisticRequest], limit: int) -> Iterator[lis
 
 
 def size_of(request: StatisticRequest) -> int:
-    """Bytes of the accumulator for a request."""
+    """Bytes of the observer of a request."""
     return request.what.size(width_of(request.value))

@@ -1,4 +1,4 @@
-"""The user's own inputs as cases: texts through the tokenizer, or arrays by name."""
+"""The user's inputs as cases: texts through the tokenizer, or arrays by name."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from planish.optimizer.system.text_lines import decoded_lines
 
 _BATCH = 4
 _CASES = 8
-"""At most this many cases serve as reference: one long, one single, the others padded batches."""
+"""Maximum number of reference cases: one long, one single, the others padded batches."""
 _HELD_OUT = _BATCH * _CASES
-"""Texts that serve as reference; those behind them are calibrated on, if there are as many again."""
+"""Number of reference texts. Later texts are calibration data, if there are at least as many."""
 NOT_OBSERVED = "no pass that was asked for sees activations, so nothing is calibrated"
-"""Why data that are calibrated on, or their number, are refused."""
+"""Reason for refusing calibration data, or their number."""
 SAMPLES = 256
-"""Texts that are calibrated on, unless another number is asked for."""
+"""Default number of calibration texts."""
 
 Given = str | Path | Iterable[str] | Iterable[Case]
 """A `.txt` or `.jsonl` file of texts or an `.npz` file of arrays by input name; or texts or arrays themselves."""
@@ -35,18 +35,18 @@ Given = str | Path | Iterable[str] | Iterable[Case]
 
 @dataclass(frozen=True)
 class Samples:
-    """The user's own inputs: the first are the reference that engines are held against, the rest is calibrated on.
+    """The user's inputs: the first are the reference of accuracy checks, the rest is calibration data.
 
-    Files are read anew each time, a text at a time: what is in memory does not grow with their length.
+    Files are read again at each use, one text at a time, so memory does not depend on their length.
     """
 
     source: Path | tuple[str | Case, ...]
     count: int = SAMPLES
-    """At most so many are calibrated on."""
+    """Maximum number of calibration cases."""
 
     @classmethod
     def of(cls, given: Given, count: int | None = None) -> Samples:
-        """What was given, checked; of an iterable no more is taken than is needed."""
+        """The checked inputs. At most the required number of items of an iterable is consumed."""
         asked, count = count, SAMPLES if count is None else count
         if isinstance(given, str | Path):
             if not Path(given).is_file():
@@ -60,40 +60,42 @@ class Samples:
         return cls(taken, count)
 
     def reference(self, signature: Signature, tokenizer: Any | None) -> list[Case]:
-        """The cases that engines are held against. BadInput if data are missing, empty, have the wrong keys or types,
-        or are texts and there is no tokenizer."""
+        """The reference cases. BadInput for missing or empty data, wrong keys or types, or texts without a
+        tokenizer."""
         arrays = self._arrays(signature)
         if arrays is not None:
             return arrays[:_CASES]
         return batches_of(list(itertools.islice(self._texts(tokenizer), _HELD_OUT)), signature, tokenizer)
 
     def batches(self, signature: Signature, tokenizer: Any | None) -> Iterator[Case]:
-        """The cases that are calibrated on; those of the reference if there are not twice as many."""
+        """The calibration cases; the reference cases if there are fewer than twice as many."""
         arrays = self._arrays(signature)
         if arrays is not None:
             yield from arrays[_CASES:] if len(arrays) >= 2 * _CASES else arrays
             return
         enough = sum(1 for _ in itertools.islice(self._texts(tokenizer), 2 * _HELD_OUT)) == 2 * _HELD_OUT
+        # With few texts, better calibrate on the reference texts than on a handful.
         first = _HELD_OUT if enough else 0
         texts = itertools.islice(self._texts(tokenizer), first, first + self.count)
         while group := list(itertools.islice(texts, _BATCH)):
             yield from batches_of(group, signature, tokenizer)
 
     def digest(self) -> str:
-        """SHA-256 of the data and of how many are taken."""
-        found = hashlib.sha256(str(self.count).encode())
+        """SHA-256 of the data and of the maximum number of cases."""
+        digest = hashlib.sha256(str(self.count).encode())
         if isinstance(self.source, Path):
             with self.source.open("rb") as file:
+                # Data may be larger than memory.
                 while block := file.read(1 << 20):
-                    found.update(block)
+                    digest.update(block)
         for case in () if isinstance(self.source, Path) else self.source:
             parts = [case.encode()] if isinstance(case, str) else [np.asarray(case[n]).tobytes() for n in sorted(case)]
             for part in parts:
-                found.update(len(part).to_bytes(8, "little") + part)
-        return found.hexdigest()
+                digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()
 
     def _arrays(self, signature: Signature) -> list[Case] | None:
-        """Nothing if these are texts."""
+        """The cases of arrays; None for texts."""
         if isinstance(self.source, Path):
             return [read_arrays(self.source, signature)] if self.source.suffix == ".npz" else None
         if isinstance(self.source[0], str):
@@ -119,26 +121,27 @@ class Samples:
 
 
 def one_behind_the_other(given: Sequence[Case], longest: Case, signature: Signature) -> Case:
-    """``longest`` with the tokens of all given texts in it, as often as they fit: made-up ones are like nobody's texts,
-    and what was calibrated on texts makes more of them than of those."""
+    """``longest`` filled with the tokens of all given texts, repeated to its length. Random tokens would be outside of
+    the calibrated ranges, and give larger errors than texts do."""
     tokens = [tensor.name for tensor in signature.inputs if tensor.role is Role.TOKENS]
     mask = signature.mask()
     if mask is None or len(tokens) != 1 or len(mask.shape) != 2:
         return longest
     (name,) = tokens
     shown = [(case[name], case[mask.name][:, -case[name].shape[1] :] != 0) for case in given]
-    known = np.concatenate([ids[visible] for ids, visible in shown])
-    return {**longest, name: np.resize(known, longest[name].shape).astype(longest[name].dtype)}
+    tokens_of_texts = np.concatenate([ids[visible] for ids, visible in shown])
+    return {**longest, name: np.resize(tokens_of_texts, longest[name].shape).astype(longest[name].dtype)}
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a file: one a line, or the field `text` (or the only field) of each JSON line; never none."""
-    found = 0
+    """The texts of a file: one per line, or the field `text` (or the only field) of each JSON line. BadInput if
+    empty."""
+    count = 0
     with path.open("rb") as file:
         for number, line in decoded_lines(file, path):
-            found += 1
+            count += 1
             yield _text_of(line, path, number) if path.suffix == ".jsonl" else line
-    if not found:
+    if not count:
         raise BadInput("this file holds no text", where=path)
 
 
@@ -152,21 +155,22 @@ def _text_of(line: str, path: Path, number: int) -> str:
 
 
 def batches_of(texts: Sequence[str], signature: Signature, tokenizer: Any) -> list[Case]:
-    """Tokenize texts into cases: the first alone, the others in padded batches; inputs the engine takes, its types."""
+    """Tokenize texts into cases of the engine's inputs: the first text alone, the others in padded batches."""
     room = BatchLimits.of(signature)
+    # A single text has no padding: the reference must hold both kinds of batches.
     groups = [texts[:1], *(texts[start : start + _BATCH] for start in range(1, len(texts), _BATCH))]
     fitting = [part for group in groups if group for part in room.groups(group)]
     return [tokenize(room.filled(part), signature, tokenizer, room.tokens.maximum) for part in fitting]
 
 
 def tokenize(texts: Sequence[Any], signature: Signature, tokenizer: Any, longest: int | None) -> dict[str, np.ndarray]:
-    """One padded batch; texts beyond ``longest`` tokens are cut."""
+    """One padded batch; texts are truncated to ``longest`` tokens."""
     encoded = tokenizer(list(texts), **BatchLimits.of(signature).padding(longest))
     wanted = {tensor.name: tensor.numpy_dtype() for tensor in signature.inputs}
     implied = (Role.SEGMENTS, Role.POSITIONS, Role.CACHE)  # a mask is not: there is padding
     absent = sorted(t.name for t in signature.inputs if t.name not in encoded and t.role not in implied)
     if absent:
         raise BadInput(f"the tokenizer gives no {absent[0]!r}", advice="give an .npz file of arrays")
-    made = {name: np.asarray(encoded[name]) for name in wanted if name in encoded}
-    made |= implied_arrays(made, signature)
-    return {name: array.astype(wanted[name], copy=False) for name, array in made.items()}
+    arrays = {name: np.asarray(encoded[name]) for name in wanted if name in encoded}
+    arrays |= implied_arrays(arrays, signature)
+    return {name: array.astype(wanted[name], copy=False) for name, array in arrays.items()}

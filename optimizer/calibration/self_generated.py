@@ -1,8 +1,8 @@
-"""What the parts of a model that writes are calibrated on: the model goes on with prompts, and each part is overheard.
+"""Calibration data that a generating model produces itself.
 
-A decoder that has no texts to be calibrated on writes some itself, from random first tokens (as in Liu et al. 2023,
-"LLM-QAT: Data-Free Quantization Aware Training", section 3.1); of an encoder-decoder, the decoder hears what the
-encoder says of the user's texts and its own answer so far.
+Without texts, a decoder generates some from random first tokens (as in Liu et al. 2023, "LLM-QAT: Data-Free
+Quantization Aware Training", section 3.1). The decoder of an encoder-decoder is calibrated on its inputs while the
+model answers the user's texts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from planish.optimizer.ir.program import Arrays, Role, Signature
 from planish.optimizer.runtime.generation import DECODER, Decoding, Sampling
 
 _TEXTS, _TOKENS = 16, 64
-"""Texts that a decoder writes, and their length."""
+"""Number of generated texts, and their length in tokens."""
 _STEPS = 16
-"""Tokens of an answer that are overheard."""
+"""Recorded decoding steps per prompt."""
 _SAMPLING = Sampling(temperature=1.0)
 
 
 class _Overheard(Engine):
-    """An engine whose inputs are kept until somebody takes them."""
+    """An engine that records its inputs."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -41,7 +41,7 @@ class _Overheard(Engine):
 
 @dataclass(frozen=True)
 class SelfGeneratedData:
-    """The components of a model that writes, run in float as they were lowered."""
+    """The float components of a generating model."""
 
     components: Mapping[str, ir.Model]
     load: Callable[[ir.Model], Engine]
@@ -51,7 +51,7 @@ class SelfGeneratedData:
         return {name: _Overheard(self.load(model)) for name, model in self.components.items()}
 
     def texts(self, signature: Signature) -> Iterator[Arrays]:
-        """Texts that a decoder writes by itself, as one prefill each."""
+        """Texts that a decoder generates, as one prefill each."""
         ids = next(tensor for tensor in signature.inputs if tensor.role is Role.TOKENS)
         axis = signature.axes.get(PAST)
         limit = _TOKENS if axis is None or axis.maximum is None else min(_TOKENS, axis.maximum)
@@ -60,13 +60,14 @@ class SelfGeneratedData:
         for _ in range(_TEXTS):
             prompt = {"input_ids": rng.integers(0, ids.bound or 2, (1, 1))}
             written = [*prompt["input_ids"][0], *map(int, self._written(decoding, prompt, limit))]
+            # Discards the inputs of the single decoding steps: calibration needs the whole text as one prefill.
             self._heard(DECODER)
             decoding.start({"input_ids": np.array([written], np.int64)})
             yield from self._heard(DECODER)
 
     def parts(self, component: str, prompts: Iterable[Arrays], start: np.ndarray) -> Iterator[Arrays]:
-        """What one component of an encoder-decoder hears while prompts are answered, which all begin with ``start``,
-        shape (1,)."""
+        """Inputs of one component of an encoder-decoder while it answers prompts, with first tokens ``start``, shape
+        (1,)."""
         decoding = Decoding(self._engines)
         for prompt in prompts:
             rows = len(next(iter(prompt.values())))
@@ -79,6 +80,6 @@ class SelfGeneratedData:
         return (int(tokens[0]) for tokens in decoding.generate(prompt, most=limit - 1, sampling=_SAMPLING))
 
     def _heard(self, component: str) -> list[Arrays]:
-        """What was heard since somebody asked last; the engine keeps none of it."""
+        """Return and clear the recorded inputs."""
         heard, self._engines[component].heard = self._engines[component].heard, []
         return heard

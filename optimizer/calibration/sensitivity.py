@@ -1,14 +1,14 @@
-"""Which products may be rounded: what each loses by itself, and the largest set that stays within a budget.
+"""Sensitivity of MatMuls to quantization, and the largest set of them that meets an accuracy budget.
 
-The loss of a product is the distance of the model's outputs from what they were if it alone is rounded. One run in
-float gives what every product multiplies; its error is computed from that, and put into the model by an addition behind
-it: no model is built for a candidate. Losses of products nearly add up to that of all. Where even that takes too long,
-the error of the product itself, relative to its size, stands for it. What a product of a subgraph multiplies cannot be
-shown: its error is that for activations drawn at random, and if there is such a product, no error is traced.
+The loss of a MatMul is the change of the model's outputs if it alone is quantized. One float run gives the activations
+of all MatMuls. The quantization error of each follows from its activation, and is added to its output in the float
+model: no model is built for a candidate. Losses are nearly additive. If tracing errors to the outputs takes too long,
+the relative error of the MatMul's own output is used. Activations in subgraphs cannot be graph outputs: their MatMuls
+are measured on random activations, and no error is traced if there is one.
 
-Where all may be rounded there is nothing to choose, and errors are not traced to the outputs. Else products are ordered
-by loss per multiplication saved; how many of them go back to float is then decided by running the rounded model, with
-the outputs of the original as the measure. (Dong et al. 2019, "HAWQ", orders layers likewise, by curvature.)
+If quantizing all MatMuls meets the budget, errors are not traced. Otherwise MatMuls are ordered by loss per saved
+multiplication. The number to exclude is found by running the quantized model and comparing it with the original's
+outputs. (Dong et al. 2019, "HAWQ", order layers similarly, by curvature.)
 """
 
 from __future__ import annotations
@@ -34,38 +34,38 @@ from planish.optimizer.pipeline.pipeline import Outcome, Pipeline
 from planish.optimizer.runtime.cases import size_of_case, thin
 
 _CASES = 3
-"""Of the smallest inputs, how many losses are found on."""
+"""Number of cases, the smallest ones, on which losses are measured."""
 _ROWS = 64
-"""Drawn for a product whose activation cannot be shown."""
+"""Number of random rows for a MatMul whose activation is not observable."""
 _WORK = 1e11
-"""Bytes of weights that may be read to find the losses of all products; else they are estimated."""
+"""Maximum bytes of weights read to trace all losses; above it, losses are estimated."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What rounding one product costs and saves."""
+    """Cost and benefit of quantizing one MatMul."""
 
     product: str
     location: str
     relative_mse: float
-    """Squared error of its output, relative to the square of the output."""
+    """Squared error of the MatMul's output, relative to the squared output."""
     output_error: float | None
-    """Distance of the model's outputs; None if it was too much work."""
+    """Change of the model's outputs; None if it was not traced."""
     weights: int
-    """Elements of its matrix: multiplications saved for each token."""
+    """Elements of the matrix, equal to the multiplications per token."""
 
     @property
     def price(self) -> float:
-        """Loss for each multiplication saved."""
+        """Loss per saved multiplication."""
         return (self.relative_mse if self.output_error is None else self.output_error) / self.weights
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A product that the pass ``text`` may round, its loss, and whether it is rounded."""
+    """A MatMul that the pass ``text`` can quantize, its loss, and whether it is quantized."""
 
     text: str
-    """The pass, its products to skip left out."""
+    """The pass without its option `skip`."""
     loss: Loss
     rounded: bool
 
@@ -79,9 +79,9 @@ def losses(
     *,
     traced: bool = True,
 ) -> list[Loss]:
-    """The loss of every product that ``step`` can round in ``model``, the dearest first.
+    """The loss of every MatMul that ``step`` can quantize in ``model``, in decreasing order.
 
-    Errors are ``traced`` to the outputs unless that is too much work.
+    Errors are ``traced`` to the outputs unless the model is too large.
     """
     sites = [site for site in step.candidates(model) if step.not_ready(site) is None]
     if not sites:
@@ -90,26 +90,28 @@ def losses(
     shown = [site for site in sites if site.node.graph is site.main and site.observable]
     probe = _Probe(model, shown, load, signature)
     seen = [probe.run(case) for case in cases]
+    # One run per MatMul and case reads all weights: above 10^11 bytes that takes minutes.
     traced = traced and len(shown) == len(sites) and len(sites) * weight_bytes(model) <= _WORK
-    found = []
+    measured = []
     for site in sites:
-        data = [one[site.data.name or ""] for one in seen] if site in shown else [_drawn(site)]
+        data = [values[site.data.name or ""] for values in seen] if site in shown else [_drawn(site)]
         errors, power = _errors(step, site, data)
         relative_mse = (
             sum(float(np.square(error, dtype=np.float64).sum()) for error in errors) / power if power else 0.0
         )
-        effects = [probe.output_error(site, *one) for one in zip(cases, seen, errors, strict=True)] if traced else []
+        per_case = zip(cases, seen, errors, strict=True) if traced else ()
+        effects = [probe.output_error(site, case, exact, error) for case, exact, error in per_case]
         output_error = _short(sum(effects) / len(effects)) if effects else None
-        found.append(
+        measured.append(
             Loss(
                 site.name, location_of(site.node), _short(relative_mse), output_error, math.prod(sizes_of(site.tensor))
             )
         )
-    return sorted(found, key=lambda loss: (-loss.price, loss.product))
+    return sorted(measured, key=lambda loss: (-loss.price, loss.product))
 
 
 def _drawn(site: MatMulSite) -> np.ndarray:
-    """Rows of normally distributed numbers, as wide as a matrix is high; the same for the same height."""
+    """Normally distributed rows of the matrix's height, equal for equal heights."""
     return np.random.default_rng(0).standard_normal((_ROWS, sizes_of(site.tensor)[0])).astype(np.float32)
 
 
@@ -118,15 +120,15 @@ def _short(value: float) -> float:
 
 
 def _errors(step: QuantizationPass, site: MatMulSite, data: Sequence[np.ndarray]) -> tuple[list[np.ndarray], float]:
-    """What rounding changes of a product for each input, and the square of all that it would be."""
-    matrix, rounded = site.tensor.numpy(), step.dequantized_weight(site)
-    wanted = [one @ matrix for one in data]
-    errors = [step.dequantized_input(site, one) @ rounded - right for one, right in zip(data, wanted, strict=True)]
-    return errors, sum(float(np.square(right, dtype=np.float64).sum()) for right in wanted)
+    """The change of a MatMul's output for each input, and the sum of squares of the exact outputs."""
+    matrix, quantized = site.tensor.numpy(), step.dequantized_weight(site)
+    exact = [rows @ matrix for rows in data]
+    errors = [step.dequantized_input(site, rows) @ quantized - right for rows, right in zip(data, exact, strict=True)]
+    return errors, sum(float(np.square(right, dtype=np.float64).sum()) for right in exact)
 
 
 class _Probe:
-    """A model in float that shows what its products multiply, and takes an error for each of them."""
+    """A float model with the activations of its MatMuls as outputs, and an input for the error of each."""
 
     def __init__(
         self, model: ir.Model, sites: Sequence[MatMulSite], load: Callable[[ir.Model], Engine], signature: Signature
@@ -142,17 +144,17 @@ class _Probe:
         self._engine = load(copy)
 
     def run(self, case: Arrays, errors: Arrays | None = None) -> dict[str, np.ndarray]:
-        """Outputs, and what the products multiply; with an error behind some of them, by the product's name."""
-        given = {**self._quiet, **(errors or {})}
-        found = self._engine.run({**case, **{f"{name}{_ERROR}": array for name, array in given.items()}})
-        return found | {name: np.asarray(case[name], np.float32) for name in self._wanted if name in case}
+        """Outputs and MatMul activations, with errors (by MatMul name) added to MatMul outputs."""
+        all_errors = {**self._quiet, **(errors or {})}
+        outputs = self._engine.run({**case, **{f"{name}{_ERROR}": array for name, array in all_errors.items()}})
+        return outputs | {name: np.asarray(case[name], np.float32) for name in self._wanted if name in case}
 
-    def output_error(self, site: MatMulSite, case: Arrays, right: Arrays, error: np.ndarray) -> float:
-        """Distance of the outputs if one product has this error: relative squared error, or for scores the mean
-        Kullback-Leibler divergence, summed over all outputs but the cache."""
-        found = self.run(case, {site.name: error})
+    def output_error(self, site: MatMulSite, case: Arrays, exact: Arrays, error: np.ndarray) -> float:
+        """Change of the outputs for an error of one MatMul: relative squared error, or mean Kullback-Leibler divergence
+        for scores, summed over all outputs except the cache."""
+        outputs = self.run(case, {site.name: error})
         return sum(
-            _distance(self._signature, tensor, case, right[tensor.name], found[tensor.name])
+            _distance(self._signature, tensor, case, exact[tensor.name], outputs[tensor.name])
             for tensor in self._signature.outputs
             if tensor.role is not Role.CACHE
         )
@@ -162,48 +164,50 @@ _ERROR = "_error"
 
 
 def _take_error(graph: ir.Graph, node: ir.Node) -> np.ndarray:
-    """Add an input of the graph to a product; returns what stands for no error."""
+    """Add a graph input to the output of a MatMul; returns the input's neutral value, zero."""
     old = node.outputs[0]
     rank = rank_of(old)
     error = ir.Value(name=f"{node.name or old.name}{_ERROR}", type=ir.TensorType(ir.DataType.FLOAT))
     error.shape = None if rank is None else ir.Shape([f"{error.name}_{axis}" for axis in range(rank)])
     graph.inputs.append(error)
     add = ir.node("Add", [old, error], name=f"{old.name}_with_error")
+    # replace_value redirects all readers, the new Add as well; its operand is restored below.
     replace_value(old, add.outputs[0], "right")
     add.replace_input_with(0, old)
     graph.insert_after(node, add)
     return np.zeros([1] * (rank or 1), np.float32)
 
 
-def _distance(signature: Signature, tensor: TensorSpec, case: Arrays, right: np.ndarray, found: np.ndarray) -> float:
-    mask = visible_part(signature, tensor, case, right)
-    visible = np.broadcast_to(True if mask is None else mask, right.shape)
-    if tensor.role is Role.LOGITS and right.ndim > 1 and right.shape[-1] > 1:
+def _distance(signature: Signature, tensor: TensorSpec, case: Arrays, exact: np.ndarray, actual: np.ndarray) -> float:
+    mask = visible_part(signature, tensor, case, exact)
+    visible = np.broadcast_to(True if mask is None else mask, exact.shape)
+    if tensor.role is Role.LOGITS and exact.ndim > 1 and exact.shape[-1] > 1:
         kept = visible.all(axis=-1)
-        return divergence(right[kept], found[kept]) if kept.any() else 0.0
-    wanted, got = right[visible].astype(np.float64), found[visible].astype(np.float64)
+        return divergence(exact[kept], actual[kept]) if kept.any() else 0.0
+    wanted, got = exact[visible].astype(np.float64), actual[visible].astype(np.float64)
     power = float(np.square(wanted).sum())
     return float(np.square(got - wanted).sum()) / power if power else 0.0
 
 
 @dataclass
 class SelectMatMuls(Instrument):
-    """Let each quantizing pass skip as few products as the budget needs, the dearest first.
+    """Exclude from each quantization pass the smallest set of MatMuls that meets the budget, by decreasing loss.
 
-    A pass whose products to skip were written out is left as it is.
+    A pass with an explicit `skip` is not changed.
     """
 
     signature: Signature
     reference: Callable[[], Reference]
-    """Asked when the first such pass is about to run: the original may still be at work."""
+    """Function, so that the original may still run until the first quantization pass."""
     budget: Budget
     load: Callable[[ir.Model], Engine]
     found: dict[str, list[Loss]] = field(default_factory=dict)
-    """What was measured, by the text of the pass without the products to skip."""
+    """The measured losses, by the text of the pass without `skip`."""
 
     def before(self, step: Step) -> None:
-        """Find the fewest products to skip, and write them into the pass."""
+        """Find the smallest set of MatMuls to exclude, and set it as the pass's `skip`."""
         pass_ = step.pass_
+        # An explicit skip is the choice of a user or of a lock, and must be reproduced.
         if not isinstance(pass_, QuantizationPass) or pass_.skip:
             return
         rounding, last = _behind(step.rest)
@@ -213,6 +217,7 @@ class SelectMatMuls(Instrument):
         order = losses(pass_, step.model, self.reference().inputs, self.load, self.signature, traced=not harmless)
         self.found[str(pass_)] = order
         count = 0 if harmless else self._fewest(pass_, step.model, order, rounding, last)
+        # The selection was compared with the original on all reference cases: CompareEach need not decide again.
         step.vetted = bool(order)
         if count:
             text = str(pass_)
@@ -227,13 +232,14 @@ class SelectMatMuls(Instrument):
         rounding: Sequence[QuantizationPass],
         last: Sequence[Pass],
     ) -> int:
-        """The least number of products to skip, by bisection: fewer rounded products are taken to be closer.
+        """The smallest number of MatMuls to exclude, by bisection: the error is assumed to decrease with it.
 
-        What is skipped shall be rounded by those passes behind, if the budget has room for that.
+        Excluded MatMuls are quantized by later passes if the budget permits.
         """
         everything = len(order)
         if not everything:
             return 0
+        # If even excluding all here fails, later passes exceed the budget by themselves: leave nothing to them.
         rounding = rounding if self._holds(pass_, model, order, everything, [*rounding, *last]) else []
         if not rounding and self._holds(pass_, model, order, 0, last):
             return 0
@@ -247,13 +253,14 @@ class SelectMatMuls(Instrument):
     def _holds(
         self, pass_: QuantizationPass, model: ir.Model, order: Sequence[Loss], count: int, later: Sequence[Pass]
     ) -> bool:
-        """Whether the model stays within the budget if the ``count`` dearest products are left to ``later`` passes."""
-        tried = model.clone()
-        for one in (replace(pass_, skip=tuple(loss.product for loss in order[:count])), *later):
-            one(tried)
-        engine, reference = self.load(tried), self.reference()
-        made = (thin(engine.run(case)) for case in reference.inputs)
-        return not self.budget.violations(compare(self.signature, reference.inputs, reference.outputs, made))
+        """True if the model meets the budget when the ``count`` MatMuls of largest loss are left to ``later``
+        passes."""
+        trial = model.clone()
+        for pass_to_run in (replace(pass_, skip=tuple(loss.product for loss in order[:count])), *later):
+            pass_to_run(trial)
+        engine, reference = self.load(trial), self.reference()
+        outputs = (thin(engine.run(case)) for case in reference.inputs)
+        return not self.budget.violations(compare(self.signature, reference.inputs, reference.outputs, outputs))
 
 
 def decisions(losses: Mapping[str, Sequence[Loss]], outcome: Outcome | None) -> list[Decision]:
@@ -268,12 +275,14 @@ def decisions(losses: Mapping[str, Sequence[Loss]], outcome: Outcome | None) -> 
 
 
 def _behind(rest: str) -> tuple[list[QuantizationPass], list[Pass]]:
-    """The quantizing passes behind the first of a pipeline, and the others that round something: activations, say."""
-    later = [one for one in Pipeline.parse(rest).passes[1:] if not one.exact]
-    rounding = [one for one in later if isinstance(one, QuantizationPass)]
-    return rounding, [one for one in later if not isinstance(one, QuantizationPass)]
+    """The later quantization passes of a pipeline, and its other later passes that are not exact."""
+    later = [pass_ for pass_ in Pipeline.parse(rest).passes[1:] if not pass_.exact]
+    rounding = [pass_ for pass_ in later if isinstance(pass_, QuantizationPass)]
+    return rounding, [pass_ for pass_ in later if not isinstance(pass_, QuantizationPass)]
 
 
 def tightened(budget: Budget, share: float) -> Budget:
-    """The budget with only a share of the error it allows: of the distance to what the original itself has."""
-    return Budget(tuple(replace(one, bound=one.ideal + (one.bound - one.ideal) * share) for one in budget.clauses))
+    """The budget with only a share of its tolerance, which is the distance between bound and ideal value."""
+    return Budget(
+        tuple(replace(clause, bound=clause.ideal + (clause.bound - clause.ideal) * share) for clause in budget.clauses)
+    )

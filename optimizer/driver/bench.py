@@ -1,4 +1,4 @@
-"""Any mix of outputs, `.onnx` and `.xml` files, timed side by side on the same inputs."""
+"""Timing of any mix of outputs, `.onnx` and `.xml` files on the same inputs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from planish.optimizer.timing.interleaved import Timing, time_against_first
 
 @dataclass(frozen=True)
 class Entrant:
-    """One engine in the race: how it is called in the table, where it is, what it takes."""
+    """One engine of a timing run: its label in the table, its location, its signature."""
 
     label: str
     engine: EngineRef
     signature: Signature
     component: str = "model"
-    """Only engines of the same component race."""
+    """Component; only engines of the same component are compared."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ def bench(
     *,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Time every engine of ``models`` in alternation, compared with the first of ``against`` (or of ``models``).
+    """Time every engine of ``models`` in alternation; the baseline is the first of ``against`` (or of ``models``).
 
-    Components of an encoder-decoder race apart, each with the same component of other engines.
+    Components of an encoder-decoder are timed separately, each against the same component of other engines.
 
-    ``targets`` give options to the runtimes (`onnxruntime{threads=2}`) and say which engines of an output take part,
-    each once for every target of its runtime; without them all do. Raises BadInput if nothing is there to time, and
-    UsageError for sizes or targets that nothing here can have.
+    ``targets`` give options to the runtimes (`onnxruntime{threads=2}`) and select the engines of an output, each once
+    for every target of its runtime; by default all engines take part. BadInput if there is no engine to time,
+    UsageError for unknown sizes or targets.
     """
     entrants = [entrant for path in (*against, *models) for entrant in _entrants(Path(path), targets)]
     if not entrants:
@@ -65,13 +65,14 @@ def bench(
         raise UsageError("nothing here is opened with it", where=f"--target {idle[0]}", advice=advice)
     refuse_other_sizes([entrant.signature for entrant in entrants], shapes)
     components = dict.fromkeys(entrant.component for entrant in entrants)
-    races = {name: [entrant for entrant in entrants if entrant.component == name] for name in components}
-    sizes = {name: shapes or default_shapes(alike[0].signature) for name, alike in races.items()}
+    by_component = {name: [entrant for entrant in entrants if entrant.component == name] for name in components}
+    sizes = {name: shapes or default_shapes(entrants_of[0].signature) for name, entrants_of in by_component.items()}
     stages = Stages(progress, sum(map(len, sizes.values())))
-    return [row for name, alike in races.items() for row in _race(alike, sizes[name], stages)]
+    return [row for name, entrants_of in by_component.items() for row in _time(entrants_of, sizes[name], stages)]
 
 
-def _race(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]], stages: Stages) -> list[Row]:
+def _time(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]], stages: Stages) -> list[Row]:
+    # All engines must get equal inputs, and only some signatures know the vocabulary size.
     bounds = {t.name: t.bound for e in entrants for t in e.signature.inputs if t.bound is not None}
     rows = []
     for sizes in shapes:
@@ -83,37 +84,37 @@ def _race(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]], stag
 
 
 def _entrants(path: Path, targets: Sequence[str]) -> list[Entrant]:
-    """The engines of an output, the engine of an engine folder, or the one that opens a file."""
-    asked: dict[str, list[str]] = {}
+    """The engines of an output, the engine of an engine folder, or the engine of a file."""
+    targets_by_backend: dict[str, list[str]] = {}
     for text in targets:
-        asked.setdefault(registry.backend(text).name, []).append(text)
+        targets_by_backend.setdefault(registry.backend(text).name, []).append(text)
     if (path / MANIFEST).is_file():
         manifest = Manifest.read(path)
-        names = [name for name in manifest.targets if not asked or name in asked]
+        names = [name for name in manifest.targets if not targets_by_backend or name in targets_by_backend]
         return [
             entrant
             for name in names
             if manifest.backend(name).missing() is None
             for entrant in _components(
-                engine_folder(path, name), asked.get(name, [manifest.targets[name].target]), manifest
+                engine_folder(path, name), targets_by_backend.get(name, [manifest.targets[name].target]), manifest
             )
         ]
     refuse_links_of(path)
     target = target_of(path)
-    ways = asked.get(target, [target])
+    variants = targets_by_backend.get(target, [target])
     if path.is_dir() and (path.parent / MANIFEST).is_file():
-        return _components(path, ways, Manifest.read(path.parent))
+        return _components(path, variants, Manifest.read(path.parent))
     signature = _signature_of(path, target)
-    return [Entrant(_label(str(path), way, ways), EngineRef(way, path), signature) for way in ways]
+    return [Entrant(_label(str(path), way, variants), EngineRef(way, path), signature) for way in variants]
 
 
-def _label(what: str, target: str, ways: Sequence[str]) -> str:
-    """What an engine is called in the table: with its options, if it takes part with several."""
-    return what if len(ways) == 1 else f"{what} {target}"
+def _label(name: str, target: str, variants: Sequence[str]) -> str:
+    """The label of an engine in the table, with its options if it is opened with several."""
+    return name if len(variants) == 1 else f"{name} {target}"
 
 
 def _components(folder: Path, targets: Sequence[str], manifest: Manifest) -> list[Entrant]:
-    """Every component of an engine folder, for each way to open it."""
+    """Every component of an engine folder, for each target."""
     return [
         Entrant(
             _label(str(folder) if len(manifest.signatures) == 1 else f"{folder} {component}", target, targets),
@@ -127,7 +128,7 @@ def _components(folder: Path, targets: Sequence[str], manifest: Manifest) -> lis
 
 
 def _signature_of(path: Path, target: str) -> Signature:
-    """The signature in the manifest above an engine's file, else what the graph or the runtime says."""
+    """The signature from the manifest above an engine's file, else from the graph or the runtime."""
     above = path.parent.parent
     if (above / MANIFEST).is_file():
         backend = registry.backend(target)
@@ -142,7 +143,7 @@ def _signature_of(path: Path, target: str) -> Signature:
 
 
 def _named_axes(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Signature:
-    """A signature for an engine that has lost the names of its axes: batch first, sequence second."""
+    """A signature for an engine without axis names: batch first, sequence second."""
     names = ("batch", "sequence")
 
     def named(tensor: TensorSpec) -> TensorSpec:
@@ -152,13 +153,13 @@ def _named_axes(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...])
         )
         return TensorSpec(tensor.name, tensor.dtype, shape, tensor.role, tensor.bound, tensor.pad)
 
-    made = tuple(map(named, inputs))
-    used = {dim for tensor in made for dim in tensor.shape if isinstance(dim, str)}
-    return Signature(made, outputs, {name: Axis(name) for name in sorted(used)})
+    renamed = tuple(map(named, inputs))
+    used = {dim for tensor in renamed for dim in tensor.shape if isinstance(dim, str)}
+    return Signature(renamed, outputs, {name: Axis(name) for name in sorted(used)})
 
 
 def _bounded(signature: Signature, bounds: Mapping[str, int | None]) -> Signature:
-    """The signature with bounds that another engine of the same race knows."""
+    """The signature with bounds from other engines of the same timing run."""
     inputs = tuple(
         TensorSpec(t.name, t.dtype, t.shape, t.role, bounds.get(t.name) if t.bound is None else t.bound, t.pad)
         for t in signature.inputs

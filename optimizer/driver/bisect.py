@@ -1,8 +1,8 @@
-"""Which pass, and which of its sites, moves the outputs too far: `planish bisect`.
+"""Search for the first pass, and its first site, that exceeds the accuracy budget: `planish bisect`.
 
-Passes run one after the other, each held against the reference of the model that they started from. The first that
-leaves the budget is run again on fewer and fewer of its sites, until one is left that makes the difference; what that
-site rewrites is cut out of the graph, as a model of a few nodes that fails by itself.
+Passes run one after the other, each compared with the reference of the initial model. The first pass that exceeds the
+budget is repeated on fewer sites, until its first failing site is found. The subgraph of that site is extracted as a
+model of a few nodes that reproduces the failure.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from planish.optimizer.system.staging import demand_not_read, staged_file
 
 _ALL = 1 << 40
 _RINGS = 3
-"""How far around a site the cut may reach before the whole graph is kept."""
+"""Maximum neighbourhood of a site in the extracted subgraph, in steps along edges."""
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """The first pass that leaves the budget, and, where it goes from site to site, the first site that does."""
+    """The first pass that exceeds the budget, and its first failing site (None if the pass has no single sites)."""
 
     text: str
     """The pass with its options."""
     site: str | None
     violations: tuple[str, ...]
     runs: int
-    """How often the pass was run."""
+    """Number of runs of the pass."""
     nodes: int
-    """Nodes of the model that was written, which the pass alone breaks."""
+    """Nodes of the written model, on which the pass alone fails."""
     command: str
-    """What shows it."""
+    """The command that reproduces the failure."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One run of a pass: what it did (None: it broke), what is wrong with the model then, and its rewritten sites."""
+    """One run of a pass: its result (None if it raised), the violations, and the number of rewritten sites."""
 
     result: PassResult | None
     violations: Sequence[str]
@@ -67,17 +67,18 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Oracle:
-    """A model's signature and reference: what its rewritten forms are held against."""
+    """Signature and reference of a model, with which rewritten models are compared."""
 
     signature: Signature
     reference: Reference
     exact: Budget
-    """What passes may change that are exact."""
+    """The budget of exact passes."""
     asked: Budget
 
     @classmethod
     def of(cls, source: Path, asked: Budget, fixed: Mapping[str, int]) -> tuple[ir.Model, Oracle]:
-        """The model in an ONNX file, asked for these sizes of axes only, and the trial that it passes itself."""
+        """The model in an ONNX file, with static sizes ``fixed``, and its oracle. CheckFailed if the model itself
+        fails."""
         model, trial = _of_output(source, asked) if source.is_dir() else _of_file(source, asked, fixed)
         bad = trial.violations(model, [])
         if bad:
@@ -85,20 +86,20 @@ class Oracle:
         return model, trial
 
     def violations(self, model: ir.Model, applied: Sequence[Pass]) -> list[str]:
-        """Why a model that came out of these passes is not good: broken, not running, or too far off."""
+        """Violations of a model after these passes: an invalid graph, a failed run, or a missed budget."""
         exact = all(step.exact for step in applied)
         budget = self.exact if exact else self.asked
         try:
             verify(model)
             engine = registry.interpreter().load(model)
             outputs = [engine.run(case) for case in self.reference.inputs]
-            found = compare(self.signature, self.reference.inputs, self.reference.outputs, outputs)
+            comparison = compare(self.signature, self.reference.inputs, self.reference.outputs, outputs)
         except (CheckFailed, ValueError) as error:  # what does not run, or gives outputs of other shapes
             return [str(error)]
-        return budget.violations(found)
+        return budget.violations(comparison)
 
     def attempt(self, model: ir.Model, applied: Sequence[Pass], sites: int = _ALL) -> Attempt:
-        """Run the last of the passes, on at most so many of its sites, over what the others made of the model."""
+        """Run the last of the passes on at most ``sites`` of its sites, on a model to which the others were applied."""
         with at_most(sites) as left:
             try:
                 load = registry.interpreter().load
@@ -106,12 +107,12 @@ class Oracle:
                 result = applied[-1](model)
             except Exception as error:  # noqa: BLE001 - a pass that breaks is what is looked for
                 return Attempt(None, [f"{type(error).__name__}: {error}"], sites - max(left[0], 0))
-        found = result if isinstance(result, PassResult) else PassResult(result.model, result.modified)
-        return Attempt(found, self.violations(model, applied) if found.modified else [], sites - max(left[0], 0))
+        outcome = result if isinstance(result, PassResult) else PassResult(result.model, result.modified)
+        return Attempt(outcome, self.violations(model, applied) if outcome.modified else [], sites - max(left[0], 0))
 
 
 def _of_file(source: Path, asked: Budget, fixed: Mapping[str, int]) -> tuple[ir.Model, Oracle]:
-    """The model in a file, held against what it computes itself."""
+    """The model in a file, compared with its own outputs."""
     lowered = lower(source).with_fixed(fixed)
     model, signature = lowered.program.sole()
     asked.refuse_unmeasured(metrics_of(signature))
@@ -120,14 +121,14 @@ def _of_file(source: Path, asked: Budget, fixed: Mapping[str, int]) -> tuple[ir.
 
 
 def _of_output(folder: Path, asked: Budget) -> tuple[ir.Model, Oracle]:
-    """The first engine of an output that is an ONNX file, held against the reference of the original in it."""
+    """The first ONNX engine of an output, compared with the stored reference of the original."""
     refuse_links_out(folder)
     manifest = Manifest.read(folder)
     files = {
         name: [engine_folder(folder, name) / registry.backend_class(name).file_of(part) for part in manifest.signatures]
         for name in manifest.targets
     }
-    name = next((name for name, own in files.items() if all(file.suffix == ".onnx" for file in own)), None)
+    name = next((name for name, paths in files.items() if all(file.suffix == ".onnx" for file in paths)), None)
     if name is None or len(files[name]) > 1 or not manifest.reference.noise:
         why = "no engine of ONNX files" if name is None else "several components" if len(files[name]) > 1 else ""
         raise BadInput(f"this output has {why or 'no reference'}", where=folder, advice="give the .onnx file of one")
@@ -146,11 +147,11 @@ def _of_output(folder: Path, asked: Budget) -> tuple[ir.Model, Oracle]:
 
 
 def bisect(source: Path, pipeline: str, repro: Path, *, keep: Sequence[str] = ()) -> Culprit | None:
-    """The first pass and site of ``pipeline`` that leaves the budget on the ONNX file ``source``; None if none does.
+    """The first pass and site of ``pipeline`` that exceeds the budget on the ONNX file ``source``; None if none does.
 
-    Of an output, the pipeline goes on from its first engine that is an ONNX file, held against the original's reference
-    and the engine's budget. Passes that are not exact are held against ``keep``, which a file needs for them. A small
-    model that the pass alone breaks is written to ``repro``, if any does.
+    For an output, the pipeline starts from its first ONNX engine, with the original's reference and the engine's
+    budget. ``keep`` is the budget of passes that are not exact, and required for them on a file. A small model on which
+    the pass alone fails is written to ``repro``.
     """
     steps, asked = Pipeline.parse(pipeline), Budget.parse(keep)
     demand_not_read({"SOURCE": source}, files_of(repro))
@@ -178,7 +179,7 @@ def bisect(source: Path, pipeline: str, repro: Path, *, keep: Sequence[str] = ()
 
 
 def _weights_of(model: ir.Model) -> dict[str, Path]:
-    """The files that tensors of a model are read from, by what to call them."""
+    """The external data files of a model, by their descriptions for messages."""
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     paths = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
     return {f"weights of SOURCE, {path.name},": path for path in sorted(paths)}
@@ -186,15 +187,16 @@ def _weights_of(model: ir.Model) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class _Search:
-    """A pass that fails, the passes before it, and the model that it fails on."""
+    """A failing pass, the passes before it, and the model that it fails on."""
 
     trial: Oracle
     applied: Sequence[Pass]
     before: ir.Model
 
     def first_site(self, attempt: Attempt) -> tuple[int, Attempt, int]:
-        """The number of the first site that leaves the budget, the run that ends there, and how many runs it took."""
+        """The number of the first failing site, the run that ends there, and the number of runs."""
         good, bad, runs = 0, attempt.sites, 1
+        # Bisection assumes that more sites do not repair an error; the found site fails in any case.
         while bad - good > 1:
             middle = (good + bad) // 2
             tried = self.trial.attempt(self.before.clone(), self.applied, middle)
@@ -206,14 +208,14 @@ class _Search:
         return bad, attempt, runs
 
     def until(self, sites: int) -> ir.Model:
-        """The model with the first sites rewritten."""
+        """The model with the first ``sites`` sites rewritten."""
         model = self.before.clone()
         self.trial.attempt(model, self.applied, sites)
         return model
 
 
 def _blame(search: _Search, attempt: Attempt, repro: Path, keep: Sequence[str]) -> Culprit:
-    """Find the site, and write what reproduces it."""
+    """Find the failing site, and write a reproducer."""
     step = search.applied[-1]
     number, last, runs = search.first_site(attempt)
     good = search.until(number - 1) if number else search.before
@@ -227,7 +229,7 @@ def _blame(search: _Search, attempt: Attempt, repro: Path, keep: Sequence[str]) 
 
 
 def _smallest(search: _Search, good: ir.Model) -> ir.Model:
-    """The smallest cut around the next site that the pass still breaks by itself, or the whole graph."""
+    """The smallest subgraph around the next site on which the pass alone fails, or the whole graph."""
     bad = good.clone()
     search.trial.attempt(bad, search.applied, 1)
     with scratch_folder() as scratch:
@@ -240,7 +242,7 @@ def _smallest(search: _Search, good: ir.Model) -> ir.Model:
 
 
 def _fails(path: Path, step: Pass, asked: Budget) -> bool:
-    """Whether the pass breaks the model in a file, as `planish opt` would see it."""
+    """True if the pass fails on the model in a file, as in `planish opt`."""
     try:
         model, trial = Oracle.of(path, asked, step.fixed)
     except PlanishError:
@@ -249,18 +251,20 @@ def _fails(path: Path, step: Pass, asked: Budget) -> bool:
 
 
 def _cuts(trial: Oracle, good: ir.Model, bad: ir.Model) -> Iterator[ir.Model]:
-    """What is different between two graphs, cut out of the first one, then with its neighbours, and theirs."""
+    """The nodes in which two graphs differ, extracted from the first one; then with growing neighbourhoods."""
     kept = {_key(node) for node in bad.graph}
     region = {id(node): node for node in good.graph if _key(node) not in kept}
     for _ in range(_RINGS if region else 0):
         piece = _cut(trial, good, list(region.values()))
         if piece is not None:
             yield piece
+        # A cut may lack the context that the pass's pattern requires: widen it.
         region |= {id(near): near for node in region.values() for near in _neighbours(node, good.graph)}
 
 
 def _key(node: ir.Node) -> tuple[object, ...]:
-    """Equal for nodes of two graphs that do the same between values of the same names."""
+    """A key that is equal for nodes of two graphs with the same operator, attributes and names of values."""
+    # Names of nodes are left out: both graphs may have renamed them.
     attributes = sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items())
     names = [None if value is None else value.name for value in node.inputs]
     return (node.domain, node.op_type, *names, *(value.name for value in node.outputs), str(attributes))
@@ -273,34 +277,35 @@ def _neighbours(node: ir.Node, graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def _cut(trial: Oracle, model: ir.Model, region: Sequence[ir.Node]) -> ir.Model | None:
-    """The nodes as a model of fixed shapes, those that a run of the whole model shows; None if they cannot be seen."""
+    """The nodes as a model of static shapes, from a run of the whole model; None if a value cannot be read."""
     inside = {id(node) for node in region}
     read = {id(v): v for node in region for v in node.inputs if v is not None and id(v.producer()) not in inside}
     inputs = [value for value in read.values() if value.const_value is None]
-    made = [value for node in region for value in node.outputs]
-    outputs = [v for v in made if v.is_graph_output() or any(id(use.node) not in inside for use in v.uses())]
-    seen = _seen(trial, model, [*inputs, *outputs])
-    if seen is None:
+    computed = [value for node in region for value in node.outputs]
+    outputs = [v for v in computed if v.is_graph_output() or any(id(use.node) not in inside for use in v.uses())]
+    arrays = _seen(trial, model, [*inputs, *outputs])
+    if arrays is None:
         return None
     try:
         graph = ir.convenience.extract(model.graph, inputs, outputs)
     except ValueError:
         return None  # a node outside lies between two inside: a wider cut holds it
     for value in (*graph.inputs, *graph.outputs):
-        array = seen[value.name or ""]
+        array = arrays[value.name or ""]
         value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
     return ir.Model(graph, ir_version=model.ir_version, producer_name="planish")
 
 
 def _seen(trial: Oracle, model: ir.Model, values: Sequence[ir.Value]) -> Arrays | None:
-    """What these values of the main graph are on the first reference input; None if the model does not show them."""
+    """These values of the main graph on the first reference input; None if a type is unknown."""
     case = trial.reference.inputs[0]
     shown = model.clone()
     by_name = ir.convenience.create_value_mapping(shown.graph, include_subgraphs=False)
-    known = [by_name[value.name or ""] for value in values]
-    hidden = [value for value in known if not value.is_graph_output() and not value.is_graph_input()]
+    copies = [by_name[value.name or ""] for value in values]
+    # Outputs without a type are no valid outputs of a graph.
+    hidden = [value for value in copies if not value.is_graph_output() and not value.is_graph_input()]
     if any(value.dtype is None for value in hidden):
         return None
     shown.graph.outputs.extend(hidden)
-    found: dict[str, np.ndarray] = {**case, **registry.interpreter().load(shown).run(case)}
-    return found if all((value.name or "") in found for value in values) else None
+    arrays: dict[str, np.ndarray] = {**case, **registry.interpreter().load(shown).run(case)}
+    return arrays if all((value.name or "") in arrays for value in values) else None

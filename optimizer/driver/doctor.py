@@ -1,4 +1,4 @@
-"""What this machine has and can do, found by looking."""
+"""Examination of this machine: libraries, processor, GPU, targets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from planish.optimizer.system.machine import cores, instruction_set
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination."""
+    """One line of the report."""
 
     subject: str
     state: str
@@ -27,7 +27,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Everything that decides what would run here."""
+    """All facts that determine which targets run on this machine."""
     return [_python(), *_libraries(), _processor(), _memory(), _gpu(), *_targets()]
 
 
@@ -36,8 +36,8 @@ def _python() -> Finding:
 
 
 def _libraries() -> list[Finding]:
-    """Each declared dependency, held against the version that is installed."""
-    found = []
+    """Each declared dependency with its installed version."""
+    findings = []
     for text in metadata.requires("planish") or []:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -45,18 +45,18 @@ def _libraries() -> list[Finding]:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            found.append(
+            findings.append(
                 Finding(requirement.name, "missing", f"wanted {requirement.specifier}", f"pip install '{requirement}'")
             )
             continue
         fits = requirement.specifier.contains(version, prereleases=True)
         advice = "" if fits else f"pip install '{requirement.name}{requirement.specifier}'"
-        found.append(
+        findings.append(
             Finding(
                 requirement.name, "ok" if fits else "attention", f"{version} (wanted {requirement.specifier})", advice
             )
         )
-    return found
+    return findings
 
 
 def _processor() -> Finding:
@@ -91,12 +91,12 @@ def _gpu() -> Finding:
 
 
 def _targets() -> list[Finding]:
-    found = []
+    findings = []
     for name in registry.table(registry.BACKENDS):
         cls = registry.backend_class(name)
         missing = cls.missing()
         detail = f"{cls.distribution} {_version(cls.distribution)}" if missing is None else missing
-        found.append(
+        findings.append(
             Finding(
                 f"target {name}",
                 "ok" if missing is None else "missing",
@@ -104,7 +104,7 @@ def _targets() -> list[Finding]:
                 "" if missing is None else "engines can be emitted, not run",
             )
         )
-    return found
+    return findings
 
 
 def _version(distribution: str) -> str:

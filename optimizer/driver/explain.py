@@ -1,4 +1,4 @@
-"""What a pipeline does to a model, site by site: `planish explain`."""
+"""Sites of a pipeline on a model: `planish explain`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ def explain(
     preset: str | None = None,
     target: str | None = None,
 ) -> dict[str, Rewritten]:
-    """The sites of every pass and the operators that are left, by target: of an output as it was built, or of a
-    pipeline that is tried on an ONNX file, whose result is thrown away.
+    """The sites of every pass and the operator counts, by target: of an output, or of a trial run on an ONNX file.
 
-    UsageError if a pipeline is given for an output. ``target`` says which engine of an output, or whose preset is tried
-    on a file, ONNX Runtime's if that is not said.
+    UsageError if a pipeline is given for an output. ``target`` selects an engine of an output; for a file it is the
+    target of the preset, by default ONNX Runtime.
     """
     if source.is_dir():
         if pipeline is not None or preset is not None:

@@ -1,4 +1,4 @@
-"""One graph through one pipeline, without engines: what `planish opt` and `planish explain` do."""
+"""One pipeline on one ONNX graph, without engines: `planish opt` and `planish explain`."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def optimize_file(
 ) -> list[PassReport]:
     """Run a pipeline over the ONNX file ``source`` and write the result to ``out``.
 
-    A failed check raises CheckFailed after a reproducer was written beside ``out``; ``out`` is then not written. So
-    does an expectation (`fuse-attention=12`) that does not hold. Passes see activations on ``calibration`` (arrays by
-    input name), or on small made inputs. ``target`` is whose preset it is, ONNX Runtime's if that is not said. Passes
-    that are exact must keep the noise floor and ``keep``, others ``keep`` alone.
+    A failed check, or a failed expectation (`fuse-attention=12`), raises CheckFailed; a reproducer is written beside
+    ``out``, and ``out`` is not written. Calibration data are ``calibration`` (arrays by input name), or small generated
+    inputs. ``target`` is the target of the preset, by default ONNX Runtime. Exact passes must meet the noise floor and
+    ``keep``, others ``keep`` alone.
     """
     if keep and not check:
         raise UsageError("nothing is compared, so no budget can be kept", where="--no-check", advice="leave one out")
@@ -76,19 +76,19 @@ def optimize_file(
 
 
 def files_of(out: Path) -> dict[str, Path]:
-    """The files that an ONNX file called ``out`` is written to, by what to call them."""
+    """The files that are written for ``out``, by their descriptions for messages."""
     return {"-o": out, "weights of -o": out.with_name(f"{out.name}.data")}
 
 
 def target_name(target: str | None, pipeline: str | None) -> str:
-    """The name of the target that a preset is resolved for; UsageError if there is none to resolve."""
+    """The target of a preset; UsageError if there is no preset."""
     if target is not None and pipeline is not None:
         raise UsageError("a target chooses among presets, not for a pipeline", where="--target", advice="leave it out")
     return registry.backend(target or registry.DEFAULT_TARGET).name
 
 
 def observing(lowered: Lowered, calibration: Given | None = None) -> Calibrate:
-    """What lets passes see activations of an ONNX file: on arrays that were given, or on small made ones."""
+    """Instrument for the statistics of an ONNX file: on given arrays, or on small generated ones."""
     signature = lowered.program.sole()[1]
     inputs = quick(make_inputs(signature)) if calibration is None else Samples.of(calibration).batches(signature, None)
     cases = list(inputs)

@@ -1,4 +1,4 @@
-"""An output checked again, on the machine where it is: `planish verify`."""
+"""Verification of an output on this machine: `planish verify`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found of one engine."""
+    """The result of `verify` for one engine."""
 
     target: str
     comparison: Comparison | None
@@ -31,11 +31,11 @@ class Verdict:
 
 
 def verify(out: str | Path, *, progress: Progress = silent) -> dict[str, Verdict]:
-    """Check an output again on this machine: its files and their hashes, then every engine against the reference in it.
+    """Check an output on this machine: its files and their hashes, then every engine against the stored reference.
 
-    Returns a verdict for each engine; the caller decides what a problem means (the command line exits 1). BadInput if
-    the folder is not an output, or holds a link that leaves it. An engine whose runtime is not here is checked by
-    another, and that is noted.
+    Returns a verdict for each engine; the caller handles problems (the command line exits with code 1). BadInput if the
+    folder is not an output, or holds a link that leads outside. An engine whose runtime is missing is checked by
+    another one, which is noted.
     """
     folder = Path(out)
     refuse_links_out(folder)
@@ -76,8 +76,8 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Sequence[str]) 
 
 
 def _changed(folder: Path, parts: Sequence[str], manifest: Manifest, broken: Sequence[str]) -> Iterator[str]:
-    """What is not as it was written in these folders of an output: files that are others, and files that nobody listed,
-    which an engine may read as well."""
+    """Problems of the files in these folders of an output: changed files, and unlisted files, which an engine may read
+    too."""
     for file in (file for file in broken if file.split("/")[0] in parts):
         yield f"{file} is {'not the file that was written' if (folder / file).exists() else 'missing'}"
     there = [file for part in parts for file in records.names_below(folder / part, folder)]

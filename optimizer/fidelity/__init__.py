@@ -1,1 +1,1 @@
-"""How close an engine is to the original: inputs, references, metrics, budgets."""
+"""Fidelity of an engine to the original: inputs, references, metrics, budgets."""

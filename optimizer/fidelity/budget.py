@@ -30,23 +30,23 @@ class Clause:
 
     @property
     def ideal(self) -> float:
-        """What the original itself has: no error, and one of what is a similarity or a multiple of its own."""
+        """The value of a perfect engine: 0 for errors, 1 for similarities and ratios."""
         return 0.0 if self.metric in ERRORS and self.metric not in MULTIPLES else 1.0
 
     def holds(self, value: float) -> bool:
-        """Whether ``value`` meets the bound; NaN never does."""
+        """True if ``value`` meets the bound; NaN never does."""
         return _OPERATORS[self.relation](value, self.bound)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Conditions that must all hold for a comparison to pass."""
+    """Conditions of a comparison; all must hold."""
 
     clauses: tuple[Clause, ...] = field(default=())
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> Budget:
-        """Read `METRIC>=X` and `METRIC<=X`; UsageError says what a clause looks like and which metrics there are."""
+        """Read `METRIC>=X` and `METRIC<=X`; UsageError with the syntax and the known metrics."""
         return cls(tuple(map(_clause, texts)))
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Budget:
         return " ".join(map(str, self.clauses))
 
     def violations(self, comparison: Comparison) -> list[str]:
-        """One text for each clause and output that does not hold."""
+        """One text for each violated clause and output."""
         return [
             f"{metric} of {output} is {metrics[metric]:.6g}, the budget asks {clause}"
             for clause in self.clauses
@@ -63,13 +63,13 @@ class Budget:
         ]
 
     def only(self, metrics: Container[str]) -> Budget:
-        """The clauses about these metrics."""
+        """The clauses on these metrics."""
         return Budget(tuple(clause for clause in self.clauses if clause.metric in metrics))
 
     def refuse_unmeasured(self, measured: Container[str]) -> None:
-        """UsageError if a clause is about a metric that is not ``measured``; it names those that are.
+        """Raise UsageError for a clause on a metric that is not ``measured``; it lists the measured ones.
 
-        A comparison holds no value of such a metric, so `violations` would take the clause for kept.
+        A comparison has no value of such a metric, so `violations` would ignore the clause.
         """
         for clause in self.clauses:
             if clause.metric not in measured:
@@ -81,10 +81,10 @@ class Budget:
                 )
 
     def check(self, comparison: Comparison, *, where: str) -> None:
-        """CheckFailed with every violation, located at ``where``."""
-        found = self.violations(comparison)
-        if found:
-            raise CheckFailed("; ".join(found), where=where)
+        """Raise CheckFailed with every violation, located at ``where``."""
+        violations = self.violations(comparison)
+        if violations:
+            raise CheckFailed("; ".join(violations), where=where)
 
 
 _UNMEASURED = {
@@ -97,11 +97,11 @@ _UNMEASURED = {
     "score": "nothing prints it, give --evaluate to optimize",
     "score_ratio": "nothing prints it, give --evaluate to optimize",
 }
-"""Why a model has no value of a metric."""
+"""Reason why a model has no value of a metric."""
 
 
 def metrics_of(signature: Signature) -> frozenset[str]:
-    """The metrics that `compare` can give of a component."""
+    """The metrics of a component that `compare` can compute."""
     ids = next((tensor.shape for tensor in signature.inputs if tensor.name == "input_ids"), None)
     metrics = {"max_abs", "max_rel"} if signature.outputs else set()
     for tensor in signature.outputs:
@@ -114,7 +114,7 @@ def metrics_of(signature: Signature) -> frozenset[str]:
 
 
 def measured_metrics(program: Program, *, evaluated: bool = False) -> frozenset[str]:
-    """The metrics of a whole program: of its components, of continuations if it writes, and the user's own."""
+    """The metrics of a program: of its components, of continuations if it generates, and the user's own."""
     components = frozenset[str]().union(*map(metrics_of, program.signatures.values()))
     continued = CONTINUED if program.generates else ()
     return components.union(continued, JUDGED if evaluated else ())
@@ -127,6 +127,7 @@ def _clause(text: str) -> Clause:
     metric, relation, bound, times = match.groups()
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}{did_you_mean(metric, METRICS)}", where=text)
+    # The direction of a user's metric is unknown: both relations are accepted.
     if metric != "score" and relation != relation_of(metric):
         raise UsageError(f"a budget on {metric} is written {metric}{relation_of(metric)}X", where=text)
     metric = "score_ratio" if metric == "score" and times else metric

@@ -1,4 +1,4 @@
-"""Engines held against the reference: every component on every case, and the continuations of prompts."""
+"""Comparison of engines with the reference: every component on every case, and the continuations of prompts."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from planish.optimizer.runtime.worker import EngineRef, Worker
 from planish.optimizer.system.machine import demand_memory
 
 GENERATION = "generation"
-"""Where the comparison of continuations stands among those of the components."""
+"""Key of the continuations among the comparisons of components."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How an engine compares with the reference, what ran it, and its peak memory in bytes (of the largest part)."""
+    """Comparison of an engine with the reference, the runtime, and the peak memory in bytes (of the largest
+    component)."""
 
     comparisons: Mapping[str, Comparison]
-    """By component."""
+    """Comparisons by component."""
     checked_with: str
     peak_memory: int
     failure: str | None = None
-    """Why there is nothing to compare: it cannot be opened, or does not run."""
+    """Reason why nothing was compared: the engine cannot be opened, or does not run."""
 
     def violations(self, budgets: Mapping[str, Budget]) -> list[str]:
-        """One text for each condition that does not hold."""
+        """One text for each violated condition."""
         if self.failure is not None:
             return [self.failure]
         return [
@@ -43,7 +44,7 @@ class Fidelity:
         ]
 
     def comparison(self) -> Comparison:
-        """The comparisons as one; where there are several components, outputs are called `component.output`."""
+        """All comparisons as one; with several components, outputs are named `component.output`."""
         if len(self.comparisons) == 1:
             return next(iter(self.comparisons.values()))
         return Comparison(
@@ -52,7 +53,7 @@ class Fidelity:
 
 
 def demand_room(target: Backend, weights: int) -> None:
-    """OutOfResources if what checks an engine of ``target`` must hold all its weights (bytes), and they do not fit."""
+    """Raise OutOfResources if the runtime that checks ``target`` copies all weights (bytes) and they exceed memory."""
     runner = runner_of(target)
     if runner.mapped() is None:
         demand_memory(
@@ -71,48 +72,50 @@ def check_engines(
     *,
     mapped: bool = False,
 ) -> Fidelity:
-    """Compare every component with its reference on every case, each in a process of its own; then the continuations.
+    """Compare every component with its reference on every case, each in its own process; then the continuations.
 
-    Where the target's own runtime is not here, the checking backend runs its graphs. With ``mapped``, weights stay in
-    their files where the runtime can leave them there.
+    If the target's runtime is not installed, the checking backend runs its graphs. With ``mapped``, the runtime maps
+    weights from their files if it can.
     """
-    own = target.missing() is None
+    # Without its runtime, a target's graph file is checked in place of its compiled engine.
+    has_runtime = target.missing() is None
     runner = runner_of(target, mapped)
-    found = {
+    checked = {
         name: check_engine(
-            EngineRef(str(runner), target.path_of(name, place) if own else place / target.file_of(name)),
+            EngineRef(str(runner), target.path_of(name, place) if has_runtime else place / target.file_of(name)),
             signature,
             references.components[name],
         )
         for name, signature in signatures.items()
     }
-    comparisons = {component: comparison for component, (comparison, _) in found.items()}
+    comparisons = {component: comparison for component, (comparison, _) in checked.items()}
     if references.continuations:
         with Worker(EngineRef(str(runner), place, tuple(signatures))) as worker:
             scores = [worker.score_teacher_forced(continuation) for continuation in references.continuations]
         comparisons[GENERATION] = compare_continuations(zip(references.continuations, scores, strict=True))
-    return Fidelity(comparisons, str(runner) if mapped else runner.name, max(memory for _, memory in found.values()))
+    return Fidelity(comparisons, str(runner) if mapped else runner.name, max(memory for _, memory in checked.values()))
 
 
 def check_as_loaders_open(
     default: Backend, place: Path, signatures: Mapping[str, Signature], references: References
 ) -> Fidelity:
-    """The same of an engine that is opened as loaders do who give no options, which is not what it was built for.
+    """Check an engine opened without options, as loaders do, although it was built for others.
 
-    That it cannot be opened so, or breaks, is found out about it, and no fault of the engine.
+    A failure is part of the result, and no failure of the engine.
     """
     try:
         return check_engines(default, place, signatures, references)
+    # Default options are not those of the build, so that a failure must not end it.
     except (BadInput, CheckFailed, MissingRuntime, InternalError) as error:
         what = " ".join(error.what.split()).replace(str(place), place.name)
         return Fidelity({}, default.name, 0, f"it cannot be used ({what})")
 
 
 def check_engine(engine: EngineRef, signature: Signature, reference: Reference) -> tuple[Comparison, int]:
-    """Compare one graph with the reference on every case; also its peak memory in bytes."""
+    """Compare one graph with the reference on every case; returns also the peak memory in bytes."""
     with Worker(engine) as worker:
         try:
-            found = compare(signature, reference.inputs, reference.outputs, map(worker.run, reference.inputs))
+            comparison = compare(signature, reference.inputs, reference.outputs, map(worker.run, reference.inputs))
         except ValueError as error:
             raise CheckFailed(str(error), where=engine.path) from error
-        return found, worker.memory()
+        return comparison, worker.memory()

@@ -1,17 +1,17 @@
-"""How far outputs stray from the reference, and how far they may: pure metrics and budgets.
+"""Metrics of the difference between outputs and reference.
 
-Metrics, over all cases, at positions that are not padding (padded positions carry no meaning):
+Computed over all cases, at positions that are not padding:
 
 ==========  ==========================================================================================
 max_abs     largest absolute difference
 max_rel     largest absolute difference, divided by the largest magnitude of the reference output
-cosine      mean cosine of the vectors along the last axis
+cosine      mean cosine similarity of the vectors along the last axis
 cosine_min  smallest such cosine
-top1        share of vectors whose largest entry stays the largest (logits only)
+top1        share of vectors with the same arg max (logits only)
 perplexity  of the next tokens of the inputs, as a multiple of the original's (decoders only)
 kl, greedy  of continuations, see `fidelity/generation_metrics.py`
-score       what a command of the user's own prints, see `fidelity/user_metric.py`; as a multiple of the plain
-            engine's it is score_ratio, in a budget `score>=0.98x`
+score       printed by a user's command, see `fidelity/user_metric.py`; as a multiple of the plain engine's it
+            is score_ratio, in a budget `score>=0.98x`
 ==========  ==========================================================================================
 """
 
@@ -28,34 +28,35 @@ from planish.optimizer.runtime.cases import Case
 
 METRICS = ("max_abs", "max_rel", "cosine", "cosine_min", "top1", "perplexity", "kl", "greedy", "score")
 ERRORS = ("max_abs", "max_rel", "perplexity", "kl")
-"""Metrics of which less is better."""
+"""Metrics of which lower is better."""
 CONTINUED = ("kl", "greedy", "top1")
 """Metrics of continuations."""
 JUDGED = ("score", "score_ratio")
-"""Metrics of the user's own measure."""
+"""Metrics of the user's command."""
 CACHE = "cache"
-"""What the tensors of a cache are called together, where outputs are compared."""
+"""Common name of all cache tensors in a comparison."""
 MULTIPLES = ("perplexity", "score_ratio")
-"""Metrics that are multiples of the original's."""
+"""Metrics that are ratios to the original's value."""
 _BLOCK = 1 << 16
-"""Elements that are compared at a time."""
+"""Elements per block of a comparison, so that it stays in the processor's cache."""
 _ABSURD = 1e20
-"""Magnitudes that stand for minus infinity in masked scores; they do not set the scale of an output."""
+"""Magnitude from which values stand for minus infinity in masked scores; they do not count for the scale of an
+output."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Metrics by output name. ``top1`` is absent where the output is not a vector of scores."""
+    """Metrics by output name. ``top1`` exists only for vectors of scores."""
 
     outputs: Mapping[str, Mapping[str, float]]
 
     def worst(self, metric: str) -> float | None:
-        """The least favourable value of ``metric`` over the outputs that have it."""
+        """The worst value of ``metric`` over the outputs that have it."""
         values = [metrics[metric] for metrics in self.outputs.values() if metric in metrics]
         return None if not values else (max(values) if metric in ERRORS else min(values))
 
     def rounded(self, digits: int = 3) -> Comparison:
-        """The same to a few significant digits: figures for people and for manifests."""
+        """The comparison with a few significant digits, for tables and manifests."""
         return Comparison(
             {
                 name: {metric: _round(metric, value, digits) for metric, value in metrics.items()}
@@ -69,11 +70,12 @@ def _round(metric: str, value: float, digits: int) -> float:
         return value
     if metric in ERRORS and metric != "perplexity":
         return float(f"{value:.{digits - 1}e}")
+    # Rounded as a distance from 1: 0.9999871 keeps its significant digits as 1 - 1.29e-05.
     return 1.0 - float(f"{1.0 - value:.{digits - 1}e}")
 
 
 def relation_of(metric: str) -> str:
-    """How a budget on a metric is written: errors stay below a bound, similarities above."""
+    """Relation of a budget on a metric: upper bounds for errors, lower bounds for similarities."""
     return "<=" if metric in ERRORS else ">="
 
 
@@ -82,9 +84,7 @@ def compare(
 ) -> Comparison:
     """Compare the outputs of several cases; every sequence has one entry per case, arrays by name.
 
-    Of ``actual`` one case is held at a time.
-
-    ValueError if an output is missing or has another shape than expected.
+    One case of ``actual`` is in memory at a time. ValueError if an output is missing or has an unexpected shape.
     """
     tallies = {tensor.name: _Tally(tensor) for tensor in signature.outputs if tensor.name in expected[0]}
     for feeds, wanted, got in zip(inputs, expected, actual, strict=True):
@@ -98,19 +98,19 @@ def compare(
     return Comparison(_joined({name: (tally.tensor, tally.metrics()) for name, tally in tallies.items()}))
 
 
-def _joined(found: Mapping[str, tuple[TensorSpec, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Metrics by output; those of a cache, of which there are two a layer, as one: the worst of each."""
-    parts = Comparison({name: metrics for name, (tensor, metrics) in found.items() if tensor.role is Role.CACHE})
-    rest = {name: metrics for name, (tensor, metrics) in found.items() if tensor.role is not Role.CACHE}
+def _joined(by_output: Mapping[str, tuple[TensorSpec, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Metrics by output; the tensors of a cache (two per layer) are combined by the worst value of each metric."""
+    parts = Comparison({name: metrics for name, (tensor, metrics) in by_output.items() if tensor.role is Role.CACHE})
+    rest = {name: metrics for name, (tensor, metrics) in by_output.items() if tensor.role is not Role.CACHE}
     worst = {metric: parts.worst(metric) for metric in METRICS}
     cache = {metric: value for metric, value in worst.items() if value is not None}
     return rest | ({CACHE: cache} if cache else {})
 
 
 def visible_part(signature: Signature, tensor: TensorSpec, feeds: Case, wanted: np.ndarray) -> np.ndarray | None:
-    """Where an output ``wanted`` for the inputs ``feeds`` means something, as a mask that fits it; None: everywhere.
+    """The mask of the valid positions of an output ``wanted`` for the inputs ``feeds``; None if all are valid.
 
-    That is everywhere as well where a file declares another shape than it gives.
+    All positions are valid as well if the actual shape differs from the declared one.
     """
     mask = signature.mask()
     visible = _visible(tensor, mask, None if mask is None else feeds.get(mask.name))
@@ -122,7 +122,7 @@ def visible_part(signature: Signature, tensor: TensorSpec, feeds: Case, wanted: 
 
 
 def _end(visible: np.ndarray, tensor: TensorSpec, wanted: np.ndarray) -> np.ndarray:
-    """The last entries of a mask that is longer than the output along its sequence."""
+    """The end of a mask that is longer than the output's sequence."""
     axis = tensor.axis_index("sequence")
     if axis is None or visible.shape[axis] <= wanted.shape[axis]:
         return visible
@@ -130,9 +130,9 @@ def _end(visible: np.ndarray, tensor: TensorSpec, wanted: np.ndarray) -> np.ndar
 
 
 def _visible(tensor: TensorSpec, mask: TensorSpec | None, counts: np.ndarray | None) -> np.ndarray | None:
-    """Where an output means something: the mask, laid along the axes that the output shares with it.
+    """The valid positions of an output: the mask, broadcast to the output's axes.
 
-    An output of the new tokens alone (`sequence`) shares the end of a mask over past and new ones.
+    An output of the new tokens (`sequence`) uses the end of a mask over past and new tokens.
     """
     if mask is None or counts is None:
         return None
@@ -160,11 +160,11 @@ class _Tally:
         self.scale = 0.0
         self.cosines: list[np.ndarray] = []
         self.surprise: list[np.ndarray] = []
-        """How much less likely the engine holds each next token than the original does, in nats."""
+        """Log likelihood of each next token under the original minus that under the engine, in nats."""
         self.agreements: list[np.ndarray] = []
 
     def add(self, expected: np.ndarray, actual: np.ndarray, visible: np.ndarray | None) -> None:
-        """Take in one case."""
+        """Add one case."""
         if expected.shape != actual.shape:
             raise ValueError(f"output {self.tensor.name!r} has shape {actual.shape}, expected {expected.shape}")
         if not expected.size:
@@ -179,23 +179,25 @@ class _Tally:
     def read_on(
         self, ids: np.ndarray | None, expected: np.ndarray, actual: np.ndarray, visible: np.ndarray | None
     ) -> None:
-        """Take in how likely the next token of each text is, where the scores are those of all words at each token."""
+        """Add the log likelihoods of the next tokens, if the output holds scores of the vocabulary at each token."""
         if ids is None or expected.shape[:-1] != ids.shape or expected.shape[-1] != self.tensor.shape[-1]:
             return
+        # A token counts if it and the one before are valid: the first token of a text has no prediction.
         both = np.ones(ids[:, 1:].shape, bool)
         if visible is not None:
-            seen = np.broadcast_to(visible, expected.shape)[..., 0]
-            both = seen[:, 1:] & seen[:, :-1]
+            valid = np.broadcast_to(visible, expected.shape)[..., 0]
+            both = valid[:, 1:] & valid[:, :-1]
         following = ids[:, 1:][both]
         if following.size:
-            found = [log_likelihoods(scores[:, :-1], both, following) for scores in (expected, actual)]
-            self.surprise.append(found[0] - found[1])
+            likelihoods = [log_likelihoods(scores[:, :-1], both, following) for scores in (expected, actual)]
+            self.surprise.append(likelihoods[0] - likelihoods[1])
 
     def _add_rows(self, expected: np.ndarray, actual: np.ndarray, shown: np.ndarray, *, vectors: bool) -> None:
-        """Take in a few rows, as many as stay in the processor's cache."""
+        """Add a block of rows."""
         wanted = np.where(shown, expected, 0).astype(np.float64, copy=False)
         got = np.where(shown, actual, 0).astype(np.float64, copy=False)
         same = (wanted == got) | (np.isnan(wanted) & np.isnan(got))  # also equal infinities
+        # inf - inf is nan, which counts as an infinite difference below.
         with np.errstate(invalid="ignore"):
             difference = np.where(same, 0.0, np.abs(wanted - got))
         self.max_abs = max(self.max_abs, float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0)))
@@ -213,43 +215,45 @@ class _Tally:
             self.agreements.append(best[0] == best[1])
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of everything taken in."""
-        found = {"max_abs": self.max_abs, "max_rel": _ratio(self.max_abs, self.scale)}
+        """The metrics of all added cases."""
+        values = {"max_abs": self.max_abs, "max_rel": _ratio(self.max_abs, self.scale)}
         if cosines := [part for part in self.cosines if part.size]:
+            # Means over all vectors, not over cases: cases have different numbers of tokens.
             joined = np.concatenate(cosines)
-            found |= {"cosine": float(joined.mean()), "cosine_min": float(joined.min())}
+            values |= {"cosine": float(joined.mean()), "cosine_min": float(joined.min())}
         if self.surprise:
             with np.errstate(over="ignore"):
-                found["perplexity"] = float(np.nan_to_num(np.exp(np.concatenate(self.surprise).mean()), nan=np.inf))
+                values["perplexity"] = float(np.nan_to_num(np.exp(np.concatenate(self.surprise).mean()), nan=np.inf))
         if agreements := [part for part in self.agreements if part.size]:
-            found["top1"] = float(np.concatenate(agreements).mean())
-        return found
+            values["top1"] = float(np.concatenate(agreements).mean())
+        return values
 
 
 def log_probabilities(scores: np.ndarray) -> np.ndarray:
-    """Of scores along the last axis, in double precision."""
+    """Log softmax along the last axis, in double precision."""
     values = scores.astype(np.float64)
+    # exp would overflow for large scores.
     values -= values.max(axis=-1, keepdims=True)
     return np.asarray(values - np.log(np.exp(values).sum(axis=-1, keepdims=True)))
 
 
 def log_likelihoods(scores: np.ndarray, shown: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Log probabilities of ``words``, one for each row of ``scores`` (…, vocabulary) that is ``shown``, in their order.
+    """Log probabilities of ``words``, one for each row of ``scores`` (…, vocabulary) that is ``shown``, in order.
 
-    Row by row and in single precision, since vocabularies are large; sums are in double.
+    Computed row by row in single precision, since vocabularies are large; sums are in double precision.
     """
-    found = np.empty(words.shape, np.float64)
+    likelihoods = np.empty(words.shape, np.float64)
     for place, (row, word) in enumerate(zip(np.argwhere(shown), words, strict=True)):
         values = scores[tuple(row)].astype(np.float32, copy=False)
         shifted = values - values.max()
-        found[place] = shifted[word] - np.log(np.exp(shifted).sum(dtype=np.float64))
-    return found
+        likelihoods[place] = shifted[word] - np.log(np.exp(shifted).sum(dtype=np.float64))
+    return likelihoods
 
 
 def divergence(wanted: np.ndarray, given: np.ndarray) -> float:
     """Mean Kullback-Leibler divergence of scores along the last axis, in nats."""
-    one, other = log_probabilities(wanted), log_probabilities(given)
-    return float((np.exp(one) * (one - other)).sum(axis=-1).mean())
+    expected, actual = log_probabilities(wanted), log_probabilities(given)
+    return float((np.exp(expected) * (expected - actual)).sum(axis=-1).mean())
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -257,11 +261,12 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _cosines(wanted: np.ndarray, got: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of rows: 1 where both are zero, 0 where one is zero or not finite."""
+    """Cosine of each pair of rows: 1 if both are zero, 0 if one is zero or not finite."""
     finite = np.isfinite(wanted).all(axis=-1) & np.isfinite(got).all(axis=-1)
     wanted, got = np.where(finite[:, None], wanted, 0), np.where(finite[:, None], got, 0)
     norms = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(got, axis=-1)
     both_zero = finite & ~wanted.any(axis=-1) & ~got.any(axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         cosines = np.where(norms > 0, (wanted * got).sum(axis=-1) / norms, 0.0)
+    # Rounding errors can give a cosine above 1.
     return np.clip(np.where(both_zero, 1.0, cosines), -1.0, 1.0)

@@ -1,8 +1,8 @@
-"""Reference inputs and outputs: what every engine is held against.
+"""Reference inputs and outputs, with which every engine is compared.
 
-Inputs are made from the signature (several lengths, a padded batch, batch 1, the longest length) or given. Outputs come
-from the original model. How precisely the original knows them itself, its noise floor, is estimated on the short cases
-by computing them in double precision as well; tolerances of exact rewrites follow from it.
+Inputs are generated from the signature (several lengths, a padded batch, batch 1, the longest length) or given. Outputs
+come from the original model. The noise floor is the difference between the original in single and in double precision
+on the short cases; the tolerances of exact rewrites are multiples of it.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from planish.optimizer.runtime.cases import Case, load_cases, save_cases
 from planish.optimizer.runtime.teacher_forcing import GreedyContinuation, load_continuations, save_continuations
 
 NOISE_FACTOR = 64.0
-"""An exact rewrite may move an output by this many noise floors: another order of summation in every layer, in a
-runtime with other kernels, on inputs that the floor was not measured on."""
+"""Tolerance of an exact rewrite in noise floors: it changes the order of summation in every layer, runs in other
+kernels, and on inputs on which the floor was not measured."""
 NOISE_MINIMUM = 2.0**-22
-"""No floor is taken to be below this relative value (two units in the last place of float32)."""
+"""Minimum of the noise floor (two units in the last place of float32)."""
 _CONTINUATIONS = "continuations.safetensors"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Cases, the outputs of the original for them, and its noise floor by output."""
+    """Cases, the original's outputs for them, and its noise floor by output."""
 
     inputs: tuple[Case, ...]
     outputs: tuple[Case, ...]
     noise: Mapping[str, float]
     """Largest relative difference between the original in float32 and in double precision."""
     origin: str
-    """How the outputs were made."""
+    """Origin of the outputs."""
 
     def exact_budget(self) -> Budget:
-        """What an exact rewrite may change: a multiple of the largest noise floor."""
+        """Tolerance of an exact rewrite: a multiple of the largest noise floor."""
         floor = max([*self.noise.values(), NOISE_MINIMUM])
         return Budget((Clause("max_rel", "<=", float(f"{NOISE_FACTOR * floor:.2e}")),))
 
     def save(self, folder: Path) -> None:
-        """Write `inputs.safetensors` and `outputs.safetensors` into a folder, which is made."""
+        """Write `inputs.safetensors` and `outputs.safetensors` into a new folder."""
         folder.mkdir(parents=True, exist_ok=True)
         save_cases(self.inputs, folder / "inputs.safetensors")
         save_cases(self.outputs, folder / "outputs.safetensors")
 
     @classmethod
     def load(cls, folder: Path, noise: Mapping[str, float], origin: str) -> Reference:
-        """Read what `save` wrote; BadInput if it is not there or broken."""
+        """Read the files of `save`; BadInput if they are missing or invalid."""
         inputs, outputs = (tuple(load_cases(folder / f"{kind}.safetensors")) for kind in ("inputs", "outputs"))
         measured = noise.keys() - {CACHE}
         whole = all(measured <= case.keys() == outputs[0].keys() for case in outputs)
@@ -68,7 +68,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class References:
-    """What the engine of a program is held against: a reference for each component, and continuations of prompts."""
+    """The reference of a program: one for each component, and continuations of prompts."""
 
     components: Mapping[str, Reference]
     continuations: tuple[GreedyContinuation, ...] = ()
@@ -83,23 +83,25 @@ class References:
 
     @classmethod
     def load(cls, folder: Path, noise: Mapping[str, Mapping[str, float]], origin: str) -> References:
-        """Read what `save` wrote; BadInput if it is not there or broken."""
+        """Read the files of `save`; BadInput if they are missing or invalid."""
         path = folder / _CONTINUATIONS
-        found = {name: Reference.load(_place(folder, name), own, origin) for name, own in noise.items()}
-        return cls(found, tuple(load_continuations(path)) if path.is_file() else ())
+        components = {name: Reference.load(_place(folder, name), floors, origin) for name, floors in noise.items()}
+        return cls(components, tuple(load_continuations(path)) if path.is_file() else ())
 
 
 def _place(folder: Path, component: str) -> Path:
-    """Where the reference of a component lies: a folder of its own if it is not the only one."""
+    """The folder of a component's reference; a subfolder if there are several components."""
     return folder if component == "model" else folder / component
 
 
 def noise_floor(
     signature: Signature, inputs: Sequence[Case], outputs: Sequence[Case], precise: Sequence[Case] | None
 ) -> dict[str, float]:
-    """Relative difference of each output from its more precise self; a multiple of the minimum where there is none."""
+    """Relative difference of each output from its double-precision value, at least the minimum."""
     if precise is None:
         return {tensor.name: 8 * NOISE_MINIMUM for tensor in signature.outputs if tensor.role is not Role.CACHE}
-    found = compare(signature, inputs, precise, outputs).outputs
-    noise = {name: max(float(f"{metrics['max_rel']:.2e}"), NOISE_MINIMUM) for name, metrics in found.items()}
+    differences = compare(signature, inputs, precise, outputs).outputs
+    # Three digits: the floor is part of the manifest, and its last digits depend on the machine.
+    noise = {name: max(float(f"{metrics['max_rel']:.2e}"), NOISE_MINIMUM) for name, metrics in differences.items()}
+    # Some models give NaN in double precision; a floor of infinity would accept every engine.
     return {name: value if np.isfinite(value) else 8 * NOISE_MINIMUM for name, value in noise.items()}

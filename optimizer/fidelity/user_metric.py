@@ -1,4 +1,4 @@
-"""A measure of the user's own: a command that is given an engine's folder and prints a number."""
+"""User-defined metric: a command that gets an engine's folder and prints a number."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 from planish.optimizer.errors import BadInput, UsageError
 
 PLACE = "{}"
-"""Where the folder goes in the command; behind it if it does not say."""
+"""Placeholder for the folder in the command; without it the folder is the last argument."""
 _SHOWN = 200
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A command as a shell would read it; it is run without a shell."""
+    """A command in shell syntax, run without a shell."""
 
     words: tuple[str, ...]
 
     @classmethod
     def parse(cls, text: str) -> Evaluation:
-        """UsageError if quotes do not match, or there is nothing."""
+        """Read a command; UsageError for unbalanced quotes or an empty command."""
         try:
             words = tuple(shlex.split(text))
         except ValueError as error:
@@ -34,14 +34,15 @@ class Evaluation:
         return cls(words if any(PLACE in word for word in words) else (*words, PLACE))
 
     def __str__(self) -> str:
-        """The command again."""
+        """The command as text."""
         return shlex.join(self.words)
 
     def score(self, folder: Path) -> float:
-        """The number on the last line that the command prints; BadInput if it fails or prints none."""
+        """The number on the last line of the command's output; BadInput if it fails or prints none."""
         words = [word.replace(PLACE, str(folder)) for word in self.words]
         where = f"--evaluate {self}"
         try:
+            # No shell: the folder's name may hold characters with a meaning in a shell.
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
         except OSError as error:
             raise BadInput(f"the command cannot be run ({error.strerror})", where=where) from error
@@ -61,7 +62,7 @@ class Evaluation:
 
 
 def scored(score: float, plain: float | None) -> Mapping[str, float]:
-    """Metrics of a score: itself, and as a multiple of the plain engine's where that is asked for."""
+    """Metrics of a score: its value, and the ratio to the plain engine's if that is known."""
     return {"score": score} | ({} if plain is None else {"score_ratio": score / plain if plain else math.nan})
 
 

@@ -1,7 +1,7 @@
-"""The files that a build has read, as a rule for make and ninja (`--depfile`).
+"""Dependency file: the files that a build has read, as a rule for make and ninja (`--depfile`).
 
-Both must read the same bytes, and they agree on few escapes: a backslash before a blank, `#` and `:`, and `$$`. A name
-with a character that one of them cannot be told of is refused.
+Both must parse the same names. They agree on few escapes: a backslash before a blank, `#` and `:`, and `$$`. A name
+with a character that one of them cannot express is refused.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from planish.optimizer.system.staging import staged_file
 
 _ESCAPED = str.maketrans({" ": "\\ ", "#": "\\#", ":": "\\:", "$": "$$"})
 _FORBIDDEN = "\\;%\t\r\n"
-"""GNU make ends a rule at `;` and takes `%` for a pattern; a backslash before a blank means another thing to each."""
+"""GNU make ends a rule at `;` and uses `%` as a pattern; the two programs treat a backslash before a blank
+differently."""
 
 
 def escaped(path: Path) -> str:
-    """A path as it stands in a depfile; UsageError if make or ninja would read another name."""
+    """A path in the syntax of a depfile; UsageError if make or ninja would read another name."""
     text = str(path)
     if set(text).intersection(_FORBIDDEN):
         shown = " ".join(map(repr, _FORBIDDEN))
@@ -27,16 +28,15 @@ def escaped(path: Path) -> str:
     return text.translate(_ESCAPED)
 
 
-def write_depfile(depfile: Path, target: Path, inputs: Iterable[Path], made: Sequence[Path] = ()) -> None:
-    """Write the rule that ``target`` is made anew when one of ``inputs`` is newer.
+def write_depfile(depfile: Path, target: Path, inputs: Iterable[Path], written: Sequence[Path] = ()) -> None:
+    """Write the rule that ``target`` is rebuilt when one of ``inputs`` is newer.
 
-    Inputs that this very run has ``made`` or added to (a lock) get the time of the newest other one, for they say what
-    those led to. With their own they would have the target made again at once: ninja compares with the start of a
-    command.
+    Inputs that this run has ``written`` or extended (a lock) get the time of the newest other input, since they follow
+    from those. Otherwise the target would be rebuilt at once: ninja compares with the start time of a command.
     """
     paths = list(dict.fromkeys(inputs))
-    others = [path.stat().st_mtime_ns for path in paths if path not in made]
-    for path in made:
+    others = [path.stat().st_mtime_ns for path in paths if path not in written]
+    for path in written:
         os.utime(path, ns=(path.stat().st_atime_ns, max(others, default=0)))
     # GNU make reads `target: a=b` as a variable of the target, unless another word stands before it
     paths.sort(key=lambda path: "=" in str(path))

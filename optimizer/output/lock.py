@@ -1,7 +1,7 @@
-"""The choices that were made by measuring, as a small text file to review and to commit: `planish.lock`.
+"""Lock file `planish.lock`: the selection with its measurements, as a small text file to review and commit.
 
-Choosing and building are apart. Building from a lock measures nothing and gives the same bytes; the evidence for each
-choice (speed-up, fidelity) is kept beside it, so that a reader can tell why it was made.
+Selecting and building are separate. A build from a lock measures nothing and gives the same bytes. The measurements
+(speed-up, fidelity) are stored beside each selection as its justification.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ANEW = "remove the lock to choose anew, or give the request that it was made fo
 
 
 class LockedPass(BaseModel):
-    """A pass that was undone, and why."""
+    """A pass that was rolled back, with the reason."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     component: str
@@ -30,7 +30,7 @@ class LockedPass(BaseModel):
 
 
 class Speed(BaseModel):
-    """What was measured at one shape when the choice was made."""
+    """The speed-up at one shape, measured for the selection."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     shape: str
@@ -41,7 +41,7 @@ class Speed(BaseModel):
 
 
 class Trial(BaseModel):
-    """Passes that were tried behind the pipeline, or instead of some of it, what came of it, and why."""
+    """An alternative pipeline or additional passes, with the decision and its reason."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     passes: str
@@ -51,56 +51,56 @@ class Trial(BaseModel):
 
 
 class Product(BaseModel):
-    """A product with a constant matrix, and what was measured before it was rounded or left in float."""
+    """A MatMul with a constant matrix, with the measurements before it was quantized or left in float."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     component: str
     text: str
-    """The pass, its products to skip left out."""
+    """The pass without its option `skip`."""
     product: str
     location: str
     noise: float
-    """Squared error of its output if it is rounded, relative to the square of the output."""
+    """Relative squared error of the MatMul's output if it is quantized."""
     effect: float | None = None
-    """Distance of the model's outputs if it alone is rounded; None if that was too much work."""
+    """Change of the model's outputs if it alone is quantized; None if it was not traced."""
     weights: int
     rounded: bool
 
 
 class Selection(BaseModel):
-    """What was chosen for one target."""
+    """The selection for one target."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     target: str
     pipelines: dict[str, str]
-    """The passes that are applied when the optimized engine is shipped, by component."""
+    """The passes of the optimized engine, by component."""
     rolled_back: list[LockedPass]
     shipped: Literal["optimized", "plain"]
     why: str
     machine: str
-    """Instruction set of the machine that measured."""
+    """Instruction set of the machine of the measurements."""
     measured: list[Speed]
     tried: list[Trial] = []
     products: list[Product] = []
-    """What quantizing passes chose among, the dearest first."""
+    """The MatMuls that quantization passes could quantize, by decreasing loss."""
 
 
 class Lock(BaseModel):
-    """The choices for every target of one source."""
+    """The selections for every target of one source."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal[1] = 1
     source: dict[str, str]
-    """SHA-256 of each file of the source: a lock fits one source only."""
+    """SHA-256 of each file of the source; the lock is valid for this source only."""
     requested: dict[str, str]
-    """What was asked for: preset or pipeline, and the budget."""
+    """The request: preset or pipeline, and the budget."""
     calibration: str = ""
-    """What passes were calibrated on, if any were: SHA-256 of the user's data, else how the data were made."""
+    """Identity of the calibration data, if any: SHA-256 of the user's data, or their origin."""
     targets: dict[str, Selection]
-    """By the name of the engine's folder."""
+    """Selections by the name of the engine's folder."""
 
     def text(self) -> str:
-        """The file's content."""
+        """The content of the file."""
         return tomli_w.dumps(self.model_dump(exclude_none=True), multiline_strings=False)
 
     @classmethod
@@ -114,7 +114,7 @@ class Lock(BaseModel):
             raise BadInput(first_fault(error), where=path) from None
 
     def check_data(self, path: Path, digest: str) -> None:
-        """UsageError if engines were calibrated on other data than these."""
+        """Raise UsageError if the engines were calibrated on other data."""
         if self.calibration and digest != self.calibration:
             raise UsageError(
                 "the engines of this lock were calibrated on other data",
@@ -123,20 +123,21 @@ class Lock(BaseModel):
             )
 
     def check_source(self, path: Path, source: Mapping[str, str]) -> None:
-        """UsageError if the lock was made for another source: SHA-256 of each file by its name."""
+        """Raise UsageError if the lock is for another source: SHA-256 of each file by its name."""
         if dict(source) != self.source:
             self.refuse_source(path)
 
     def refuse_source(self, path: Path) -> NoReturn:
-        """UsageError: the lock was made for another source."""
+        """Raise UsageError for a lock of another source."""
         raise UsageError("this lock was made for another source", where=path, advice=_ANEW)
 
     def check_request(self, path: Path, requested: Mapping[str, str], targets: list[str]) -> None:
-        """UsageError if the lock was made for another request or set of targets."""
+        """Raise UsageError if the lock is for another request or set of targets."""
         if dict(requested) != self.requested:
             raise UsageError(
                 f"this lock was made for {self.requested}, not for {dict(requested)}", where=path, advice=_ANEW
             )
+        # Order counts: engines are written, and reported, in this order.
         if targets != [choice.target for choice in self.targets.values()]:
             raise UsageError(
                 f"this lock was made for the targets {', '.join(c.target for c in self.targets.values())}, "

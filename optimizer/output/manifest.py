@@ -1,4 +1,4 @@
-"""What an output says of itself: `planish.json`. Nothing in it differs between two equal builds."""
+"""Manifest of an output: `planish.json`. It is equal for equal builds."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from planish.optimizer.system.links import refuse_links_out
 from planish.optimizer.system.staging import MANIFEST, MEASUREMENTS
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000
-"""Bytes that file systems take."""
+"""Maximum bytes of names and paths in common file systems."""
 _GREATEST = 1 << 40
-"""No axis, bound or number of bytes is larger: tensors of such a size could not be held anyway."""
+"""Upper bound of axes, bounds and byte counts; larger tensors do not fit any memory."""
 
 
 def _element_type(name: str) -> str:
@@ -43,7 +43,7 @@ def _plain_name(name: str) -> str:
 
 
 def _inner_path(name: str) -> str:
-    """A path below the output: what is read stays inside of it."""
+    """A path relative to the output, and inside of it."""
     parts = name.split("/")
     long = len(name.encode()) > _LONGEST_PATH or any(len(part.encode()) > _LONGEST_NAME for part in parts)
     if long or "\0" in name or not all(parts) or {".", ".."} & set(parts):
@@ -57,10 +57,10 @@ Size = Annotated[int, Field(ge=0, le=_GREATEST)]
 
 
 class Record(BaseModel):
-    """Base of all records: unknown fields are refused, so that a manifest of another version is noticed.
+    """Base of all records. Unknown fields are refused, so that manifests of other versions are detected.
 
-    Whoever reads a record may rely on what the types say: a folder may have been given by somebody else. Infinite
-    figures are written as texts, for JSON has no such numbers.
+    Readers rely on the declared types, since a folder may be untrusted. Infinite figures are written as text, since
+    JSON has no such numbers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -78,7 +78,7 @@ class TensorRecord(Record):
 
 
 class AxisRecord(Record):
-    """A dynamic axis and the sizes that it may have."""
+    """A dynamic axis and its supported sizes."""
 
     minimum: Size
     maximum: Size | None
@@ -114,7 +114,7 @@ class SignatureRecord(Record):
         )
 
     def signature(self) -> Signature:
-        """The signature that was recorded."""
+        """The recorded signature."""
         return Signature(
             tuple(map(_tensor, self.inputs)),
             tuple(map(_tensor, self.outputs)),
@@ -123,7 +123,7 @@ class SignatureRecord(Record):
 
 
 class SourceRecord(Record):
-    """What was lowered."""
+    """The source of the program."""
 
     kind: str
     architecture: str
@@ -132,23 +132,23 @@ class SourceRecord(Record):
 
 
 class ReferenceRecord(Record):
-    """How the reference outputs were made and how precise they are."""
+    """Origin and precision of the reference outputs."""
 
     mode: Literal["full", "offload", "none"]
     passes: str
-    """How single passes were checked."""
+    """The check of single passes."""
     origin: str
     inputs: str
     calibrated_on: str
-    """What passes saw activations on."""
+    """Origin of the calibration data."""
     noise: dict[Name, dict[str, Annotated[float, Field(ge=0)]]]
-    """By component and output."""
+    """Noise floors by component and output."""
     exact_budget: dict[str, str]
-    """By component."""
+    """Budgets of exact passes by component."""
 
 
 class PassRecord(Record):
-    """What one pass did."""
+    """The result of one pass."""
 
     component: str
     text: str
@@ -162,7 +162,7 @@ class PassRecord(Record):
 
     @classmethod
     def of(cls, component: str, report: PassReport) -> PassRecord:
-        """The record of a pass report; refusals of equal reason are counted, not repeated."""
+        """The record of a pass report; refusals with equal reason are counted."""
         return cls(
             component=component,
             text=report.text,
@@ -177,7 +177,7 @@ class PassRecord(Record):
 
 
 class RolledBack(Record):
-    """A pass whose work was undone, and why."""
+    """A pass that was rolled back, with the reason."""
 
     component: str
     text: str
@@ -185,13 +185,13 @@ class RolledBack(Record):
 
 
 class LoaderRecord(Record):
-    """An engine as loaders open it that are given no options, on the machine of the build."""
+    """The engine as loaders open it without options, on the machine of the build."""
 
     target: str
     comparison: dict[str, dict[str, float]]
-    """Empty if it cannot be opened so, or does not run."""
+    """Metrics by output; empty if the engine cannot be opened or does not run."""
     violations: list[str]
-    """Conditions of the budget that do not hold then, or why there is nothing to compare."""
+    """Violated conditions of the budget, or the reason why nothing was compared."""
 
 
 class TargetRecord(Record):
@@ -201,31 +201,31 @@ class TargetRecord(Record):
     shipped: Literal["optimized", "plain"]
     why: str
     pipelines: dict[str, str]
-    """The passes whose work is in the engine, by component; none for a plain one."""
+    """The passes applied to the engine, by component; empty for a plain one."""
     passes: list[PassRecord]
     rolled_back: list[RolledBack]
     budgets: dict[str, str]
-    """By component."""
+    """Budgets by component."""
     checked_with: str
     comparison: dict[str, dict[str, float]]
-    """Fidelity of the shipped engine to the reference."""
+    """Metrics of the shipped engine against the reference."""
     as_loaders_open: LoaderRecord | None = None
-    """Where loaders that are given no options compute in another precision."""
+    """Result for loaders without options, if they use another precision."""
     size_bytes: int
     canonical_operators: dict[str, int] = {}
-    """Number of nodes by operator that passes left, over all components, before the target's own spelling."""
+    """Number of nodes by operator over all components, after the shared passes and before legalization."""
     operators: dict[str, int] = {}
-    """The same of the graph that the target compiles."""
+    """Number of nodes by operator of the graph that the target compiles."""
 
     def budget(self, component: str) -> Budget:
-        """The budget of a component; BadInput if it cannot be read or there is none."""
+        """The budget of a component; BadInput if it is missing or invalid."""
         try:
             return Budget.parse(self.budgets[component].split())
         except (KeyError, UsageError) as error:
             raise BadInput(f"the budget of {component!r} cannot be read ({error})", where=MANIFEST) from None
 
     def asked(self) -> str:
-        """The budgets as one text for people."""
+        """All budgets as one text."""
         asked = {name: budget for name, budget in self.budgets.items() if budget}
         distinct = dict.fromkeys(asked.values())
         if len(distinct) == 1 and len(asked) == len(self.budgets):
@@ -234,7 +234,7 @@ class TargetRecord(Record):
 
 
 class Manifest(Record):
-    """Everything about an output except what was timed."""
+    """The record of an output, except for timings."""
 
     format: Literal[1] = 1
     planish: str
@@ -243,15 +243,15 @@ class Manifest(Record):
     source: SourceRecord
     task: str
     signatures: Annotated[dict[Name, SignatureRecord], Field(min_length=1)]
-    """By component."""
+    """Signatures by component."""
     requested: dict[str, str]
     reference: ReferenceRecord
     targets: Annotated[dict[Name, TargetRecord], Field(min_length=1)]
-    """By the name of the engine's folder."""
+    """Records by the name of the engine's folder."""
     files: dict[InnerPath, str]
-    """SHA-256 of every other file but the measurements."""
+    """SHA-256 of every other file except the measurements."""
     tokenizer: TokenizerRecord | None = None
-    """How tokenizer.json is read by itself; None if only transformers does what the checkpoint's tokenizer does."""
+    """Settings to read tokenizer.json without transformers; None if only transformers gives the same tokens."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -266,7 +266,7 @@ class Manifest(Record):
         return self
 
     def backend(self, name: str) -> Backend:
-        """The target of the engine called ``name``; BadInput if this installation has no such target or option."""
+        """The target of the engine called ``name``; BadInput if this installation lacks it or one of its options."""
         try:
             return registry.backend(self.targets[name].target)
         except UsageError as error:
@@ -278,7 +278,7 @@ class Manifest(Record):
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Read the manifest of an output; BadInput if it is not there or not of this version."""
+        """Read the manifest of an output; BadInput if it is missing or of another version."""
         path = folder / MANIFEST
         if not path.is_file():
             raise BadInput(f"there is no {MANIFEST}", where=folder, advice="give a folder that planish optimize wrote")
@@ -287,6 +287,7 @@ class Manifest(Record):
         except ValidationError as error:
             raise BadInput(first_fault(error), where=path, advice="build it again with this version") from None
         signatures = {name: record.signature() for name, record in manifest.signatures.items()}
+        # Readers of the manifest choose code by task; a wrong task would fail far from here.
         wrong = misfit(manifest.task, manifest.source.kind, signatures)
         if wrong is not None:
             raise BadInput(f"task: {wrong}", where=path, advice="build it again with this version")
@@ -294,8 +295,7 @@ class Manifest(Record):
 
 
 def engine_folder(folder: Path, name: str) -> Path:
-    """The folder of an engine of the output ``folder``; BadInput if it is not there, or if it, or
-    something in it, is a link to somewhere else."""
+    """The folder of an engine of the output ``folder``; BadInput if it is missing, or if a link in it leads outside."""
     place = folder / name
     if not place.is_dir():
         raise BadInput(f"there is no folder {name}", where=folder, advice=f"{MANIFEST} names it: build it again")
@@ -306,23 +306,24 @@ def engine_folder(folder: Path, name: str) -> Path:
 
 
 def refuse_links_of(engine: Path) -> None:
-    """BadInput if something in an engine's folder is a link that leaves it, and the output that it is of, if any."""
+    """Raise BadInput if a link in an engine's folder leads out of it and of its output."""
     refuse_links_out(engine, *([engine.parent] if (engine.parent / MANIFEST).is_file() else []))
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below ``folder`` but the manifest and the measurements, by relative path."""
+    """SHA-256 of every file below ``folder`` except manifest and measurements, by relative path."""
+    # Measurements differ between equal builds, and the manifest cannot hold its own hash.
     names = [name for name in names_below(folder) if name not in (MANIFEST, MEASUREMENTS) and not name.startswith(".")]
     return {name: digest_of(folder / name) or "" for name in names}
 
 
 def names_below(folder: Path, root: Path | None = None) -> list[str]:
-    """Every file below ``folder``, by its path relative to ``root`` (to itself if that is not said), in order."""
+    """Sorted paths of all files below ``folder``, relative to ``root`` (default: ``folder``)."""
     return [path.relative_to(root or folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def digest_of(path: Path) -> str | None:
-    """SHA-256 of a file, or None if it is not there."""
+    """SHA-256 of a file, or None if it is missing."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -338,11 +339,12 @@ def source_record(program: Program) -> SourceRecord:
 
 
 def figures(comparison: Comparison) -> dict[str, dict[str, float]]:
-    """Metrics to three digits, as they stand in manifest and table."""
+    """Metrics with three digits, for manifest and tables."""
     return {name: dict(metrics) for name, metrics in comparison.rounded().outputs.items()}
 
 
 def _counted(texts: list[str]) -> list[str]:
+    # A deep model repeats each refusal once per layer.
     return [f"{texts.count(text)} x {text}" for text in dict.fromkeys(texts)]
 
 

@@ -1,6 +1,6 @@
-"""What became of every site: where each pass fired, where it refused and why, and what it nearly was.
+"""Records of all sites: where each pass fired, refused (with the reason), or nearly matched.
 
-An output keeps these records in `sites.json`, so that `planish explain` needs neither the source nor the passes.
+They are stored in `sites.json`, so that `planish explain` needs neither the source nor the passes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class PassSites:
     text: str
     """The pass with its options."""
     fired: Sequence[str]
-    """Where it rewrote: operator, name and, where it is known, module of each node."""
+    """Rewritten sites: operator, name and module of each node."""
     refusals: Sequence[Refusal]
-    """Where it did not: refusals, and near misses."""
+    """Refusals and near misses."""
     rolled_back: str | None = None
-    """Why all of it was undone."""
+    """Reason for rolling the pass back."""
 
     @classmethod
     def of(cls, target: str, component: str, report: PassReport) -> PassSites:
@@ -46,7 +46,7 @@ class PassSites:
 
     @classmethod
     def undone(cls, target: str, record: RolledBack) -> PassSites:
-        """A pass of which nothing is left, as the manifest has it."""
+        """A pass that was rolled back, from the manifest."""
         return cls(target, record.component, record.text, (), (), record.reason)
 
     @property
@@ -56,34 +56,34 @@ class PassSites:
 
     @property
     def refused(self) -> list[Refusal]:
-        """Where the pattern stood and something was in the way."""
+        """Sites where the pattern matched and a check failed."""
         return [refusal for refusal in self.refusals if not refusal.near]
 
     @property
     def near_misses(self) -> list[Refusal]:
-        """Where only the heart of the pattern stood."""
+        """Sites where only the core of the pattern matched."""
         return [refusal for refusal in self.refusals if refusal.near]
 
 
 _RECORDS = TypeAdapter(list[PassSites])
 
 
-def write_sites(folder: Path, found: Sequence[PassSites]) -> None:
-    """Write `sites.json`: of the passes whose work is in the engines, for a build from a lock has no others."""
-    kept = [sites for sites in found if sites.rolled_back is None]
+def write_sites(folder: Path, records: Sequence[PassSites]) -> None:
+    """Write `sites.json` without rolled back passes, since a build from a lock does not run them."""
+    kept = [sites for sites in records if sites.rolled_back is None]
     (folder / SITES).write_bytes(_RECORDS.dump_json(kept, indent=1) + b"\n")
 
 
-def of_pass(found: Sequence[PassSites], name: str) -> list[PassSites]:
+def of_pass(records: Sequence[PassSites], name: str) -> list[PassSites]:
     """The sites of one pass; UsageError if it is in no pipeline."""
-    names = list(dict.fromkeys(sites.name for sites in found))
+    names = list(dict.fromkeys(sites.name for sites in records))
     if name not in names:
         raise UsageError(f"{name!r} is in no pipeline here{did_you_mean(name, names)}", where="--pass")
-    return [sites for sites in found if sites.name == name]
+    return [sites for sites in records if sites.name == name]
 
 
 def read_sites(folder: Path) -> list[PassSites]:
-    """What `sites.json` of an output holds, and the passes that were undone; BadInput if it is no such output."""
+    """The records in `sites.json` of an output, and the passes that were rolled back; BadInput for other folders."""
     path, manifest = folder / SITES, Manifest.read(folder)
     if not path.is_file():
         raise BadInput(f"there is no {SITES}", where=folder, advice="build it again with this version")
@@ -98,17 +98,17 @@ def read_sites(folder: Path) -> list[PassSites]:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What passes did to the components of a target: the sites of every pass, and the operators that they left."""
+    """Results of the passes of a target: the sites of every pass, and the operator counts."""
 
     sites: Sequence[PassSites]
     operators: Mapping[str, int]
-    """Number of nodes by operator, over all components, before the target's own spelling."""
+    """Number of nodes by operator over all components, before legalization."""
     shipped: Mapping[str, int]
-    """The same of the graph that the target compiles."""
+    """Number of nodes by operator of the graph that the target compiles."""
 
     @classmethod
     def of(cls, target: str, outcomes: Mapping[str, Outcome]) -> Rewritten:
-        """What pipelines did, by component."""
+        """The results of pipelines, by component."""
         sites = [PassSites.of(target, name, report) for name, one in outcomes.items() for report in one.reports]
         canonical = summed(outcome.canonical for outcome in outcomes.values())
         return cls(sites, canonical, summed(operators_of(outcome.model) for outcome in outcomes.values()))
@@ -121,15 +121,15 @@ def summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Expectation:
-    """How often a pass must fire (`fuse-attention=12`), or how many nodes of an operator passes must leave
-    (`Attention=12`, before the target's own spelling), over all components of a target."""
+    """Expected number of sites of a pass (`fuse-attention=12`), or of nodes of an operator before legalization
+    (`Attention=12`), over all components of a target."""
 
     name: str
     count: int
 
     @classmethod
     def parse(cls, text: str) -> Expectation:
-        """Read `PASS=N` or `OPERATOR=N`; UsageError if it is something else, or there is no such pass or operator."""
+        """Read `PASS=N` or `OPERATOR=N`; UsageError for other texts, and for unknown passes and operators."""
         name, _, count = (part.strip() for part in text.partition("="))
         if not name or not count.isdigit():
             raise UsageError(f"cannot read the expectation {text!r}", advice="write --expect fuse-attention=12")
@@ -143,16 +143,16 @@ class Expectation:
 
     @property
     def counts_nodes(self) -> bool:
-        """Whether this is about an operator: their names have capitals or, outside of ONNX's own, a domain."""
+        """True for an operator: its name has capitals or, outside of the standard, a domain."""
         return self.name[:1].isupper() or "::" in self.name
 
     @property
     def is_exact(self) -> bool:
-        """Whether what is counted does not depend on a budget."""
+        """True if the count does not depend on an accuracy budget."""
         return not self.counts_nodes and registry.pass_class(self.name).exact
 
     def failure(self, rewritten: Rewritten) -> CheckFailed | None:
-        """The error if there are more or fewer than expected; it names the first site that a pass refused."""
+        """The error if the count differs from the expected one, with the first refusal of the pass."""
         advice = "planish explain lists every site"
         if self.counts_nodes:
             present = rewritten.operators.get(self.name, 0)
@@ -165,6 +165,7 @@ class Expectation:
         if fired == self.count:
             return None
         refusals = [refusal for sites in sites_of_pass for refusal in sites.refusals]
+        # A rolled back pass has no sites in the engine, whatever it rewrote before.
         undone = [f"it was undone: {sites.rolled_back}" for sites in sites_of_pass if sites.rolled_back is not None]
         reasons = undone or [f"{refusal.site}: {refusal.reason} ({refusal.culprit})" for refusal in refusals[:1]]
         why = "" if sites_of_pass else "; no pipeline has that pass"
@@ -173,15 +174,16 @@ class Expectation:
 
 
 def check_expectations(wanted: Iterable[Expectation], alternatives: Sequence[Rewritten]) -> None:
-    """CheckFailed if one expectation holds in none of the ``alternatives`` for a target; it tells of the first."""
+    """Raise CheckFailed if an expectation fails in all ``alternatives`` of a target, with the failure of the first."""
     for expectation in wanted:
         failures = [expectation.failure(rewritten) for rewritten in alternatives]
+        # Plain and optimized candidates are alternatives: the expectation may hold in either.
         if failures and None not in failures:
             raise next(failure for failure in failures if failure is not None)
 
 
 def refuse_absent(wanted: Iterable[Expectation], passes: Mapping[str, Iterable[Pass]]) -> None:
-    """UsageError if a pass must fire that is in no pipeline of a target; ``passes`` are those of each target."""
+    """Raise UsageError for an expected pass that is in no pipeline of a target; ``passes`` are the passes by target."""
     for target, steps in passes.items():
         names = {step.name for step in steps}
         for expectation in wanted:

@@ -1,6 +1,6 @@
-"""`report.html`: the table, what each pass did, what was undone and why, on one page that needs nothing else.
+"""`report.html`: results table, effects of each pass, and rolled back passes with reasons, on one self-contained page.
 
-The report is made from manifest and lock only, so it is the same for equal builds; the latest timings are shown from
+The report is made from manifest and lock only, so it is equal for equal builds. The latest timings are read from
 `measurements.json` beside it.
 """
 
