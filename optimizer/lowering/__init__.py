@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A program, the original that its engines must equal, and the files that travel with them."""
+    """A program, the original model for comparison, and the files that are copied beside its engines."""
 
     program: Program
     original: Original
     folder: Path | None = None
-    """Where the companions lie; None for a module."""
+    """The folder of the companion files; None for a module."""
     companions: tuple[Path, ...] = field(default=())
-    """Configuration and tokenizer files, relative to ``folder``."""
+    """Names of configuration and tokenizer files, relative to ``folder``."""
     rewritten: Mapping[Path, str] = field(default_factory=dict)
-    """What some of them say beside an engine, where that is not what they say in the folder."""
+    """Replaced content of some of them."""
 
     def files(self) -> dict[str, Path]:
         """The files that were read, by their names in ``folder``."""
         return {} if self.folder is None else {name: self.folder / name for name in self.program.provenance.files}
 
     def with_fixed(self, sizes: Mapping[str, int]) -> Lowered:
-        """The same, to be asked for one size of these axes only. UsageError if that cannot be asked of the program."""
+        """The same with static sizes of these axes. UsageError if the program does not support them."""
         signatures = self.program.signatures
         known = {name: axis for signature in signatures.values() for name, axis in signature.axes.items()}
         first = leading_axis(next(iter(signatures.values())))
@@ -68,10 +68,10 @@ def lower(
 ) -> Lowered:
     """Lower a checkpoint folder, an `.onnx` file, or an `nn.Module` called with ``sample_inputs`` by keyword.
 
-    ``dynamic_axes`` names the axes of a module's inputs that vary. ``adapter`` is the folder of a PEFT adapter to merge
-    into a checkpoint. With ``background`` the original of a checkpoint is loaded by another process meanwhile; with
-    ``offload`` it is never loaded, its weights are read as they are used. With ``last_logits`` a decoder gives the
-    scores behind the last token alone. Raises BadInput or UsageError.
+    ``dynamic_axes`` names the dynamic axes of a module's inputs. ``adapter`` is the folder of a PEFT adapter to merge
+    into a checkpoint. With ``background``, another process loads the original of a checkpoint meanwhile. With
+    ``offload``, the original is never loaded; its weights are read when they are used. With ``last_logits``, a decoder
+    gives the scores after the last token only. Raises BadInput or UsageError.
     """
     if offload and not (isinstance(source, str | Path) and Path(source).suffix.lower() != ".onnx"):
         raise UsageError(
@@ -126,7 +126,7 @@ _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
 def _absent(path: Path, wanted: str) -> BadInput:
-    """The error for a path where nothing is; if it may be the id of a model on the hub, it says how to fetch that."""
+    """The error for a missing path. If it may be the id of a model on the hub, it shows the download command."""
     advice = f"give {wanted}"
     is_path = path.suffix == ".onnx" or (path.parent != Path() and path.parent.exists())
     if _HUB_ID.fullmatch(str(path)) and not is_path:
@@ -156,7 +156,7 @@ def _lower_file(path: Path, task: str | None) -> Lowered:
 
 
 def _having_read(program: Program, folder: Path, names: Iterable[Path]) -> Program:
-    """The program with further files of its source among its provenance: what travels along decides what is built."""
+    """The program with further source files in its provenance, since companion files are part of the output."""
     from planish.optimizer.lowering.checkpoint.checkpoint import sha256
 
     files = {name.as_posix(): sha256(folder / name) for name in names}

@@ -1,6 +1,6 @@
-"""A PEFT adapter, merged into the weights it was trained for: lazily, one tensor when it is read.
+"""A PEFT adapter, merged lazily into its base weights: one tensor at a time, when it is read.
 
-LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024) and AdaLoRA (Zhang et al. 2023) are known.
+Supported: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024) and AdaLoRA (Zhang et al. 2023).
 For a weight W of shape (out, in) with A of shape (rank, in) and B of shape (out, rank)::
 
     LoRA      W + s B A                          s = alpha / rank, rsLoRA: alpha / sqrt(rank)
@@ -46,16 +46,16 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
         _OFF,
     ),
 }  # fmt: skip
-"""Options that change more than weights, or the base before the adapter is added, and the values at which they do not
-(initializations other than these decompose the base)."""
+"""Options that change more than weights, or the base before the merge, with the values at which they do not (other
+initializations decompose the base)."""
 _PLAIN = re.compile(r"[\w.\-\\^$]*")
-"""Patterns without repetition or choice, which match in no time."""
+"""Patterns without repetition or choice, which match in linear time."""
 _PATIENCE = 10.0
-"""Seconds that the patterns of an adapter may take for all modules: a hundred of them take milliseconds."""
+"""Time limit in seconds for matching all patterns of an adapter; a hundred patterns take milliseconds."""
 _MERGE = "merge it with peft and give the merged checkpoint"
 _DEFAULT_ALPHA = 8
 _LARGEST = 1e6
-"""Bound of ranks and of alphas."""
+"""Upper bound of ranks and alphas."""
 _MATCHER = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
@@ -65,20 +65,20 @@ except Exception as error:
     hits = f"{type(error).__name__}: {error}"
 json.dump(hits, sys.stdout)
 """
-"""What the process that matches patterns does: a pattern may take for ever, and nothing can stop it but a kill."""
+"""Program of the matching process: a regular expression may run forever, and only a kill stops it."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What an adapter adds to one weight."""
+    """The change of one weight by an adapter."""
 
     parts: Mapping[str, Stored]
     scale: float
     turned: bool
-    """The weight is stored as (in, out)."""
+    """True if the weight is stored as (in, out)."""
 
     def added_to(self, weight: np.ndarray) -> np.ndarray:
-        """The merged weight, float32, shape as given."""
+        """The merged weight in float32, with the shape of the base."""
         parts = {name: stored.widened().read() for name, stored in self.parts.items()}
         if "lora_embedding_A" in parts:
             return np.asarray(weight + self.scale * (parts["lora_embedding_B"] @ parts["lora_embedding_A"]).T)
@@ -94,7 +94,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Merged(Weight):
-    """A weight with an adapter's part added as it is read."""
+    """A weight merged with an adapter when it is read."""
 
     base: Weight
     delta: Delta
@@ -105,15 +105,14 @@ class Merged(Weight):
         return self.base.shape
 
     def read(self) -> np.ndarray:
-        """The merged weight, in the order of its permutation."""
+        """The merged weight with permuted axes."""
         return np.ascontiguousarray(self.delta.added_to(self.base.read()).transpose(self.order))
 
 
 def merge_adapter(bound: Mapping[str, Weight], folder: Path, model: Any) -> dict[str, Weight]:
     """Weights by parameter name with the adapter in ``folder`` merged into them.
 
-    BadInput if the adapter is of an unsupported kind, was trained for another base (a name or a shape differs), or is
-    not data.
+    BadInput if the adapter is of an unsupported kind, of another base (a name or a shape differs), or invalid.
     """
     config = read_adapter(folder)
     hits = _check_patterns(config, [name for name, _ in model.named_modules()], folder)
@@ -130,7 +129,7 @@ def merge_adapter(bound: Mapping[str, Weight], folder: Path, model: Any) -> dict
                 advice="give the adapter that was trained for this base, or merge it with peft",
             )
         merged[name] = tensor.widened()
-    for module, found in parts.items():
+    for module, tensors in parts.items():
         name = f"{module}.weight"
         base = merged.get(name)
         if base is None:
@@ -139,9 +138,10 @@ def merge_adapter(bound: Mapping[str, Weight], folder: Path, model: Any) -> dict
                 where=folder,
                 advice="give the adapter that was trained for this base",
             )
-        _check_fit(base, found, name, folder, turned := _is_turned(model, module))
+        _check_fit(base, tensors, name, folder, turned := _is_turned(model, module))
         alpha = hits.get(module, config.get("lora_alpha", _DEFAULT_ALPHA))
-        delta = Delta(found, _scale(config, alpha, found), turned)
+        # Merged lazily: W + sBA is computed when the weight is read, not here.
+        delta = Delta(tensors, _scale(config, alpha, tensors), turned)
         merged[name] = Merged(base, delta)
         if name in ties:  # peft changes the one tensor that both are
             merged[ties[name]] = merged[name]
@@ -149,7 +149,7 @@ def merge_adapter(bound: Mapping[str, Weight], folder: Path, model: Any) -> dict
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
-    """The configuration of an adapter, checked; BadInput says what is missing or not supported."""
+    """The checked configuration of an adapter; BadInput for missing or unsupported settings."""
     for name in FILES:
         if file_in(folder, name) is None:
             advice = "save the adapter with safe_serialization=True" if name.endswith("safetensors") else None
@@ -176,7 +176,7 @@ def read_adapter(folder: Path) -> dict[str, Any]:
 
 
 def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
-    """BadInput if a rank or an alpha is not a number that one can compute with."""
+    """Raise BadInput if a rank or an alpha is no finite positive number."""
     patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     for key, table in patterns.items():
         if not isinstance(table, dict):
@@ -192,10 +192,10 @@ def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_patterns(config: Mapping[str, Any], modules: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The alpha of each module that `alpha_pattern` names, as peft reads it.
+    """The alpha of each module in `alpha_pattern`, as peft reads it.
 
-    BadInput if a pattern, here or elsewhere in the configuration, is not a regular expression, or takes too long for
-    the names of these modules: peft matches all of them without a limit of time.
+    BadInput if a pattern of the configuration is no regular expression, or exceeds the time limit on the names of these
+    modules: peft matches all of them without a limit.
     """
     alphas = config.get("alpha_pattern") or {}
     endings = {key: rf"(.*\.)?({key})$" for key in (*alphas, *(config.get("rank_pattern") or ()))}
@@ -205,15 +205,16 @@ def _check_patterns(config: Mapping[str, Any], modules: Sequence[str], folder: P
     others += [rf"(^|.*\.){text}($|\..*)" for text in _texts(config.get("modules_to_save"), folder)]
     plain = all(_PLAIN.fullmatch(text) for text in (*endings, *layers, *others))
     table = _matches([*endings.values(), *others], modules, folder / FILES[0], here=plain)
-    found: dict[str, Any] = {}
+    first_pattern: dict[str, Any] = {}
     for key, hits in zip(alphas, table, strict=False):  # those of alpha_pattern come first
         for module in (name for name, hit in zip(modules, hits, strict=True) if hit):
-            found.setdefault(module, alphas[key])
-    return found
+            first_pattern.setdefault(module, alphas[key])
+    return first_pattern
 
 
 def _check_targets(config: Mapping[str, Any], modules: Iterable[str], folder: Path) -> None:
-    """BadInput if the adapter has a part for a module that its configuration does not target: peft leaves that out."""
+    """Raise BadInput if the adapter changes a module that its configuration does not target: peft ignores it
+    silently."""
     target = config.get("target_modules")
     if target is None or str(target).lower() == "all-linear":
         return
@@ -232,7 +233,7 @@ def _check_targets(config: Mapping[str, Any], modules: Iterable[str], folder: Pa
 
 
 def _texts(value: object, folder: Path) -> list[str]:
-    """One text or a list of texts of the configuration."""
+    """A configuration entry that is one text or a list of texts."""
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise BadInput(f"a name of modules in it is no text but {value!r}", where=folder / FILES[0])
@@ -240,7 +241,7 @@ def _texts(value: object, folder: Path) -> list[str]:
 
 
 def _matches(patterns: Sequence[str], names: Sequence[str], path: Path, *, here: bool) -> list[list[bool]]:
-    """For each pattern, which of the names its matches begin; in a process that can be killed unless it is ``here``."""
+    """The names that each pattern matches at their start; in a separate process unless ``here``."""
     if here:
         with told_as_bad_input("a pattern in it is no regular expression", path):
             return [[re.match(pattern, name) is not None for name in names] for pattern in patterns]
@@ -265,8 +266,8 @@ def _matches(patterns: Sequence[str], names: Sequence[str], path: Path, *, here:
 
 
 def _parts(folder: Path) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
-    """Tensors of the adapter by the module they change and their kind; and those that replace a weight."""
-    found: dict[str, dict[str, Stored]] = {}
+    """Tensors of the adapter by module and kind; and tensors that replace a weight."""
+    parts: dict[str, dict[str, Stored]] = {}
     replaced: dict[str, Stored] = {}
     for key, tensor in read_header(folder / FILES[1]).items():
         name = key.removeprefix(_PREFIX)
@@ -274,12 +275,12 @@ def _parts(folder: Path) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored
         if match is None:
             replaced[name.replace(".modules_to_save", "").replace(".base_layer", "")] = tensor
         else:
-            found.setdefault(match[1], {})[match[2]] = tensor
-    return found, replaced
+            parts.setdefault(match[1], {})[match[2]] = tensor
+    return parts, replaced
 
 
 def _scale(config: Mapping[str, Any], alpha: float, parts: Mapping[str, Stored]) -> float:
-    """The factor of B A: alpha over the rank that the tensors have (over its square root for rsLoRA)."""
+    """The factor of B A: alpha divided by the rank of the tensors (by its square root for rsLoRA)."""
     rank = parts["lora_A" if "lora_A" in parts else "lora_embedding_A"].stored_shape[0]
     if config["peft_type"] == "ADALORA":
         return (alpha if alpha > 0 else float(rank)) / (rank + 1e-5)
@@ -287,12 +288,12 @@ def _scale(config: Mapping[str, Any], alpha: float, parts: Mapping[str, Stored])
 
 
 def _is_turned(model: Any, module: str) -> bool:
-    """Whether a layer stores its weight as (in, out), as the Conv1D of transformers does."""
+    """True if a layer stores its weight as (in, out), as the Conv1D of transformers does."""
     return type(model.get_submodule(module)).__name__ == "Conv1D"
 
 
 def _check_fit(base: Weight, parts: Mapping[str, Stored], name: str, folder: Path, turned: bool) -> None:
-    """BadInput unless the parts make a change of the base's shape, with one rank in all of them."""
+    """Raise BadInput unless the tensors have one common rank and the base's shape."""
     shapes = {kind: part.stored_shape for kind, part in parts.items()}
     embedding = {"lora_embedding_A", "lora_embedding_B"} <= shapes.keys()
     first, second = (f"lora_embedding_{side}" if embedding else f"lora_{side}" for side in "AB")
@@ -316,7 +317,7 @@ def _check_fit(base: Weight, parts: Mapping[str, Stored], name: str, folder: Pat
 
 
 def merged_original(module: Any, folder: Path) -> Any:
-    """The model as peft itself merges the adapter: the original that engines must match."""
+    """The model with the adapter merged by peft itself: the original for comparison."""
     from peft import PeftModel
 
     _check_patterns(read_adapter(folder), [name for name, _ in module.named_modules()], folder)

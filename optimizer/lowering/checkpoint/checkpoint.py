@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder: checked as data, built on the meta device, bound to its weights by reference."""
+"""A Hugging Face checkpoint folder: validated as data, built on the meta device, with weights as references."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from planish.optimizer.system.links import file_in
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"})
 _ATTENTION_KEYS = frozenset({"attn_implementation", "_attn_implementation", "_attn_implementation_internal"})
 _EXPERTS = "batched_mm"
-"""How experts are computed while a model is traced: the one way without loops over what the data decides."""
+"""Implementation of experts while tracing: the only one without data-dependent loops."""
 _TEXT_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model",
     "generation_config.json", "chat_template.jinja", "source.spm", "target.spm", "preprocessor_config.json",
 )  # fmt: skip
-"""What runs beside the model and travels with an engine."""
+"""Settings files that are copied beside an engine."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose files have been checked, and the task it shall serve."""
+    """A folder with validated files, and its task."""
 
     folder: Path
     config: Any
@@ -50,21 +50,21 @@ class Checkpoint:
     adapter: Path | None = None
     """The folder of a PEFT adapter that is merged into the weights."""
     last_logits: bool = False
-    """Whether a decoder gives the scores behind the last token alone."""
+    """True if a decoder gives the scores after the last token only."""
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the configuration and of each weight file, those of an adapter as well."""
+        """SHA-256 of the configuration and of each weight file, with those of an adapter."""
         files = [self.folder / "config.json", *weight_files(self.folder)]
         adapted = [] if self.adapter is None else [self.adapter / name for name in adapter_files.FILES]
         return {file.name: sha256(file) for file in (*files, *adapted)}
 
     def companions(self) -> list[Path]:
-        """Files that engines of this checkpoint carry along, relative to the folder."""
+        """Files that are copied beside engines of this checkpoint, relative to the folder."""
         return companions_in(self.folder)
 
 
 def companions_in(folder: Path) -> list[Path]:
-    """Configuration and tokenizer files in a folder, relative to it; BadInput if one is a link to outside."""
+    """Configuration and tokenizer files in a folder, relative to it; BadInput if one is a link to a place outside."""
     files = [*map(Path, ("config.json", *_TEXT_FILES)), *module_files(folder)]
     return [file for file in files if file_in(folder, file) is not None]
 
@@ -72,9 +72,9 @@ def companions_in(folder: Path) -> list[Path]:
 def open_checkpoint(
     folder: Path, task: str | None = None, adapter: Path | None = None, *, last_logits: bool = False
 ) -> Checkpoint:
-    """Check a folder (and that of an adapter) and read its configuration; nothing is executed, nothing is fetched.
+    """Validate a folder (and that of an adapter) and read its configuration; nothing is executed or downloaded.
 
-    BadInput says what is missing, broken or refused; UsageError a task that is not known.
+    BadInput for missing, broken or refused content, UsageError for an unknown task.
     """
     raw = _read_config(folder)
     _refuse_code(raw, folder / "config.json")
@@ -119,7 +119,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _architecture(raw: Mapping[str, Any], folder: Path) -> str | None:
-    """The class that config.json names first."""
+    """The first class in config.json."""
     listed = raw.get("architectures") or []
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise BadInput(f"its architectures are no list of names but {listed!r}", where=folder / "config.json")
@@ -127,7 +127,7 @@ def _architecture(raw: Mapping[str, Any], folder: Path) -> str | None:
 
 
 def _refuse_embedded_adapter(folder: Path) -> None:
-    """BadInput if an adapter lies in the folder itself: transformers would add it to the original by itself."""
+    """Raise BadInput if an adapter is in the folder itself: transformers would add it to the original."""
     if (folder / adapter_files.FILES[0]).is_file():
         raise BadInput(
             f"{adapter_files.FILES[0]} lies in the checkpoint's own folder",
@@ -137,7 +137,7 @@ def _refuse_embedded_adapter(folder: Path) -> None:
 
 
 def _refuse_code(raw: object, path: Path, trail: str = "") -> None:
-    """Refuse whatever would make a loader run code: remote classes, custom generation, kernels from a hub."""
+    """Refuse settings that make a loader run code: remote classes, custom generation, kernels from a hub."""
     items = raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ()
     for key, value in items:
         here = f"{trail}{key}"
@@ -170,11 +170,12 @@ def _transformers_config(folder: Path, raw: Mapping[str, Any]) -> Any:
 
 
 def _refuse_unknown_rope(config: Any, path: Path) -> None:
-    """Refuse a scaling of rotary positions that this version of transformers does not know."""
+    """Refuse a RoPE scaling that this version of transformers does not support."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    nested = [part for part in found.values() if isinstance(part, dict)] or [found]
+    # Some models have one set of parameters per layer type, others one for all layers.
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    nested = [part for part in parameters.values() if isinstance(part, dict)] or [parameters]
     kinds = {part.get("rope_type", "default") for part in nested} - {"default", *ROPE_INIT_FUNCTIONS}
     if kinds:
         raise BadInput(
@@ -187,7 +188,7 @@ def _refuse_unknown_rope(config: Any, path: Path) -> None:
 def skeleton(checkpoint: Checkpoint, experts: str | None = _EXPERTS) -> Any:
     """The model with its parameters on the meta device and its buffers computed: structure without weights.
 
-    ``experts`` is how experts are computed; None leaves it to transformers.
+    ``experts`` is the implementation of experts; None is the default of transformers.
     """
     from accelerate import init_empty_weights
 
@@ -208,7 +209,7 @@ def _from_config(cls: type[Any], checkpoint: Checkpoint) -> Any:
 
 
 def loaded(checkpoint: Checkpoint) -> Any:
-    """The model with its weights, in float32, as transformers itself loads it: the original that engines must match."""
+    """The model with its weights, in float32, as transformers itself loads it: the original for comparison."""
     import torch
 
     bind(skeleton(checkpoint, experts=None), checkpoint)  # refuses what would allocate more than the weights hold
@@ -230,9 +231,9 @@ def loaded(checkpoint: Checkpoint) -> Any:
 
 
 def _tensors(weights: Mapping[str, Weight]) -> dict[str, Any]:
-    """What transformers shall load by name: slices of files, which it reads one by one, and weights that are quantized.
+    """Tensors by name for transformers to load: slices of files, and dequantized weights.
 
-    Left alone it finds files by rules of its own, which change, and might read others than we.
+    From a folder, transformers finds files by its own, changing rules, and might read others than Planish does.
     """
     import torch
     from safetensors import safe_open
@@ -247,14 +248,14 @@ def _tensors(weights: Mapping[str, Weight]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Binding:
-    """Where the parameters and buffers of a model are stored."""
+    """Storage of the parameters and buffers of a model."""
 
     stored: Mapping[str, Weight]
     absent: frozenset[str]
-    """Parameters that the checkpoint says nothing about: a head it was saved without, perhaps one that nobody asked."""
+    """Parameters that the checkpoint lacks, such as a head that it was saved without."""
 
     def refuse_absent(self, used: Collection[str], model: Any, checkpoint: Checkpoint) -> None:
-        """BadInput if a parameter that is ``used`` has no weights."""
+        """Raise BadInput if a parameter that is ``used`` has no weights."""
         missing = sorted(self.absent.intersection(used))
         if missing:
             raise BadInput(
@@ -265,10 +266,10 @@ class Binding:
 
 
 def bind(model: Any, checkpoint: Checkpoint) -> Binding:
-    """Which stored tensor each parameter and buffer of ``model`` is, by the renaming rules of transformers.
+    """The stored tensor of each parameter and buffer of ``model``, by the renaming rules of transformers.
 
-    BadInput if one has another shape. Parameters that transformers neither loads nor misses, for it computes them from
-    the configuration, are in neither list: see `initial`.
+    BadInput if one has another shape. Parameters that transformers computes from the configuration (neither loaded nor
+    missing) are in neither list: see `initial`.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -306,20 +307,20 @@ def bind(model: Any, checkpoint: Checkpoint) -> Binding:
 
 
 def initial(model: Any, name: str) -> Any:
-    """A parameter that no checkpoint holds, such as a table of sines, as transformers initializes it."""
+    """A parameter that no checkpoint holds, such as a table of sines, initialized by transformers."""
     import torch
 
-    path, _, own = name.rpartition(".")
+    path, _, attribute = name.rpartition(".")
     parents = [model.get_submodule(".".join(path.split(".")[:depth])) for depth in range(path.count(".") + 2)]
     maker = next(parent for parent in reversed(parents) if hasattr(parent, "_init_weights"))
     module = copy.deepcopy(model.get_submodule(path)).to_empty(device="cpu", recurse=False)
     with torch.no_grad(), quiet():
         maker._init_weights(module)
-    return module.get_parameter(own).detach()
+    return module.get_parameter(attribute).detach()
 
 
 def _follow_ties(model: Any, bound: dict[str, Weight]) -> None:
-    """Let a tied parameter that the file leaves out share the tensor of the one it is tied to."""
+    """Share the tensor of a tied parameter with the parameter that the file lacks."""
     for target, source in model.all_tied_weights_keys.items():
         for name, other in ((target, source), (source, target)):
             if name not in bound and other in bound:
@@ -355,14 +356,14 @@ def _some(names: list[str]) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep progress bars and advice of the libraries off the terminal: ours is the only voice there."""
+    """Suppress progress bars and messages of the libraries on the terminal."""
     from transformers.utils import logging as library
 
     level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
@@ -383,5 +384,5 @@ def quiet() -> Iterator[None]:
 
 
 def tensors_of(bound: Mapping[str, Weight]) -> dict[str, ir.TensorProtocol]:
-    """ONNX tensors that read themselves, by parameter name."""
+    """Lazy ONNX tensors by parameter name."""
     return {name: stored.tensor(name) for name, stored in bound.items()}

@@ -12,18 +12,18 @@ import numpy as np
 from planish.optimizer.lowering.checkpoint.weights import Weight
 
 Part = tuple[str, str, Weight]
-"""A stored tensor that a rule takes: the pattern of the rule that it matched, its name in the file, its place."""
+"""An input of a conversion rule: the matched pattern, the name in the file, the stored tensor."""
 
 
 @dataclass(frozen=True)
 class Converted(Weight):
-    """What a rule of transformers makes of several stored tensors."""
+    """The result of a conversion rule of transformers for several stored tensors."""
 
     whole: tuple[int, ...]
     name: str
-    """The parameter; a rule may make several."""
+    """The parameter; a rule may compute several."""
     target: str
-    """The name that transformers files the parts under."""
+    """The name under which transformers collects the inputs."""
     parts: tuple[Part, ...]
     rule: Any = field(repr=False, compare=False)
     model: Any = field(repr=False, compare=False)
@@ -34,16 +34,16 @@ class Converted(Weight):
         return self.whole
 
     def read(self) -> np.ndarray:
-        """The parameter in float32, in the order of its permutation."""
+        """The parameter in float32 with permuted axes."""
         import torch
 
         tensors = [(pattern, key, torch.from_numpy(np.array(part.read()))) for pattern, key, part in self.parts]
-        found: np.ndarray = apply(self.rule, self.model, self.target, tensors)[self.name].numpy()
-        return np.ascontiguousarray(found.transpose(self.order))
+        result: np.ndarray = apply(self.rule, self.model, self.target, tensors)[self.name].numpy()
+        return np.ascontiguousarray(result.transpose(self.order))
 
 
 def convert(rule: Any, model: Any, target: str, parts: Sequence[Part]) -> dict[str, Converted]:
-    """Recipes by parameter name. Which parameters a rule makes, and of what shape, tensors without data show."""
+    """Lazy weights by parameter name. Tensors without data determine the parameters and shapes of a rule."""
     import torch
 
     shapes = [(pattern, key, torch.empty(part.stored_shape, device="meta")) for pattern, key, part in parts]
@@ -54,9 +54,9 @@ def convert(rule: Any, model: Any, target: str, parts: Sequence[Part]) -> dict[s
 
 
 def apply(rule: Any, model: Any, target: str, parts: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
-    """Tensors by parameter name, as transformers makes them of (pattern, key, tensor)."""
+    """Tensors by parameter name, computed by transformers from (pattern, key, tensor)."""
     fresh = deepcopy(rule)  # it collects what it is given
     for pattern, key, tensor in parts:
         fresh.add_tensor(target, key, pattern, tensor)
-    made = fresh.convert(target, model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+    converted = fresh.convert(target, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}

@@ -1,7 +1,7 @@
-"""What transformers, torch and peft raise over the files of others, told as ours.
+"""Exceptions of transformers, torch and peft for untrusted files, converted to our errors.
 
-They raise exceptions of every type over a checkpoint that is not as they expect: AssertionError, AttributeError,
-types of their own. None of these is a bug of ours.
+For an unexpected checkpoint they raise exceptions of every type: AssertionError, AttributeError, their own types. None
+of these is a bug of Planish.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory"
 
 @contextmanager
 def told_as_bad_input(what: str, where: object, advice: str | None = None) -> Iterator[None]:
-    """Turn every exception that is raised inside and is not ours into BadInput: ``what``, and why.
+    """Convert foreign exceptions in the block to BadInput with the message ``what`` and the cause.
 
-    A package that is missing is MissingRuntime, memory that is used up OutOfResources. An error of the disk is left as
-    it is.
+    A missing package becomes MissingRuntime, exhausted memory OutOfResources. Errors of the file system propagate.
     """
     try:
         yield
@@ -39,5 +38,5 @@ def told_as_bad_input(what: str, where: object, advice: str | None = None) -> It
 
 
 def _said(error: Exception) -> str:
-    """The message of an exception in one line, with its type: of an AssertionError that is often all there is."""
+    """The message of an exception in one line, with its type: an AssertionError often has no message."""
     return f"{type(error).__name__}: {in_one_line(error)}".removesuffix(": ")

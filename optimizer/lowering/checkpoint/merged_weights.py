@@ -1,10 +1,10 @@
-"""Parameters that transformers puts together from several stored tensors, as references.
+"""Parameters that transformers assembles from several stored tensors, as references.
 
-The files hold one tensor for each expert where the module has one parameter for all; other files hold one tensor for
-queries, keys and values where the module has three. Which becomes which, the converters of transformers say, as
-operations on loaded tensors. Here they run on stand-ins that have a shape and no data: what comes out tells where each
-piece of a parameter is stored. Stand-ins know how tensors are stacked, concatenated, cut and transposed; a converter
-that asks for anything else is applied to the tensors themselves when its parameter is read (`conversion`).
+Files may hold one tensor per expert where the module has one parameter for all, or one tensor for queries, keys and
+values where the module has three. The converters of transformers define the mapping as operations on loaded tensors.
+Here they run on placeholders that have a shape and no data, which record the storage of each piece of a parameter.
+Placeholders support stack, concatenation, slicing and transposition. A converter with other operations runs on the
+tensors themselves when its parameter is read (`converted_weights`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from planish.optimizer.lowering.checkpoint.weights import Box, Weight, boxes, nu
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a stored tensor, and where it lies in the parameter."""
+    """A part of a stored tensor, and its position in the parameter."""
 
     source: Weight
     window: tuple[tuple[int, int], ...]
-    """Begin and end of the part on each axis of the stored tensor."""
+    """Start and end of the part on each axis of the stored tensor."""
     axes: tuple[int | None, ...]
-    """For each axis of the parameter, the axis of the stored tensor that it is; None where the piece is one deep."""
+    """The stored axis of each axis of the parameter; None where the piece has size 1."""
     start: tuple[int, ...]
-    """Where the piece begins on each axis of the parameter."""
+    """Start of the piece on each axis of the parameter."""
 
     @property
     def extent(self) -> tuple[int, ...]:
@@ -38,7 +38,7 @@ class Piece:
         return tuple(1 if axis is None else self.window[axis][1] - self.window[axis][0] for axis in self.axes)
 
     def narrowed(self, axis: int, begin: int, end: int) -> Piece | None:
-        """What of it lies between two places on an axis, counted from the first of them; None if nothing does."""
+        """The intersection with an interval of an axis, relative to the start of that interval; None if it is empty."""
         offset, length = self.start[axis], self.extent[axis]
         first, last = max(begin - offset, 0), min(end - offset, length)
         if first >= last:
@@ -52,7 +52,7 @@ class Piece:
         return replace(self, window=window, start=place)
 
     def mapped(self) -> np.ndarray:
-        """Its values as they are stored, shape `extent`: a view of the file."""
+        """Its values as stored, of shape `extent`: a view of the file."""
         part = self.source.mapped()[tuple(slice(begin, end) for begin, end in self.window)]
         turned = part.transpose([axis for axis in self.axes if axis is not None])
         return turned[tuple(None if axis is None else slice(None) for axis in self.axes)]
@@ -60,7 +60,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Assembled(Weight):
-    """A parameter whose pieces are stored apart."""
+    """A parameter that is assembled from pieces."""
 
     whole: tuple[int, ...]
     pieces: tuple[Piece, ...]
@@ -71,22 +71,23 @@ class Assembled(Weight):
         return self.whole
 
     def read(self) -> np.ndarray:
-        """Its values in an array of its own; at no time is there more than that array and one strip."""
-        found = np.empty(self.shape, numpy_type(self.dtype))
-        self.read_into(found)
-        return found
+        """Its values in a new array; memory is that array and one strip."""
+        array = np.empty(self.shape, numpy_type(self.dtype))
+        self.read_into(array)
+        return array
 
-    def read_into(self, found: np.ndarray) -> None:
+    def read_into(self, array: np.ndarray) -> None:
         """Write its values into an array, piece by piece and strip by strip."""
-        turned = found.transpose(np.argsort(self.order))
+        # A view in stored order, so that strips are copied contiguously from the file.
+        turned = array.transpose(np.argsort(self.order))
         for piece in self.pieces:
-            array = piece.mapped()
-            target = turned[tuple(slice(a, a + size) for a, size in zip(piece.start, array.shape, strict=True))]
-            for box in boxes(array.shape):
-                target[box] = array[box]
+            stored = piece.mapped()
+            target = turned[tuple(slice(a, a + size) for a, size in zip(piece.start, stored.shape, strict=True))]
+            for box in boxes(stored.shape):
+                target[box] = stored[box]
 
     def strips(self) -> Iterator[np.ndarray]:
-        """Its values piece by piece, each read from where it is stored."""
+        """Its values piece by piece, each read from its place."""
         turned = _permuted(self, self.order)
         for box in boxes(turned.whole):
             yield _narrowed_to(turned, box).read()
@@ -113,18 +114,18 @@ def _permuted(weight: Assembled, order: Sequence[int]) -> Assembled:
 
 
 class NotFollowedError(Exception):
-    """A converter asks for more of its tensors than where they are stored."""
+    """Raised for converter operations that placeholders do not support."""
 
 
-class StandIn:
-    """A tensor without data, as far as the operations of converters look at one."""
+class Placeholder:
+    """A tensor without data that supports the operations of converters."""
 
     def __init__(self, weight: Assembled) -> None:
         self.weight = weight
         self.shape = weight.whole
 
-    def contiguous(self) -> StandIn:
-        """Itself: the order of memory is decided when it is read."""
+    def contiguous(self) -> Placeholder:
+        """The placeholder itself: memory order is decided when the weight is read."""
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -142,9 +143,9 @@ class StandIn:
         return follow(*args, **(kwargs or {}))
 
 
-def _stack(tensors: Sequence[StandIn], dim: int = 0) -> StandIn:
+def _stack(tensors: Sequence[Placeholder], dim: int = 0) -> Placeholder:
     """`torch.stack`"""
-    return _cat([StandIn(_deepened(tensor.weight, dim)) for tensor in tensors], dim)
+    return _cat([Placeholder(_deepened(tensor.weight, dim)) for tensor in tensors], dim)
 
 
 def _deepened(weight: Assembled, axis: int) -> Assembled:
@@ -160,7 +161,7 @@ def _deepened(weight: Assembled, axis: int) -> Assembled:
     return replace(weight, whole=(*weight.whole[:axis], 1, *weight.whole[axis:]), pieces=tuple(pieces))
 
 
-def _cat(tensors: Sequence[StandIn], dim: int = 0) -> StandIn:
+def _cat(tensors: Sequence[Placeholder], dim: int = 0) -> Placeholder:
     """`torch.cat`"""
     weights = [tensor.weight for tensor in tensors]
     first = weights[0]
@@ -175,64 +176,67 @@ def _cat(tensors: Sequence[StandIn], dim: int = 0) -> StandIn:
         for piece in weight.pieces
     ]
     whole = (*first.whole[:axis], offsets[-1], *first.whole[axis + 1 :])
-    return StandIn(replace(first, whole=whole, pieces=tuple(pieces)))
+    return Placeholder(replace(first, whole=whole, pieces=tuple(pieces)))
 
 
-def _transpose(tensor: StandIn, dim0: int, dim1: int) -> StandIn:
+def _transpose(tensor: Placeholder, dim0: int, dim1: int) -> Placeholder:
     """`torch.transpose`"""
     order = list(range(len(tensor.shape)))
     order[dim0], order[dim1] = order[dim1], order[dim0]
-    return StandIn(_permuted(tensor.weight, order))
+    return Placeholder(_permuted(tensor.weight, order))
 
 
-def _chunk(tensor: StandIn, chunks: int, dim: int = 0) -> tuple[StandIn, ...]:
-    """`torch.chunk`: as many parts as asked for where the size allows, the last perhaps smaller"""
+def _chunk(tensor: Placeholder, chunks: int, dim: int = 0) -> tuple[Placeholder, ...]:
+    """`torch.chunk`: the requested number of parts if the size permits, the last part perhaps smaller"""
     size = tensor.shape[dim]
     step = -(-size // chunks)
     return _split(tensor, [min(step, size - begin) for begin in range(0, size, step)], dim)
 
 
-def _split(tensor: StandIn, sizes: Sequence[int], dim: int = 0) -> tuple[StandIn, ...]:
+def _split(tensor: Placeholder, sizes: Sequence[int], dim: int = 0) -> tuple[Placeholder, ...]:
     """`torch.split` into parts of these sizes"""
     axis = range(len(tensor.shape))[dim]
     ends = list(accumulate(sizes))
     if ends[-1] != tensor.shape[axis]:
         raise NotFollowedError("sizes that do not fit")
-    return tuple(StandIn(_narrow(tensor.weight, axis, end - size, end)) for size, end in zip(sizes, ends, strict=True))
+    return tuple(
+        Placeholder(_narrow(tensor.weight, axis, end - size, end)) for size, end in zip(sizes, ends, strict=True)
+    )
 
 
 _FOLLOWED: Mapping[str, Callable[..., Any]] = {
     "stack": _stack, "cat": _cat, "transpose": _transpose, "chunk": _chunk, "split": _split,
 }  # fmt: skip
-"""Functions of torch by name."""
+"""Supported functions of torch by name."""
 
 
 @dataclass
 class Assembly:
-    """Stored tensors on their way through the converters of transformers."""
+    """Stored tensors during their conversion by transformers."""
 
     converters: Sequence[Any]
     model: Any
     collected: dict[str, list[Part]] = field(default_factory=dict)
-    """What is stored for the first parameter that a converter makes, in the natural order of names."""
+    """Inputs of each conversion by its first parameter, in the natural order of names."""
 
     def add(self, target: str, key: str, pattern: str, tensor: Weight) -> None:
-        """Hand over a stored tensor, in the natural order of names, for the converter that has this pattern."""
+        """Add a stored tensor, in the natural order of names, to the converter with this pattern."""
         self.collected.setdefault(target, []).append((pattern, key, tensor))
 
     def finish(self) -> dict[str, Weight]:
-        """The parameters that were put together, by name."""
+        """The assembled parameters by name."""
         rules = {source: rule for rule in self.converters for source in rule.source_patterns}
-        found: dict[str, Weight] = {}
+        assembled: dict[str, Weight] = {}
         for target, parts in self.collected.items():
             rule = rules[parts[0][0]]
-            stand_ins = [(pattern, key, StandIn(_whole(tensor))) for pattern, key, tensor in parts]
+            # Converters run without data first; only unsupported ones need the tensors.
+            placeholders = [(pattern, key, Placeholder(_whole(tensor))) for pattern, key, tensor in parts]
             try:
-                made = apply(rule, self.model, target, stand_ins)
-                found |= {name: stand_in.weight for name, stand_in in made.items()}
+                results = apply(rule, self.model, target, placeholders)
+                assembled |= {name: placeholder.weight for name, placeholder in results.items()}
             except (NotFollowedError, TypeError):  # arithmetic on a stand-in is a TypeError
-                found |= convert(rule, self.model, target, parts)
-        return found
+                assembled |= convert(rule, self.model, target, parts)
+        return assembled
 
 
 def _whole(tensor: Weight) -> Assembled:

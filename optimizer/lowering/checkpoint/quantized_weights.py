@@ -1,4 +1,4 @@
-"""Weights that a checkpoint holds quantized, read as the floats that they stand for: lazily, a strip at a time.
+"""Quantized weights of a checkpoint, dequantized lazily, one strip at a time.
 
 For a linear layer with a weight of shape (out, in)::
 
@@ -11,7 +11,7 @@ For a linear layer with a weight of shape (out, in)::
 
 Codes of GPTQ are a stream of bits, the lowest first, along the packed axis (Frantar et al. 2022, as AutoGPTQ packs).
 AWQ is Lin et al. 2023, as AutoAWQ packs for its `gemm` kernel. Blocks of FP8 are those of DeepSeek-V3 (2024).
-Activations are computed in float: what a method says of them is left out. Every other method is refused by name.
+Activations are computed in float: settings for them are ignored. Every other method is refused by name.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from planish.optimizer.system.links import file_in
 _ADVICE = "give the float checkpoint that it was made of; presets quantize by themselves"
 _KEYS = ("quantization_config", "compression_config")
 BESIDE = "quantize_config.json"
-"""Where AutoGPTQ wrote what config.json says today."""
+"""File of AutoGPTQ for the settings that are in config.json today."""
 _STRIP = 1 << 22
 """Elements that are unpacked at a time."""
 _WORD = 32
-"""Bits of the integers that codes are packed into."""
+"""Bits of the integers that hold packed codes."""
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Place in its word of each of eight neighbours."""
+"""Position in a word of each of eight neighbours."""
 _BITS = (2, 3, 4, 8)
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOAT8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
 _BLOCK = (128, 128)
 _SCALES = ("weight_scale_inv", "weight_scale")
 _OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "k_scale", "v_scale", "q_scale")
-"""Scales of what is computed in float here."""
+"""Scales of activations, which are computed in float here."""
 
 
 @dataclass(frozen=True)
 class Quantized(Weight):
-    """A matrix whose values are computed from codes and scales as they are read."""
+    """A matrix that is dequantized when it is read."""
 
     name: str
     whole: tuple[int, int]
@@ -68,19 +68,19 @@ class Quantized(Weight):
         """Rows of the matrix in float32; ``begin`` is a multiple of eight."""
 
     def read(self) -> np.ndarray:
-        """Its values in an array of its own."""
-        found = np.empty(self.shape, numpy_type(self.dtype))
-        self.read_into(found)
-        return found
+        """Its values in a new array."""
+        array = np.empty(self.shape, numpy_type(self.dtype))
+        self.read_into(array)
+        return array
 
-    def read_into(self, found: np.ndarray) -> None:
+    def read_into(self, array: np.ndarray) -> None:
         """Write its values into an array, strip by strip."""
-        turned = found.transpose(np.argsort(self.order))
+        turned = array.transpose(np.argsort(self.order))
         for begin, end in self._steps():
             turned[begin:end] = self.rows(begin, end)
 
     def strips(self) -> Iterator[np.ndarray]:
-        """Its values piece by piece; the whole at once where it is turned."""
+        """Its values strip by strip; all at once if it is transposed."""
         if self.order != (0, 1):
             yield self.read()
             return
@@ -101,14 +101,14 @@ class Packed(Quantized):
     qzeros: Stored
     scales: Stored
     g_idx: Stored | None
-    """The group of each input; None where neighbours are together."""
+    """The group of each input; None if groups are contiguous."""
     offset: int
-    """What is added to a stored zero point."""
+    """Offset of stored zero points."""
     interleaved: bool
-    """Packed along the rows of ``qweight``, in the order of AWQ."""
+    """True if ``qweight`` is packed along its rows, in the order of AWQ."""
 
     def rows(self, begin: int, end: int) -> np.ndarray:
-        """Rows of the matrix, that is columns of what is stored."""
+        """Rows of the matrix, which are columns of the stored tensor."""
         inputs = self.whole[1]
         zeros = self._columns(self.qzeros, begin, end).astype(np.int32)
         zeros = (zeros + self.offset) & ((1 << self.bits) - 1)  # what is stored for a zero point of 0 wraps around
@@ -121,7 +121,7 @@ class Packed(Quantized):
         return np.asarray(((codes.astype(np.int32) - zeros[groups]) * scales[groups]).T, np.float32)
 
     def _columns(self, stored: Stored, begin: int, end: int) -> np.ndarray:
-        """Codes of some outputs from a matrix that is packed along them."""
+        """Codes of a range of outputs from a matrix that is packed along them."""
         if self.interleaved:
             words = stored.mapped()[:, begin // 8 : -(-end // 8)].view(np.uint32)
             shifts = 4 * np.array(_AWQ_ORDER, np.uint32)
@@ -147,7 +147,7 @@ def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scaled(Quantized):
-    """Codes that are numbers themselves, with one scale for all, for each row, or for each block: FP8."""
+    """Float8 codes with one scale for all, per row, or per block: FP8."""
 
     codes: Stored
     scale: Stored
@@ -164,21 +164,21 @@ class Scaled(Quantized):
 
 
 def float_weights(raw: Mapping[str, Any], folder: Path, weights: Mapping[str, Stored]) -> dict[str, Weight]:
-    """The weights of a checkpoint with those that are quantized as floats, by the names that these would have.
+    """The weights of a checkpoint with quantized ones dequantized, by the names of float weights.
 
-    ``raw`` is its config.json. BadInput if its method is not read, or if its tensors are not as the method has them.
+    ``raw`` is its config.json. BadInput if the method is unsupported, or its tensors are inconsistent.
     """
     settings = scheme(raw, folder)
-    found: dict[str, Weight] = dict(weights)
+    dequantized: dict[str, Weight] = dict(weights)
     if settings is not None:
         method, config = settings
-        _METHODS[method](config, folder, found)
-    _refuse_left_codes(found, folder)
-    return found
+        _METHODS[method](config, folder, dequantized)
+    _refuse_left_codes(dequantized, folder)
+    return dequantized
 
 
 def scheme(raw: Mapping[str, Any], folder: Path) -> tuple[str, Mapping[str, Any]] | None:
-    """Method and settings of a quantized checkpoint; None for one of floats. BadInput if the method is not read."""
+    """Method and settings of a quantized checkpoint; None for float. BadInput for unsupported methods."""
     path = folder / "config.json"
     nested = [part for part in raw.values() if isinstance(part, dict)]
     configs = [part[key] for part in (raw, *nested) for key in _KEYS if part.get(key) is not None]
@@ -201,7 +201,7 @@ def scheme(raw: Mapping[str, Any], folder: Path) -> tuple[str, Mapping[str, Any]
 
 
 def _read_gptq(config: Mapping[str, Any], folder: Path, weights: dict[str, Weight]) -> None:
-    """Replace the tensors of GPTQ by what they stand for."""
+    """Replace the tensors of GPTQ by dequantized weights."""
     kind = config.get("checkpoint_format", config.get("format", "gptq"))
     if kind not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
         kind = "marlin" if config.get("is_marlin_format") else kind
@@ -213,22 +213,23 @@ def _read_gptq(config: Mapping[str, Any], folder: Path, weights: dict[str, Weigh
         parts = _take(weights, module, folder, ("qweight", "qzeros", "scales"), ("g_idx",))
         outputs = parts["qweight"].stored_shape[1]
         # single modules may have other bits than the rest (`dynamic`): the shape of the zero points tells
-        own = parts["qzeros"].stored_shape[1] * _WORD // max(1, outputs) if config.get("dynamic") else bits
-        inputs = parts["qweight"].stored_shape[0] * _WORD // own if own in _BITS else 0
+        # With per-module settings (dynamic), bits follow from the shapes of the stored tensors.
+        stored_bits = parts["qzeros"].stored_shape[1] * _WORD // max(1, outputs) if config.get("dynamic") else bits
+        inputs = parts["qweight"].stored_shape[0] * _WORD // stored_bits if stored_bits in _BITS else 0
         shapes = {
-            "qweight": (inputs * own // _WORD, outputs),
-            "qzeros": (parts["scales"].stored_shape[0], -(-outputs * own // _WORD)),
+            "qweight": (inputs * stored_bits // _WORD, outputs),
+            "qzeros": (parts["scales"].stored_shape[0], -(-outputs * stored_bits // _WORD)),
         }
         group = parts.get("g_idx")
         name, offset = f"{module}.weight", 0 if kind == "gptq_v2" else 1
         tensors = parts["qweight"], parts["qzeros"], parts["scales"], group
-        packed = Packed(name, (outputs, inputs), own, *tensors, offset, interleaved=False)
+        packed = Packed(name, (outputs, inputs), stored_bits, *tensors, offset, interleaved=False)
         _check_packed(packed, shapes, folder)
         weights[name] = packed
 
 
 def _read_awq(config: Mapping[str, Any], folder: Path, weights: dict[str, Weight]) -> None:
-    """Replace the tensors of AWQ by what they stand for."""
+    """Replace the tensors of AWQ by dequantized weights."""
     bits, version = config.get("bits", config.get("w_bit")), str(config.get("version", "gemm")).lower()
     if bits != 4 or version not in ("gemm", "exllama", "ipex"):  # the last two store what gemm stores
         raise BadInput(
@@ -250,7 +251,7 @@ def _read_awq(config: Mapping[str, Any], folder: Path, weights: dict[str, Weight
 
 
 def _check_packed(packed: Packed, shapes: Mapping[str, tuple[int, int]], folder: Path) -> None:
-    """BadInput unless the parts of a weight fit each other, and its groups are there."""
+    """Raise BadInput unless the tensors of a weight have consistent shapes, and all groups exist."""
     outputs, inputs = packed.whole
     groups = packed.scales.stored_shape[0]
     fits = (
@@ -269,7 +270,7 @@ def _check_packed(packed: Packed, shapes: Mapping[str, tuple[int, int]], folder:
 
 
 def _read_float8(config: Mapping[str, Any], folder: Path, weights: dict[str, Weight]) -> None:
-    """Replace codes of eight bits that are numbers themselves by what they stand for with their scales."""
+    """Replace float8 codes and their scales by dequantized weights."""
     said = config.get("weight_block_size") or _BLOCK
     if not isinstance(said, list | tuple) or len(said) != 2 or any(type(n) is not int or n < 1 for n in said):
         raise BadInput(f"its weight_block_size is no pair of sizes but {said!r}", where=folder / "config.json")
@@ -312,7 +313,8 @@ def _modules(weights: Mapping[str, Weight], suffix: str) -> list[str]:
 def _take(
     weights: dict[str, Weight], module: str, folder: Path, needed: tuple[str, ...], others: tuple[str, ...] = ()
 ) -> dict[str, Stored]:
-    """The tensors of one module by name, taken out of the weights; BadInput if one that is needed is not there."""
+    """Remove the tensors of one module from the weights and return them by name; BadInput if a required one is
+    missing."""
     parts: dict[str, Stored] = {}
     for suffix in (*needed, *others):
         tensor = weights.pop(f"{module}.{suffix}", None)
@@ -336,7 +338,7 @@ def _misshapen(name: str, folder: Path) -> BadInput:
 
 
 def _refuse_left_codes(weights: Mapping[str, Weight], folder: Path) -> None:
-    """BadInput for tensors that are codes, of which nothing says what they stand for."""
+    """Raise BadInput for float8 codes without scales."""
     for name, tensor in weights.items():
         if name.endswith((".qweight", ".qzeros", ".weight_packed")):
             what = f"{name!r} is packed, and config.json does not say how"
@@ -348,7 +350,7 @@ def _refuse_left_codes(weights: Mapping[str, Weight], folder: Path) -> None:
 
 
 def without_codes(config: Any) -> Any:
-    """The configuration of the model of floats that is read: transformers shall not look for codes."""
+    """The configuration of the float model; with quantization settings, transformers would expect codes."""
     for key in _KEYS:
         if getattr(config, key, None) is not None:
             delattr(config, key)
@@ -356,7 +358,7 @@ def without_codes(config: Any) -> Any:
 
 
 def text_without_codes(path: Path) -> str | None:
-    """What a config.json says beside an engine, whose weights are no such codes; None if it says nothing of any."""
+    """The content of config.json beside an engine, without quantization settings; None if it has none."""
     raw = read_object(path)
     kept = {key: value for key, value in raw.items() if key not in _KEYS}
     return None if kept.keys() == raw.keys() else json.dumps(kept, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""How long a sequence may be: what the position table holds, what the tokenizer says, what the trace allows."""
+"""Maximum sequence lengths, from the position table, the tokenizer, and the trace."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ _LIMITS = (
     "max_position_embeddings", "max_target_positions", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length",
     "max_encoder_position_embeddings", "max_decoder_position_embeddings",
 )  # fmt: skip
-"""Names that configurations have for the longest sequence of tokens."""
+"""Names of the maximum sequence length in configurations."""
 
 
 def limit_axes(axes: Mapping[str, Axis], model: Any, checkpoint: Checkpoint) -> dict[str, Axis]:
-    """The axes, those along which tokens run no longer than the model and its tokenizer allow."""
+    """The axes, with token axes limited by the model and its tokenizer."""
     limits = [_position_limit(model, checkpoint.config), _tokenizer_limit(checkpoint.folder)]
-    known = [limit for limit in limits if limit is not None and limit < ENDLESS]
-    return {name: _limited(axis, known) if name.endswith(("sequence", PAST)) else axis for name, axis in axes.items()}
+    # Tokenizers without a limit report about 1e30.
+    finite = [limit for limit in limits if limit is not None and limit < ENDLESS]
+    return {name: _limited(axis, finite) if name.endswith(("sequence", PAST)) else axis for name, axis in axes.items()}
 
 
 def _limited(axis: Axis, limits: list[int]) -> Axis:
-    """A past leaves room for one token at least."""
+    """The maximum past, which leaves room for one token."""
     shorter = [limit - (axis.name == PAST) for limit in limits]
     return replace(axis, maximum=min([*shorter, *([] if axis.maximum is None else [axis.maximum])], default=None))
 
 
 def _position_limit(model: Any, config: Any) -> int | None:
-    """Tokens that the positions of the model reach: the configuration's number, less where a table holds fewer rows.
+    """Number of positions of the model: that of the configuration, or less if a table has fewer rows.
 
-    Dynamic NTK scaling goes beyond the number of its configuration.
+    Dynamic NTK scaling exceeds the number in its configuration.
     """
     config = config.get_text_config()
     stretched = rope.longest(config)
@@ -48,15 +49,15 @@ def _position_limit(model: Any, config: Any) -> int | None:
 
 
 def _names_of_limits(config: Any) -> list[str]:
-    """What this class of configuration calls its longest sequence; a stray key of another name says nothing."""
+    """The maximum length by this class of configuration; keys of other classes are ignored."""
     names = [name for name in _LIMITS if hasattr(type(config), name) or name in config.attribute_map]
     return names or [name for name in _LIMITS[:2] if hasattr(config, name)][:1]
 
 
 def _table_limits(model: Any) -> list[int]:
-    """Rows that tables of positions have behind their padding row, where the positions of tokens start.
+    """Rows of position tables after their padding row, where positions start.
 
-    Tables of sines may be buffers called `weights`, which grow while PyTorch runs and are of one size in a graph.
+    Tables of sines may be buffers called `weights`, which grow in PyTorch and are static in a graph.
     """
     tables = [
         (getattr(module, "weight", getattr(module, "weights", None)), module.padding_idx)

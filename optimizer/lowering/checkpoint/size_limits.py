@@ -1,8 +1,8 @@
-"""How much a configuration may ask for, given what the weights hold: a kilobyte must not take the machine.
+"""Limits on the model that a configuration describes, derived from the weights: a small file must not exhaust memory.
 
-config.json may ask for a million layers, and building them takes hours and all memory before anybody compares them with
-the weights. But each layer has weights of its own, and the headers of the files tell how many there are. So modules
-are built under a bound that follows from them.
+config.json may ask for a million layers; building them takes hours and all memory, before any comparison with the
+weights. Each layer has its own weights, whose number is in the headers of the files. Modules are therefore built under
+limits that follow from the headers.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from planish.optimizer.errors import BadInput
 from planish.optimizer.lowering.checkpoint.weights import Weight
 
 _COUNTS = re.compile(r"(^|_)(layers?|blocks|heads?|labels|experts|stages|depths?)$")
-"""Settings that count what has weights of its own, or rows of a weight."""
+"""Settings that count layers or rows, each with weights of its own."""
 _PIECES = 4
-"""Parameters that may be made of one stored tensor: queries, keys and values of one, and one to spare."""
+"""Maximum number of parameters per stored tensor: queries, keys and values from one, and one in reserve."""
 _OTHERS = 1000
-"""Parameters that need not be stored: heads, tables."""
+"""Maximum number of parameters that need not be stored: heads, tables."""
 _TABLE = 1 << 30
-"""Bytes of a buffer that is computed: masks of 32,768 tokens fit."""
+"""Maximum bytes of a computed buffer: masks of 32,768 tokens fit."""
 _FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros")
 
 
 def check_counts(raw: Mapping[str, Any], weights: Mapping[str, Weight], path: Path) -> None:
-    """BadInput if the configuration counts more of anything than the weights hold: lists are made of these numbers."""
+    """Raise BadInput if a count in the configuration exceeds the weights; lists of that length would be built."""
     sizes = (size for weight in weights.values() for size in weight.stored_shape)
     most = max(_PIECES * len(weights) + _OTHERS, max(sizes, default=0))
     parts: list[Any] = [raw]
@@ -44,7 +44,8 @@ def check_counts(raw: Mapping[str, Any], weights: Mapping[str, Weight], path: Pa
 
 @contextmanager
 def bounded(weights: Mapping[str, Weight], path: Path) -> Iterator[None]:
-    """Inside, BadInput as soon as a module has more parameters, or a larger buffer, than fits to the weights."""
+    """Raise BadInput in the block when a module exceeds the number of parameters, or the buffer size, of the
+    weights."""
     import torch
 
     most = _PIECES * len(weights) + _OTHERS
@@ -67,7 +68,7 @@ def bounded(weights: Mapping[str, Weight], path: Path) -> Iterator[None]:
 
 
 def _small_tables(weights: Mapping[str, Weight], path: Path) -> Any:
-    """Looks at what is allocated before it is: tensors without data tell how large one would be."""
+    """Mode that checks the size of tensors before their allocation, using tensors without data."""
     import torch
     from torch.overrides import TorchFunctionMode
 

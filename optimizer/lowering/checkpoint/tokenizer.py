@@ -11,7 +11,7 @@ from planish.optimizer.system.links import file_in
 
 
 def load_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer in a folder, or None if there is none; never code of the folder's, never a download."""
+    """The tokenizer in a folder, or None; neither runs code of the folder nor downloads files."""
     if not any(file_in(folder, name) for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     from transformers import AutoTokenizer

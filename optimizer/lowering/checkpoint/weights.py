@@ -1,7 +1,7 @@
-"""Weights as references: where each tensor lies in the checkpoint, and how to read it when somebody needs it.
+"""Weights as references: the location of each tensor in the checkpoint, read when its values are needed.
 
-Only the safetensors format is read: its header is data, a pickle is a program. Headers are checked before anything
-is believed (format: https://github.com/huggingface/safetensors#format).
+Only safetensors files are read: their header is data, a pickle is a program. Headers are validated before use (format:
+https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from planish.optimizer.system.json_files import parse_json, read_object
 from planish.optimizer.system.links import file_in
 
 INDEX = "model.safetensors.index.json"
-"""Which shard holds which tensor of a checkpoint."""
+"""Index file: the shard of each tensor of a checkpoint."""
 _DTYPES: dict[str, ir.DataType] = {
     "F64": ir.DataType.DOUBLE,
     "F32": ir.DataType.FLOAT,
@@ -45,7 +45,7 @@ _HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUB
 _HEADER_LIMIT = 100 << 20
 _NUMBER_LIMIT = 1 << 63
 _NAME_LIMIT = 255
-"""Bytes of a file's name that file systems take."""
+"""Maximum bytes of a file name in common file systems."""
 _STRIP = 1 << 22
 """Elements that are converted and transposed at a time."""
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "tf_model.h5", "flax_model.msgpack")
@@ -53,7 +53,7 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "tf_model.
 
 @dataclass(frozen=True)
 class Weight(ABC):
-    """A tensor that is read when somebody needs it, perhaps transposed on its way out."""
+    """A tensor that is read when its values are needed, with permuted axes."""
 
     dtype: ir.DataType = field(default=ir.DataType.FLOAT, kw_only=True)
     permutation: tuple[int, ...] | None = field(default=None, kw_only=True)
@@ -70,31 +70,31 @@ class Weight(ABC):
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The stored axis that each axis is."""
+        """The stored axis of each axis."""
         return self.permutation or tuple(range(len(self.stored_shape)))
 
     @abstractmethod
     def read(self) -> np.ndarray:
         """Its values, permuted; a read-only view of a file if nothing changes."""
 
-    def read_into(self, found: np.ndarray) -> None:
-        """Write its values into an array of its shape and of any type that holds them."""
-        found[...] = self.read()
+    def read_into(self, array: np.ndarray) -> None:
+        """Write its values into an array of its shape and of any type that can hold them."""
+        array[...] = self.read()
 
     def strips(self) -> Iterator[np.ndarray]:
-        """Its values piece by piece, in the order in which they lie in memory."""
+        """Its values piece by piece, in memory order."""
         yield self.read()
 
     def mapped(self) -> np.ndarray:
-        """Its values before the permutation, as they are stored where that is possible."""
+        """Its values before the permutation, without conversion if possible."""
         return replace(self, permutation=None).read()
 
     def widened(self) -> Weight:
-        """The same tensor as float32 if it is of another floating type."""
+        """The same tensor as float32 if it has another floating type."""
         return self
 
     def tensor(self, name: str) -> ir.LazyTensor:
-        """An ONNX tensor that reads itself when asked."""
+        """A lazy ONNX tensor of these values."""
         return lazy(self.read, self.dtype, self.shape, name, origin=self, strips=self.strips)
 
     def transposed(self, permutation: tuple[int, ...]) -> Self:
@@ -104,7 +104,7 @@ class Weight(ABC):
 
 @dataclass(frozen=True)
 class Stored(Weight):
-    """A tensor in a safetensors file, perhaps transposed and widened on its way out."""
+    """A tensor in a safetensors file, with permuted axes and an optional conversion to float32."""
 
     path: Path
     offset: int
@@ -117,27 +117,29 @@ class Stored(Weight):
         return self.shape_in_file
 
     def read(self) -> np.ndarray:
-        """Its values: a view of the mapped file if nothing changes, else an array of its own, made in strips.
+        """Its values: a view of the mapped file if nothing changes, else a new array, filled strip by strip.
 
-        At no time is there more than that array and one strip.
+        Memory is that array and one strip.
         """
-        array = self.mapped()
-        if not array.size:
+        stored = self.mapped()
+        # A memory map of an empty file region is an error.
+        if not stored.size:
             return np.zeros(self.shape, numpy_type(self.dtype))
         if self.permutation is None and self.dtype is self.stored:
-            return array
-        found = np.empty(self.shape, numpy_type(self.dtype))
-        self.read_into(found)
-        return found
+            return stored
+        array = np.empty(self.shape, numpy_type(self.dtype))
+        self.read_into(array)
+        return array
 
-    def read_into(self, found: np.ndarray) -> None:
+    def read_into(self, array: np.ndarray) -> None:
         """Write its values into an array, strip by strip."""
-        array, turned = self.mapped(), found.transpose(np.argsort(self.order))
-        for box in boxes(array.shape):
-            turned[box] = array[box]
+        # The target is viewed in stored order: reads from the file stay sequential.
+        stored, turned = self.mapped(), array.transpose(np.argsort(self.order))
+        for box in boxes(stored.shape):
+            turned[box] = stored[box]
 
     def strips(self) -> Iterator[np.ndarray]:
-        """Its values piece by piece; the whole at once where rows of it are columns in the file."""
+        """Its values strip by strip; all at once if its rows are columns in the file."""
         if self.order[:1] not in ((), (0,)):
             yield self.read()
             return
@@ -146,7 +148,7 @@ class Stored(Weight):
             yield array[box].astype(numpy_type(self.dtype))
 
     def mapped(self) -> np.ndarray:
-        """What lies in the file, as it lies there."""
+        """The stored values, unchanged."""
         count = math.prod(self.stored_shape)
         if not count:
             return np.zeros(self.stored_shape, numpy_type(self.stored))
@@ -158,11 +160,11 @@ class Stored(Weight):
 
 
 Box = tuple[slice, ...]
-"""A part of an array; trailing axes that it leaves out are whole."""
+"""A part of an array, as slices of its leading axes."""
 
 
 def boxes(shape: Sequence[int], limit: int | None = None) -> Iterator[Box]:
-    """Parts that tile an array of this shape, in the order of its memory, each of about ``limit`` elements."""
+    """Parts that tile an array of this shape, in memory order, each of about ``limit`` elements."""
     limit = _STRIP if limit is None else limit
     size = math.prod(shape)
     if size <= limit or not shape:
@@ -179,8 +181,8 @@ def boxes(shape: Sequence[int], limit: int | None = None) -> Iterator[Box]:
 def read_index(folder: Path) -> dict[str, Stored]:
     """Every tensor of the checkpoint in ``folder``, by its name in the files.
 
-    BadInput if there are no safetensors, a shard is missing, two shards hold one tensor, or a header is cut off,
-    garbage or lies.
+    BadInput without safetensors, for a missing shard, for two shards with one tensor, and for a truncated or invalid
+    header.
     """
     return {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
 
@@ -193,10 +195,10 @@ def weight_files(folder: Path) -> list[Path]:
     index = file_in(folder, INDEX)
     if index is not None:
         return _shards(folder, index)
-    found = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    if found:
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
         raise BadInput(
-            f"the weights are only here as {found[0]}, a format that can run code when it is read",
+            f"the weights are only here as {pickles[0]}, a format that can run code when it is read",
             where=folder,
             advice="load it once where you trust it and call save_pretrained(folder), which writes safetensors",
         )
@@ -234,7 +236,7 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Tensors of one file, after checking that the header describes the file that is there."""
+    """Tensors of one file, after validation of its header against the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -256,7 +258,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def _check_with_the_library(path: Path) -> None:
-    """BadInput if safetensors' own reader, which reads the file for the original, does not take it either."""
+    """Raise BadInput if safetensors' own reader, with which the original is loaded, rejects the file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -278,14 +280,14 @@ def _entry(path: Path, base: int, entry: dict[str, Any]) -> Stored:
 
 
 def _whole_numbers(items: object) -> list[int]:
-    """The items of a list of sizes or offsets: 4.0, true and Infinity are numbers for Python alone."""
+    """The items of a list of sizes or offsets; Python would accept 4.0, true and Infinity as numbers."""
     if not isinstance(items, list) or not all(type(item) is int and 0 <= item < _NUMBER_LIMIT for item in items):
         raise TypeError(f"{items!r} is no list of sizes")
     return items
 
 
 def _check_extents(path: Path, tensors: dict[str, Stored], base: int, size: int) -> None:
-    """The tensors must tile the rest of the file: no overlap, no gap, nothing beyond its end."""
+    """Raise BadInput unless the tensors tile the rest of the file: no overlap, no gap, nothing past its end."""
     position = base
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, _length(item[1]))):
         if tensor.offset + _length(tensor) > size:
@@ -310,7 +312,7 @@ def _nbytes(dtype: ir.DataType, shape: tuple[int, ...]) -> int:
 
 
 def numpy_type(dtype: ir.DataType) -> np.dtype[Any]:
-    """The element type of arrays that hold this type."""
+    """The NumPy element type of this ONNX type."""
     return np.dtype(ml_dtypes.bfloat16) if dtype is ir.DataType.BFLOAT16 else np.dtype(dtype.numpy())
 
 

@@ -1,8 +1,8 @@
-"""How a component calls its module: flat tensors by name in, flat tensors by name out.
+"""Calls of modules by components: flat tensors by name in and out.
 
-A call is known by a name, so that another process, which runs the original, can be told which one to make. The names
-of tensors are those that the ecosystem's loaders read: `past_key_values.0.key` goes in, `present.0.key` comes out, and
-an encoder-decoder tells `past_key_values.0.decoder.key` from `past_key_values.0.encoder.key`.
+A call has a name, so that the process of the original can be told which one to make. Tensor names are those of the
+ecosystem's loaders: input `past_key_values.0.key`, output `present.0.key`, and for encoder-decoders
+`past_key_values.0.decoder.key` and `past_key_values.0.encoder.key`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def plain(module: Any, feeds: Tensors) -> dict[str, Any]:
 
 
 def module(module: Any, feeds: Tensors) -> dict[str, Any]:
-    """One call of a module that is not of transformers."""
+    """One call of a module that is not from transformers."""
     return flatten(module(**feeds))
 
 
 def decoder(module: Any, feeds: Tensors, **options: Any) -> dict[str, Any]:
-    """New tokens behind those in the cache (which may be empty): scores, and the cache with both."""
+    """New tokens after those in the cache (which may be empty): scores, and the extended cache."""
     given, past = _apart(feeds)
     cache = _cache(past) if past else None
     result = module(**given, **options, past_key_values=cache, use_cache=True, return_dict=True)
@@ -38,7 +38,7 @@ def decoder(module: Any, feeds: Tensors, **options: Any) -> dict[str, Any]:
 
 
 def last_decoder(module: Any, feeds: Tensors) -> dict[str, Any]:
-    """The same with the scores behind the last token alone, shape (batch, 1, vocabulary): what writing needs."""
+    """The same with the scores after the last token only, shape (batch, 1, vocabulary), as generation requires."""
     return decoder(module, feeds, logits_to_keep=1)
 
 
@@ -48,7 +48,7 @@ def encoder(module: Any, feeds: Tensors) -> dict[str, Any]:
 
 
 def first_decoder(module: Any, feeds: Tensors) -> dict[str, Any]:
-    """The decoder's first tokens: nothing is cached yet, so keys and values of the encoder's states are made."""
+    """The decoder's first step: without a cache; it computes keys and values of the encoder's states."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -56,13 +56,15 @@ def first_decoder(module: Any, feeds: Tensors) -> dict[str, Any]:
 
 
 def next_decoder(module: Any, feeds: Tensors) -> dict[str, Any]:
-    """The decoder's further tokens: keys and values of the encoder's states are read from the cache."""
+    """The decoder's further steps: keys and values of the encoder's states come from the cache."""
     from transformers import EncoderDecoderCache
 
     given, past = _apart(feeds)
-    own, cross = ({key: past[key] for key in past if key[1].startswith(side)} for side in ("decoder", "encoder"))
-    cache = EncoderDecoderCache(_cache(own), _cache(cross))
-    states = next(iter(cross.values()))[:, 0, :, :1]  # only its length is asked for
+    self_attention, cross_attention = (
+        {key: past[key] for key in past if key[1].startswith(side)} for side in ("decoder", "encoder")
+    )
+    cache = EncoderDecoderCache(_cache(self_attention), _cache(cross_attention))
+    states = next(iter(cross_attention.values()))[:, 0, :, :1]  # only its length is asked for
     return _decode(module, given, states, cache, own_only=True)
 
 
@@ -84,7 +86,7 @@ def _decode(module: Any, feeds: Tensors, states: Any, cache: Any, *, own_only: b
 
 
 def _place(item: tuple[str, Any]) -> tuple[int, str]:
-    """By layer, then decoder before encoder, key before value."""
+    """Sort key of cache tensors: layer, then decoder before encoder, key before value."""
     _, layer, rest = item[0].split(".", 2)
     return int(layer), rest
 
@@ -96,21 +98,21 @@ CALLS: Mapping[str, Call] = {
 
 
 def flatten(result: Any, names: Sequence[str] = ()) -> dict[str, Any]:
-    """The tensors of a module's result by name: those asked for, or all of them in order.
+    """The tensors of a module's result by name: the requested ones, or all in order.
 
     A mapping (as transformers returns) keeps its keys; a tensor or sequence is called `output` or `output_0`, ….
     """
     if isinstance(result, Mapping):
-        found = {key: value for key, value in result.items() if hasattr(value, "shape")}
+        tensors = {key: value for key, value in result.items() if hasattr(value, "shape")}
     elif isinstance(result, tuple | list):
-        found = {f"output_{i}": value for i, value in enumerate(result) if hasattr(value, "shape")}
+        tensors = {f"output_{i}": value for i, value in enumerate(result) if hasattr(value, "shape")}
     else:
-        found = {"output": result}
-    return {name: found[name] for name in names} if names else found
+        tensors = {"output": result}
+    return {name: tensors[name] for name in names} if names else tensors
 
 
 def required_parameters(module: Any) -> set[str]:
-    """Arguments that the module's forward method cannot do without."""
+    """Required arguments of the module's forward method."""
     return {
         name
         for name, parameter in inspect.signature(type(module).forward).parameters.items()
@@ -119,7 +121,7 @@ def required_parameters(module: Any) -> set[str]:
 
 
 def accepted(module: Any, **wanted: Any) -> dict[str, Any]:
-    """Those of the wanted arguments that the module's forward method takes."""
+    """Those of the arguments that the module's forward method has."""
     parameters = inspect.signature(type(module).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {
@@ -128,14 +130,14 @@ def accepted(module: Any, **wanted: Any) -> dict[str, Any]:
 
 
 def _apart(feeds: Tensors) -> tuple[dict[str, Any], dict[tuple[int, str], Any]]:
-    """Inputs that are not of the cache, and those of the cache by layer and kind."""
+    """Inputs without the cache, and cache inputs by layer and kind."""
     matches = {name: _CACHED.fullmatch(name) for name in feeds}
     given = {name: value for name, value in feeds.items() if matches[name] is None}
     return given, {(int(m[1]), m[2]): feeds[name] for name, m in matches.items() if m is not None}
 
 
 def _cache(past: Mapping[tuple[int, str], Any]) -> Any:
-    """A cache that holds these keys and values. Layers with a sliding window keep all: their masks forget."""
+    """A cache with these keys and values. Layers with a sliding window keep all tokens; their masks hide old ones."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 

@@ -1,4 +1,4 @@
-"""One component of a checkpoint: how it is called, and its way from a module without weights to a graph with them."""
+"""One component of a checkpoint: its call, and its lowering from a module without weights to a graph with weights."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from planish.optimizer.lowering.export import torch_export as exporter
 from planish.optimizer.lowering.export.layer_stacks import cut, find_stacks, grow
 
 _SAMPLE = {"batch": 2, "choices": 3, "sequence": 16, "encoder_sequence": 11, PAST: 7}
-"""Sizes of the traced inputs: all above one and all different, so that none is taken for another."""
+"""Sizes of the traced inputs: all above one and different, so that the trace does not unify axes."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """A graph to make: its name, the call that it stands for (of `calls.CALLS`), its inputs and outputs."""
+    """Description of a graph: its name, its call (of `calls.CALLS`), its inputs and outputs."""
 
     name: str
     call: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
-    """Every tensor that the call gives, if there are none."""
+    """Names of the outputs; empty for all tensors of the call."""
     role: Role
-    """What the outputs mean that are not of the cache."""
+    """Roles of the outputs without the cache."""
     left_out: tuple[str, ...] = ()
-    """Tensors that the traced call gave as well."""
+    """Further tensors of the traced call, which are not outputs."""
 
 
 Describe = Callable[[Any, Checkpoint], Component]
-"""Makes the component of a module, whose stacks of layers may be cut."""
+"""Function that builds the component of a module, whose layer stacks may be cut."""
 
 
 def lower_component(
     model: Any, describe: Describe, binding: Binding, checkpoint: Checkpoint
 ) -> tuple[Component, ir.Model, Signature]:
-    """Trace one component, bind its weights by reference, and read its signature off the graph."""
+    """Trace one component, bind its weights by reference, and derive its signature from the graph."""
     component, graph, ranges = _trace(model, describe, checkpoint)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     used = exporter.parameters_of(graph)
@@ -57,14 +57,15 @@ def lower_component(
 
 
 def _trace(model: Any, describe: Describe, checkpoint: Checkpoint) -> tuple[Component, ir.Model, dict[str, Axis]]:
-    """Export the model, by way of its first layers if the others are copies of them.
+    """Export the model, from its first layers if the others are copies of them.
 
-    A model that mixes its parameters with tensors it makes on the CPU does not trace on the meta device: it gets memory
-    that nobody writes or reads, which costs addresses only; one that generates gets it at once, for its cache is found
-    by running it. One that counts its layers is traced whole.
+    A model that mixes its parameters with new CPU tensors cannot be traced on the meta device. It gets memory that is
+    never accessed, which costs address space only. A model that generates gets it at once, since its cache is
+    determined by a run. A model that counts its layers is traced completely.
     """
     folder = checkpoint.folder
     stacks = find_stacks(model, sharing=model.can_generate())
+    # Cheapest attempt first: cut and without memory, then with memory, then complete.
     for cuts in [stacks, []] if stacks else [[]]:
         for addresses in (True,) if model.can_generate() else (False, True):
             with cut(model, cuts) if cuts else nullcontext():
@@ -89,35 +90,37 @@ def _trace(model: Any, describe: Describe, checkpoint: Checkpoint) -> tuple[Comp
 
 
 def _give_addresses(model: Any) -> None:
-    """Replace parameters on the meta device by uninitialized ones on the CPU, tied ones by one and the same."""
+    """Replace parameters on the meta device by uninitialized CPU tensors; tied parameters stay tied."""
     import torch
 
-    made: dict[int, Any] = {}
+    replacements: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                fresh = made.setdefault(
+                # By identity: tied parameters must stay one parameter, or the graph would hold two copies.
+                fresh = replacements.setdefault(
                     id(parameter), torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), False)
                 )
                 module._parameters[name] = fresh
 
 
 def sample_of(inputs: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
-    """Harmless values of the traced shape: token 1 everywhere, everything visible, first segment."""
+    """Valid values of the traced shape: token 1 everywhere, no padding, first segment."""
     signature = Signature(inputs, ())
-    found = {}
+    sample = {}
     for tensor in inputs:
         shape = signature.shape_of(tensor, _SAMPLE)
         fill = 1 if tensor.role in (Role.TOKENS, Role.MASK) else 0
-        found[tensor.name] = np.full(shape, fill, tensor.numpy_dtype())
-    return found
+        sample[tensor.name] = np.full(shape, fill, tensor.numpy_dtype())
+    return sample
 
 
 @contextmanager
 def probing(model: Any, checkpoint: Checkpoint, failure: str | None = None) -> Iterator[None]:
-    """Inside, the module runs on tensors without data, to see what comes out; afterwards it is as it was.
+    """Run the module on tensors without data in the block, to inspect its results; it is restored afterwards.
 
-    BadInput says ``failure`` if it does not run: without one, that its cache holds something else than keys and values.
+    BadInput with ``failure`` if it does not run; without ``failure``, that its cache holds other things than keys and
+    values.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -131,19 +134,21 @@ def probing(model: Any, checkpoint: Checkpoint, failure: str | None = None) -> I
         raise BadInput(f"{what}: {exporter.cause_of(error)}", where=checkpoint.folder) from error
     finally:
         for module, buffers in kept:
+            # A trial run may update buffers (RoPE frequencies) with tensors without data.
             module._buffers.update(buffers)
 
 
 def _computed(model: Any, names: set[str]) -> dict[str, ir.TensorProtocol]:
-    """Parameters that are in no checkpoint, for transformers computes them."""
+    """Parameters that no checkpoint holds, since transformers computes them."""
     return {name: ir.tensor(np.array(initial(model, name).numpy()), name=name) for name in names}
 
 
 def _used(inputs: tuple[TensorSpec, ...], graph: ir.Model) -> tuple[TensorSpec, ...]:
-    """The inputs that something reads, in the order of the graph; the others are dropped from it as well.
+    """The inputs that the graph reads, in its order; others are removed from the graph.
 
-    Those of a cache are read off the graph: layers that were not traced have brought their own.
+    Cache inputs are taken from the graph, since copied layers added theirs.
     """
+    # The exporter keeps unused inputs; runtimes would require a value for them.
     for value in [value for value in graph.graph.inputs if not value.uses()]:
         graph.graph.inputs.remove(value)
     described = {tensor.name: tensor for tensor in inputs}
@@ -159,7 +164,7 @@ def _outputs(graph: ir.Model, role: Role) -> tuple[TensorSpec, ...]:
 
 
 def border_spec(value: ir.Value, role: Role) -> TensorSpec:
-    """Name, type and shape of a graph input or output; an axis without a name gets one from its place."""
+    """Name, type and shape of a graph input or output; an unnamed axis gets a name from its position."""
     shape = tuple(
         dim if isinstance(dim, int) else (dim.value or f"{value.name}_{index}")
         for index, dim in enumerate(value.shape or ())
@@ -168,11 +173,11 @@ def border_spec(value: ir.Value, role: Role) -> TensorSpec:
 
 
 def total(*axes: str) -> str:
-    """The name of a dimension that is as long as several axes together."""
+    """The name of a dimension that is the sum of several axes."""
     return SUM.join(sorted(axes))
 
 
 def limited(axes: Mapping[str, Axis], name: str, *limits: int | None) -> dict[str, Axis]:
-    """The axes, one of them no longer than any of these limits."""
-    known = [limit for limit in (*limits, axes[name].maximum) if limit is not None]
-    return {**axes, name: replace(axes[name], maximum=min(known, default=None))}
+    """The axes, with the maximum of one axis limited."""
+    finite = [limit for limit in (*limits, axes[name].maximum) if limit is not None]
+    return {**axes, name: replace(axes[name], maximum=min(finite, default=None))}

@@ -1,4 +1,4 @@
-"""Decoders with a cache, of whatever architecture: the form of the cache is found by running the module on nothing."""
+"""Decoders with a KV cache of any architecture: a run without data determines the layout of the cache."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SCORES = ("logits",)
 
 
 def describe(model: Any, checkpoint: Checkpoint) -> Component:
-    """One graph for prefill and decode: new tokens behind a past of any length, none included.
+    """One graph for prefill and decode: new tokens after a past of any length, or none.
 
-    Positions are an input wherever the module takes them, as the ecosystem's loaders give them: a padded batch has
-    other positions in each row.
+    Positions are an input if the module takes them, as for the ecosystem's loaders: rows of a padded batch have
+    different positions.
     """
     parameters = inspect.signature(type(model).forward).parameters
     vocabulary = vocabulary_of(model, checkpoint.config.get_text_config())
@@ -35,18 +35,18 @@ def describe(model: Any, checkpoint: Checkpoint) -> Component:
         raise BadInput(f"{type(model).__name__} takes no cache: it is not a text decoder", where=checkpoint.folder)
     if checkpoint.last_logits and "logits_to_keep" not in parameters:
         raise UsageError(f"{type(model).__name__} scores every token", where="--logits last", advice="leave it out")
-    found = tuple(tensor for tensor in inputs if tensor.name in parameters)
+    taken = tuple(tensor for tensor in inputs if tensor.name in parameters)
     shapes = cache_shapes(model, checkpoint)
     past = tuple(
         TensorSpec(f"past_key_values.{name}", ir.DataType.FLOAT, (batch, heads, PAST, size), Role.CACHE)
         for name, (heads, size) in shapes.items()
     )
     call = "last_decoder" if checkpoint.last_logits else "decoder"
-    return Component("model", call, (*found, *past), (*_SCORES, *(f"present.{n}" for n in shapes)), Role.LOGITS)
+    return Component("model", call, (*taken, *past), (*_SCORES, *(f"present.{n}" for n in shapes)), Role.LOGITS)
 
 
 def cache_shapes(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Heads and size of each tensor of the cache, by layer and kind: `0.key`."""
+    """Number of heads and head size of each cache tensor, by layer and kind: `0.key`."""
     import torch
 
     with probing(model, checkpoint):

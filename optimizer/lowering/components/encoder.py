@@ -1,4 +1,4 @@
-"""Encoders of whatever architecture: the inputs are found by asking the module, not by a list of model types."""
+"""Encoders of any architecture: inputs are determined from the module's signature, not from a list of model types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from planish.optimizer.lowering.components.tasks import TASKS, is_in_no_table
 
 
 def describe(model: Any, checkpoint: Checkpoint) -> Component:
-    """The one component of an encoder."""
+    """The only component of an encoder."""
     spec = TASKS[checkpoint.task]
     outputs = () if is_in_no_table(type(model).__name__, checkpoint.task) else spec.outputs
     find = vision_encoder.find_inputs if vision_encoder.sees(model) else find_inputs
@@ -25,10 +25,10 @@ def describe(model: Any, checkpoint: Checkpoint) -> Component:
 
 
 def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
-    """The inputs that the forward method of ``model`` takes and that its tokenizer can give.
+    """The inputs that the forward method of ``model`` takes and a tokenizer gives.
 
-    Ids and mask whenever they are parameters; segments where the model tells more than one apart; boxes where it has
-    a table for them. BadInput if it takes no token ids, or needs something else as well.
+    Token ids and mask if they are parameters; segments if the model has several; boxes if it has a table for them.
+    BadInput if it takes no token ids, or requires other inputs.
     """
     parameters = inspect.signature(type(model).forward).parameters
     config = checkpoint.config.get_text_config()
@@ -54,20 +54,21 @@ def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
     ]
     absent = {"token_type_ids"} if segments < 2 else set()
     absent |= {"bbox"} if not _box_bound(config) else set()
-    found = tuple(tensor for tensor in candidates if tensor.name in parameters and tensor.name not in absent)
-    required = required_parameters(model) - {tensor.name for tensor in found}
-    if not found or found[0].name != "input_ids" or required:
+    taken = tuple(tensor for tensor in candidates if tensor.name in parameters and tensor.name not in absent)
+    required = required_parameters(model) - {tensor.name for tensor in taken}
+    # A required input of another kind (images, spectrograms) has no generated values here.
+    if not taken or taken[0].name != "input_ids" or required:
         what = f"also needs {', '.join(sorted(required))}" if required else "takes no token ids"
         raise BadInput(
             f"{type(model).__name__} {what}: it is no encoder of texts or images",
             where=checkpoint.folder,
             advice="lower it from Python as an nn.Module with sample inputs",
         )
-    return found
+    return taken
 
 
 def vocabulary_of(model: Any, config: Any) -> int:
-    """Rows of the table of token embeddings; what the configuration says where the model does not show one."""
+    """Rows of the token embedding table; the configuration's vocabulary size if the table is unknown."""
     try:
         table = model.get_input_embeddings()
     except NotImplementedError:

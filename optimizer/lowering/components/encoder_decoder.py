@@ -1,7 +1,7 @@
-"""Encoder-decoders: the encoder runs once, the decoder first without a past and then behind it.
+"""Encoder-decoders: the encoder runs once, then the decoder without a past, then the decoder with a past.
 
-The first step of the decoder also makes the keys and values of the encoder's states; the further steps read them from
-the cache, so that they are computed once. File and tensor names are those that the ecosystem's loaders expect.
+The first decoder step also computes the keys and values of the encoder's states; further steps read them from the
+cache. File and tensor names are those of the ecosystem's loaders.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ENCODED = "encoder_sequence"
 
 
 def encoder(model: Any, checkpoint: Checkpoint) -> Component:
-    """Tokens, or a spectrum, to hidden states."""
+    """Tokens, or a spectrogram, to hidden states."""
     if not hasattr(model, "get_encoder") or "encoder_outputs" not in inspect.signature(type(model).forward).parameters:
         raise BadInput(f"{type(model).__name__} has no encoder apart from its decoder", where=checkpoint.folder)
     read = (_ids(model, checkpoint), _mask("attention_mask", "sequence"))
@@ -32,7 +32,7 @@ def encoder(model: Any, checkpoint: Checkpoint) -> Component:
 
 
 def first_decoder(model: Any, checkpoint: Checkpoint) -> Component:
-    """The first tokens of the answer, nothing cached."""
+    """The first decoder step, without a cache."""
     shapes = cache_shapes(model, checkpoint)
     length, width = _states(model, checkpoint)
     states = TensorSpec("encoder_hidden_states", ir.DataType.FLOAT, ("batch", length, width))
@@ -42,7 +42,7 @@ def first_decoder(model: Any, checkpoint: Checkpoint) -> Component:
 
 
 def next_decoder(model: Any, checkpoint: Checkpoint) -> Component:
-    """Further tokens behind the cache."""
+    """Further decoder steps with a cache."""
     shapes = cache_shapes(model, checkpoint)
     length, _ = _states(model, checkpoint)
     lengths = {"decoder": PAST, "encoder": length}
@@ -79,12 +79,12 @@ def _mask(name: str, axis: str) -> TensorSpec:
 
 
 def _encoder_mask(length: int | str) -> tuple[TensorSpec, ...]:
-    """The mask over the encoder's states; states of one length are all there."""
+    """The mask over the encoder's states; states of static length need none."""
     return (_mask("encoder_attention_mask", length),) if isinstance(length, str) else ()
 
 
 def _states(model: Any, checkpoint: Checkpoint) -> tuple[int | str, int]:
-    """Number and size of the encoder's states: as many as there are tokens, or those of a spectrum."""
+    """Number and size of the encoder's states: one per token, or those of a spectrogram."""
     return (
         speech_encoder.states(model, checkpoint)
         if speech_encoder.hears(model)
@@ -102,7 +102,7 @@ def _width(model: Any, checkpoint: Checkpoint) -> int:
 
 
 def cache_shapes(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Heads and size of each tensor of the cache, by layer, side and kind: `0.decoder.key`."""
+    """Number of heads and head size of each cache tensor, by layer, side and kind: `0.decoder.key`."""
     import torch
 
     with probing(model, checkpoint):

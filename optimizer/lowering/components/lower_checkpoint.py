@@ -1,4 +1,4 @@
-"""A checkpoint becomes a program: one component or several, their weights still in the checkpoint."""
+"""Lowering of a checkpoint to a program of one or several components; weights stay in the checkpoint."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _DESCRIPTIONS: Mapping[Family, Sequence[Describe]] = {
     Family.DECODER: (decoder.describe,),
     Family.ENCODER_DECODER: (encoder_decoder.encoder, encoder_decoder.first_decoder, encoder_decoder.next_decoder),
 }
-"""The components that serve a family of tasks, in the order in which they run."""
+"""The components of a family of tasks, in execution order."""
 
 
 def lower(checkpoint: Checkpoint, kind: Literal["here", "background", "offload"]) -> tuple[Program, TorchOriginal]:
-    """Lower a checkpoint: the program, and its original in PyTorch, which is loaded `here` if it is asked anything.
+    """Lower a checkpoint to a program, and its original in PyTorch, loaded in this process on demand (`here`).
 
-    In the `background` it is loaded by a process of its own meanwhile: OutOfResources if it does not fit. With
-    `offload` its weights stay on the disk.
+    With `background`, another process loads it meanwhile: OutOfResources if it does not fit. With `offload`, its
+    weights stay on the disk.
     """
     original = _original(checkpoint, kind)
     model = skeleton(checkpoint)
@@ -50,7 +50,7 @@ def lower(checkpoint: Checkpoint, kind: Literal["here", "background", "offload"]
 
 
 def _other_class(lowered: str, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """For the reader of a manifest: that the head is another than the checkpoint was saved with."""
+    """A note for the manifest if the head differs from the saved one."""
     named = checkpoint.architecture
     said = f"config.json names {named}; lowered is {lowered}, which serves {checkpoint.task}"
     return (said,) if named is not None and named != lowered else ()

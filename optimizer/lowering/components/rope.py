@@ -1,8 +1,8 @@
-"""Rotary positions whose frequencies follow the length: LongRoPE (Ding et al. 2024) and dynamic NTK scaling.
+"""RoPE whose frequencies depend on the length: LongRoPE (Ding et al. 2024) and dynamic NTK scaling.
 
-transformers changes the buffer `inv_freq` while it runs: LongRoPE picks one of two sets, dynamic NTK computes a set for
-each length that is longer than all before it. What a fresh model computes is a function of the largest position of the
-call alone; that function is traced, and the original is made to forget the calls before.
+transformers changes the buffer `inv_freq` during calls: LongRoPE selects one of two sets; dynamic NTK computes a set
+for each length that exceeds all earlier ones. In a fresh model the set is a function of the largest position of the
+call. That function is traced, and the original is reset before each call.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ _LONG = "longrope"
 
 
 def trace_frequencies(model: Any) -> None:
-    """Make ``model`` compute the frequencies of a call from its largest position, by operators that can be traced."""
+    """Make ``model`` compute the frequencies of a call from its largest position, with traceable operators."""
     for rotary in _rotary_modules(model):
         rotary.forward = partial(_forward, rotary, _undecorated(type(rotary).forward))
 
 
 def forget_lengths(model: Any) -> None:
-    """Make every call of ``model`` compute what the first one would: dynamic NTK keeps the longest text that it saw."""
+    """Reset ``model`` before every call: dynamic NTK keeps the frequencies of the longest earlier text."""
     for rotary in _rotary_modules(model):
         rotary.register_forward_pre_hook(_reset)
 
 
 def notes(model: Any) -> tuple[str, ...]:
-    """For the reader of a manifest: what a cache holds when a text grows beyond the length that changes frequencies."""
+    """A note for the manifest on the keys in a cache when a text exceeds the length that changes frequencies."""
     kinds = {str(part.get("rope_type")) for part in parameters_of(model.config.get_text_config()).values()}
     return tuple(
         f"rope_type {kind!r}: frequencies follow the largest position of a call; keys that are cached keep those that "
@@ -38,7 +38,7 @@ def notes(model: Any) -> tuple[str, ...]:
 
 
 def longest(config: Any) -> int | None:
-    """Tokens that dynamic NTK scaling stretches the positions to; None for other kinds."""
+    """Number of positions with dynamic NTK scaling; None for other kinds."""
     limits = [
         int(config.max_position_embeddings * settings.get("factor", 1.0))
         for settings in parameters_of(config).values()
@@ -48,14 +48,14 @@ def longest(config: Any) -> int | None:
 
 
 def parameters_of(config: Any) -> Mapping[str | None, Mapping[str, Any]]:
-    """The rope parameters of a configuration by type of layer; by None where all layers share them."""
+    """The RoPE parameters of a configuration by layer type; key None if all layers share them."""
     given = getattr(config, "rope_parameters", None) or {}
     nested = {kind: part for kind, part in given.items() if isinstance(part, dict)}
     return nested or {None: given}
 
 
 def _rotary_modules(model: Any) -> Iterator[Any]:
-    """Modules whose forward method carries transformers' `dynamic_rope_update` and has something to update."""
+    """Modules whose forward method has transformers' `dynamic_rope_update`, and frequencies to update."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         named = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
@@ -74,7 +74,7 @@ def _undecorated(forward: Any) -> Any:
 
 
 def _forward(rotary: Any, forward: Any, x: Any, position_ids: Any, layer_type: str | None = None) -> Any:
-    """The module's own forward method, given the frequencies of this call."""
+    """The module's own forward method, with the frequencies of this call."""
     kind = rotary.rope_type if layer_type is None else rotary.rope_type[layer_type]
     name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
     kept = rotary._buffers[name]
@@ -103,7 +103,7 @@ def _frequencies(rotary: Any, kind: str, position_ids: Any, layer_type: str | No
 
 
 def _reset(rotary: Any, _: Any) -> None:
-    """Put back what dynamic NTK scaling starts with; LongRoPE chooses anew in every call."""
+    """Restore the initial frequencies of dynamic NTK scaling; LongRoPE selects a set in every call."""
     kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
     for layer_type in (layer for layer, kind in kinds.items() if kind == _DYNAMIC):
         prefix = "" if layer_type is None else f"{layer_type}_"

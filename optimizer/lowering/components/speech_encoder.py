@@ -1,4 +1,4 @@
-"""Encoders of speech that read a spectrum of one length: the length is found by trying it, not by model type."""
+"""Speech encoders with spectrograms of one length, which a trial run determines (not the model type)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from planish.optimizer.lowering.components.component import probing, sample_of
 
 NAME = "input_features"
 _FRAMES_A_STATE = 2
-"""Frames of a spectrum for each of the encoder's positions: a convolution halves their number."""
+"""Frames per position of the encoder: a convolution halves their number."""
 
 
 def hears(model: Any) -> bool:
-    """Whether spectra are what a module takes first."""
+    """True if the first input of a module is a spectrogram."""
     return getattr(model, "main_input_name", None) == NAME
 
 
 def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
-    """The spectrum of a recording, (batch, bins, frames); every recording is padded to the same number of frames."""
+    """The spectrogram of a recording, (batch, bins, frames), padded to a static number of frames."""
     config = checkpoint.config
     bins, positions = (getattr(config, name, None) for name in ("num_mel_bins", "max_source_positions"))
     if not isinstance(bins, int) or not isinstance(positions, int):
@@ -35,15 +35,15 @@ def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
 
 
 def states(model: Any, checkpoint: Checkpoint) -> tuple[int, int]:
-    """Number and size of the encoder's states; BadInput if it does not take what `find_inputs` says."""
+    """Number and size of the encoder's states; BadInput if it rejects the inputs of `find_inputs`."""
     (spectrum,) = find_inputs(model, checkpoint)
     with probing(model, checkpoint, f"{type(model).__name__} takes no spectra of {spectrum.shape[1:]}"):
-        found = model.get_encoder()(**silence(model, checkpoint), return_dict=True).last_hidden_state
-        return int(found.shape[1]), int(found.shape[2])
+        hidden = model.get_encoder()(**silence(model, checkpoint), return_dict=True).last_hidden_state
+        return int(hidden.shape[1]), int(hidden.shape[2])
 
 
 def silence(model: Any, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Spectra of zeros, as the module takes them."""
+    """Spectrograms of zeros for the module."""
     import torch
 
     sample = sample_of(find_inputs(model, checkpoint))

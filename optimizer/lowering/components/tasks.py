@@ -1,4 +1,4 @@
-"""What a task asks of a model: the class of head, the outputs that count, the axes of its inputs."""
+"""Requirements of tasks: the class of head, the outputs, the axes of inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from planish.optimizer.ir.program import Role, Signature
 
 
 class Family(Enum):
-    """What a model that serves a task is made of."""
+    """Head and interface of models for a task."""
 
     ENCODER = "encoder"
     DECODER = "decoder with a cache"
@@ -23,14 +23,14 @@ class Family(Enum):
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """Outputs by name (as the ecosystem's loaders read them), their role, leading axes of the inputs, the family."""
+    """Outputs by name (of the ecosystem's loaders), their role, leading axes of the inputs, the family."""
 
     outputs: tuple[str, ...]
     role: Role = Role.LOGITS
     leading: tuple[str, ...] = ("batch",)
     family: Family = Family.ENCODER
     auto: str | None = None
-    """The class of transformers that picks the head, where the taxonomy has several for the task."""
+    """The transformers class that selects the head, if several match the task."""
 
 
 TASKS: Mapping[str, TaskSpec] = {
@@ -47,24 +47,24 @@ TASKS: Mapping[str, TaskSpec] = {
     "text2text-generation": TaskSpec(("logits",), family=Family.ENCODER_DECODER),
     "token-classification": TaskSpec(("logits",)),
 }
-"""Tasks that are lowered, by the names of optimum's taxonomy."""
+"""Tasks that can be lowered, by the names of optimum's taxonomy."""
 
 
 INFERENCE = "inference"
-"""The task of what serves none by name: a module, or a graph whose outputs tell of none."""
+"""Task of modules and graphs without a known task."""
 _EMBEDDINGS = frozenset({"last_hidden_state", "pooler_output", "text_embeds", "image_embeds"})
-"""What classes for feature-extraction give, one or more of them."""
+"""Outputs of feature-extraction classes, which have one or more of them."""
 _RANKS: Mapping[str, int] = {
     "fill-mask": 3, "image-classification": 2, "multiple-choice": 2, "question-answering": 2, "text-classification": 2,
     "token-classification": 3,
 }  # fmt: skip
-"""Number of axes of a task's outputs, where it tells tasks apart."""
+"""Number of axes of a task's outputs, where it distinguishes tasks."""
 
 
 def misfit(task: str, kind: str, signatures: Mapping[str, Signature]) -> str | None:
-    """Why components of these signatures, lowered from this kind of source, do not serve a task; None if they do.
+    """The reason why components of these signatures, from this kind of source, do not fit a task; None if they fit.
 
-    The borders of a checkpoint's components follow from its task, those of a file or a module are what they are.
+    Inputs and outputs of checkpoints follow from the task; those of files and modules are arbitrary.
     """
     if task not in (*TASKS, INFERENCE):
         return f"there is no task {task!r}{did_you_mean(task, TASKS)}"
@@ -100,11 +100,11 @@ _NAMED: Mapping[str, str] = {
     "ForNextSentencePrediction": "text-classification",
     "DPRReader": "question-answering",
 }
-"""Tasks of classes of transformers that are in no table of the taxonomy, by how their names end."""
+"""Tasks by suffix of class names that are not in the taxonomy."""
 
 
 def resolve(name: str) -> str:
-    """The name of a task, synonyms resolved; UsageError if this version does not lower it."""
+    """The name of a task, with synonyms resolved; UsageError if it cannot be lowered."""
     from optimum.exporters.tasks import TasksManager
 
     task = str(TasksManager.map_from_synonym(name)).removesuffix("-with-past")
@@ -114,13 +114,13 @@ def resolve(name: str) -> str:
 
 
 def architecture_of(config: Mapping[str, Any]) -> str | None:
-    """The class that a configuration names first; None if it names none."""
+    """The first class in a configuration, or None."""
     named = config.get("architectures")
     return str(named[0]) if isinstance(named, list) and named else None
 
 
 def infer(architecture: str, where: object) -> str:
-    """The task of a model class by its name; BadInput asks for `--task` if the name does not tell."""
+    """The task of a model class by its name; BadInput with the advice `--task` if the name is ambiguous."""
     from optimum.exporters.tasks import TasksManager
 
     tables: Mapping[str, Mapping[str, Any]] = TasksManager._TRANSFORMERS_TASKS_TO_MODEL_MAPPINGS
@@ -131,16 +131,16 @@ def infer(architecture: str, where: object) -> str:
     if ending is not None and _named_class(architecture) is not None:
         return _NAMED[ending]
     other = next((task for task, classes in sorted(tables.items()) if architecture in _names(classes)), None)
-    known = f"say which of {', '.join(TASKS)} it shall serve with --task"
+    advice = f"say which of {', '.join(TASKS)} it shall serve with --task"
     if other is not None:
-        raise BadInput(f"{architecture} serves {other}, which this version does not lower", where=where, advice=known)
+        raise BadInput(f"{architecture} serves {other}, which this version does not lower", where=where, advice=advice)
     outputs = _outputs_of(_named_class(architecture))
     gives = f", which gives {', '.join(outputs)}," if outputs else ""
-    raise BadInput(f"the class {architecture!r}{gives} does not tell its task", where=where, advice=known)
+    raise BadInput(f"the class {architecture!r}{gives} does not tell its task", where=where, advice=advice)
 
 
 def _outputs_of(model_class: Any) -> list[str]:
-    """The outputs that the forward method of a class declares and not every class has; empty if it declares none."""
+    """The outputs that the forward method of a class declares beyond the common ones; empty if it declares none."""
     hint = inspect.signature(model_class.forward).return_annotation if model_class is not None else None
     declared = next((part for part in (*get_args(hint), hint) if is_dataclass(part)), None)
     names = [] if declared is None else [field.name for field in fields(declared)]
@@ -148,11 +148,11 @@ def _outputs_of(model_class: Any) -> list[str]:
 
 
 _USUAL = frozenset({"hidden_states", "attentions", "past_key_values", "cross_attentions"})
-"""Outputs that are asked for by flags, or belong to a cache."""
+"""Outputs that depend on flags, or belong to a cache."""
 
 
 def _named_class(architecture: str | None) -> Any:
-    """The model class of transformers that has this name; None if there is none."""
+    """The model class of transformers with this name, or None."""
     import transformers
 
     named: Any = getattr(transformers, architecture or "", None)
@@ -161,7 +161,7 @@ def _named_class(architecture: str | None) -> Any:
 
 
 def is_in_no_table(architecture: str, task: str) -> bool:
-    """Whether a class is served for its name alone: nobody has said which of its outputs count, so all do."""
+    """True if a class is lowered with all its outputs, since its task does not define them."""
     from optimum.exporters.tasks import TasksManager
 
     table: Mapping[str, Any] = TasksManager._TRANSFORMERS_TASKS_TO_MODEL_MAPPINGS[task]
@@ -169,12 +169,12 @@ def is_in_no_table(architecture: str, task: str) -> bool:
 
 
 def _names(classes: Mapping[str, Any]) -> set[str]:
-    """Class names of one table, whose values are names or tuples of names."""
+    """Class names in a table whose values are names or tuples of names."""
     return {name for value in classes.values() for name in ([value] if isinstance(value, str) else value)}
 
 
 def head_class(task: str, config: Any, architecture: str | None, where: object) -> type[Any]:
-    """The model class that serves ``task`` for ``config``: the one that it names, if that serves this task.
+    """The model class for ``task`` and ``config``: the configuration's own class if it serves the task.
 
     BadInput if the architecture has no such head.
     """

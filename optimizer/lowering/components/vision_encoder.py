@@ -1,4 +1,4 @@
-"""Encoders of images: what they take is their configuration's number of channels, and one size of image."""
+"""Vision encoders: inputs have the configuration's number of channels, and one static image size."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _CHANNELS = 3
 
 
 def sees(model: Any) -> bool:
-    """Whether images are what a module takes first."""
+    """True if the first input of a module is an image."""
     return getattr(model, "main_input_name", None) == _NAME
 
 
 def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
-    """Images of one size, (batch, channels, height, width); BadInput if the module needs something beside them.
+    """Images of one size, (batch, channels, height, width); BadInput if the module requires other inputs.
 
-    Height and width are fixed: tables of positions, windows and pooling are made for them.
+    Height and width are static: position tables, windows and pooling are built for them.
     """
     parameters = inspect.signature(type(model).forward).parameters
     others = required_parameters(model) - {_NAME}
@@ -46,20 +46,21 @@ def find_inputs(model: Any, checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
 
 
 def _size(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Height and width: what config.json says, or what the images are processed to where it says nothing."""
+    """Height and width from config.json, or else from the image processor."""
     said = getattr(checkpoint.config, "image_size", None)
-    found = _pair(said) if said is not None else _processed(checkpoint.folder)
-    if found is None:
+    # The configuration determines the tables of positions; the processor may resize to another size.
+    size = _pair(said) if said is not None else _processed(checkpoint.folder)
+    if size is None:
         raise BadInput(
             f"neither config.json nor {_PROCESSOR} tells the size of its images",
             where=checkpoint.folder,
             advice='write "image_size": [height, width] into config.json',
         )
-    return found
+    return size
 
 
 def _processed(folder: Path) -> tuple[int, int] | None:
-    """What images are cropped to, or else resized to, by the processor's settings; None if there are none."""
+    """The crop size, or else the resize size, in the processor's settings; None without settings."""
     path = file_in(folder, _PROCESSOR)
     if path is None:
         return None
@@ -69,7 +70,7 @@ def _processed(folder: Path) -> tuple[int, int] | None:
 
 
 def _pair(size: object) -> tuple[int, int] | None:
-    """Height and width of a size in any of the forms that configurations have; None if it is none of them."""
+    """Height and width from any form of a size in configurations; None for other forms."""
     if isinstance(size, Mapping):
         edge = size.get("shortest_edge")
         size = [size.get("height", edge), size.get("width", edge)]

@@ -1,1 +1,1 @@
-"""From a module or an ONNX file to a graph."""
+"""Export of a module, or import of an ONNX file, to a graph."""

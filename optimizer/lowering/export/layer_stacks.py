@@ -1,20 +1,19 @@
-"""Lower the first layers of a deep stack, and write the others as copies.
+"""Tracing of the first layers of a deep stack; the other layers are copied in the graph.
 
-Layers of a stack (an `nn.ModuleList`) that differ in nothing but their weights and their number trace to equal
-subgraphs. Often their kinds repeat with a *period*: one, if all are equal; two, if a window and full attention take
-turns; perhaps behind a few layers of another make (dense ones before experts). So the stack is cut to its beginning and
-two periods for the trace. In the graph, the second of them shows how a period follows from the one before, and every
-further period is written as a copy of it, reading its own weights. For a period of two::
+Layers of a stack (an `nn.ModuleList`) that differ only in weights and index trace to equal subgraphs. Their kinds often
+repeat with a *period*: one, if all are equal; two, if window and full attention alternate; perhaps after a few other
+layers (dense ones before experts). The stack is cut to its beginning and two periods for the trace. In the graph, the
+second period shows how a period follows from the one before. Every further period is a copy of it with its own weights.
+For a period of two::
 
     x -> layer 0, 1 -> layer 2, 3 -> y                          what is traced
     x -> layer 0, 1 -> layer 2, 3 -> copies 4, 5 … n - 1 -> y   what is returned
 
-The beginning is made so long that whole periods are left. A layer's cache goes the same way: inputs
-`past_key_values.3.key` and outputs `present.3.key` of the last traced period are repeated with the numbers of the
-others.
+The beginning is chosen so that whole periods remain. Caches are copied likewise: inputs `past_key_values.3.key` and
+outputs `present.3.key` of the last traced period are repeated with the indices of the others.
 
-Whatever does not fit (kinds that do not repeat, results of inner layers read from outside) gives None or False, and the
-caller traces the whole model. The numeric check against the original covers what is written here like everything else.
+If a stack does not fit (kinds that do not repeat, inner results read from outside), functions return None or False, and
+the caller traces the whole model. The numeric check against the original covers copied layers as well.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from planish.optimizer.ir.annotations import NAME_SCOPES
 from planish.optimizer.lowering.export.torch_export import PREFIX
 
 _FEWEST = 5
-"""Stacks shorter than this are traced whole: nothing would be gained."""
+"""Minimum layers of a stack; shorter ones are traced completely."""
 _MOST = 0.75
-"""Stacks of which more than this part would have to be traced are traced whole at once."""
+"""Maximum share of traced layers; above it the stack is traced completely."""
 
 _COMMUTATIVE = frozenset({"Add", "Mul"})
 """The exporter writes sums of sizes in either order."""
@@ -49,21 +48,21 @@ class Stack:
     depth: int
     """Number of layers in it."""
     traced: int
-    """How many of them are traced: a beginning, and two periods."""
+    """Number of traced layers: the beginning, and two periods."""
     period: int
-    """After how many layers the kinds repeat; it divides what is not traced."""
+    """Period of the kinds; it divides the number of copied layers."""
 
     def __post_init__(self) -> None:
         if self.traced < 2 * self.period or (self.depth - self.traced) % self.period:
             raise ValueError(f"{self} does not end with whole periods")
 
     def number_of(self, text: str) -> int | None:
-        """The layer that a parameter's name or the scopes of a node lie in."""
+        """The index of the layer in a parameter's name or in a node's scopes."""
         match = self._layer.search(text)
         return None if match is None else int(match[1])
 
     def shifted(self, text: str, by: int) -> str:
-        """A parameter's name or the scopes of a node with the layer that stands ``by`` layers later."""
+        """A parameter's name or a node's scopes with the layer index increased by ``by``."""
         return self._layer.sub(lambda match: f"{PREFIX}{self.path}.{int(match[1]) + by}", text)
 
     @cached_property
@@ -72,10 +71,10 @@ class Stack:
 
 
 def find_stacks(module: Any, *, sharing: bool = False) -> list[Stack]:
-    """The lists in ``module`` whose layers repeat and that are worth cutting; none of them lies inside another.
+    """The lists in ``module`` whose layers repeat and that are worth cutting; none of them is inside another.
 
-    With ``sharing``, the first layer of each make also computes what the others of its make read: none of these is
-    taken for an example of how a period follows from the one before.
+    With ``sharing``, the first layer of each kind also computes values that others of its kind read: it is not used as
+    an example of a period.
     """
     import torch
 
@@ -89,30 +88,32 @@ def find_stacks(module: Any, *, sharing: bool = False) -> list[Stack]:
 
 
 def _shortest(path: str, kinds: Sequence[_Kind], *, sharing: bool) -> Stack | None:
-    """The stack of layers of these kinds of which the fewest are traced; None if they do not repeat often enough."""
+    """The stack with the smallest number of traced layers for these kinds; None if they do not repeat often enough."""
     depth = len(kinds)
     makes = [kind.make for kind in kinds]
     shown = 1 + max(makes.index(make) for make in makes) if sharing else 0
-    found = []
+    stacks = []
     for period in range(1, depth // 3 + 1):
         differing = [index for index in range(depth - period) if kinds[index] != kinds[index + period]]
         beginning = max(shown, differing[-1] + 1 if differing else 0)
+        # The copied layers must be whole periods: the beginning takes the rest.
         beginning += (depth - beginning) % period
-        found.append(Stack(path, depth, beginning + 2 * period, period))
-    best = min(found, key=lambda stack: stack.traced)
+        stacks.append(Stack(path, depth, beginning + 2 * period, period))
+    # min returns the first: of equal costs, the shortest period.
+    best = min(stacks, key=lambda stack: stack.traced)
     return best if best.traced <= _MOST * depth else None
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """Everything about a layer that tracing can see, except values of weights and the layer's own number."""
+    """All properties of a layer that affect the trace, except weight values and the layer's index."""
 
     make: tuple[tuple[str, str], ...]
-    """Names and classes of the modules in it."""
+    """Names and classes of the layer's modules."""
     facts: tuple[object, ...]
-    """What is in these modules."""
+    """Settings of these modules."""
     listed: tuple[str, ...]
-    """What the configuration lists for the layer."""
+    """Entries of the configuration for the layer."""
 
 
 def _kinds(root: Any, layers: Any) -> list[_Kind]:
@@ -135,6 +136,7 @@ def _facts(module: Any) -> dict[str, object]:
         for key, value in vars(module).items()
         if isinstance(value, bool | int | float | str | tuple | list | None | dict)
         and not key.startswith("_")
+        # These differ in every layer without an effect on the trace.
         and key not in ("layer_idx", "layer_id", "layer_index", "training")
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in module._parameters.items() if tensor is not None}
@@ -143,13 +145,13 @@ def _facts(module: Any) -> dict[str, object]:
 
 
 def _value(buffer: Any) -> object:
-    """Shape and content of a buffer: unlike parameters, buffers are not read from the checkpoint by name."""
+    """Shape and content of a buffer: unlike parameters, buffers are not bound by name from the checkpoint."""
     return (tuple(buffer.shape), b"" if buffer.is_meta else buffer.detach().cpu().numpy().tobytes())
 
 
 @contextmanager
 def cut(module: Any, stacks: Sequence[Stack]) -> Iterator[None]:
-    """Inside, each stack has only the layers that are traced."""
+    """Cut each stack to its traced layers in the block."""
     places = [(module.get_submodule(path), name) for path, _, name in (s.path.rpartition(".") for s in stacks)]
     whole = [getattr(parent, name) for parent, name in places]
     for (parent, name), layers, stack in zip(places, whole, stacks, strict=True):
@@ -162,14 +164,15 @@ def cut(module: Any, stacks: Sequence[Stack]) -> Iterator[None]:
 
 
 def grow(model: ir.Model, stack: Stack) -> bool:
-    """Write the layers that were cut; False, with the graph as it was, if its periods do not repeat.
+    """Copy the omitted layers in the graph; False, with the graph unchanged, if its periods do not repeat.
 
-    A stack that the graph does not use (the encoder's, in a graph of the decoder) is as it should be.
+    A stack that the graph does not use (the encoder's, in a graph of the decoder) is skipped.
     """
     graph = model.graph
     layers = [_layer_of(stack, node) for node in graph]
     if all(layer is None for layer in layers):
         return True
+    # The last traced period is the template; the one before shows what it reads from its predecessor.
     last = range(stack.traced - stack.period, stack.traced)
     template = [node for node, layer in zip(graph, layers, strict=True) if layer is not None and layer in last]
     earlier = [
@@ -184,18 +187,19 @@ def grow(model: ir.Model, stack: Stack) -> bool:
         previous = _copy_period(graph, stack, template, sources, previous, shift)
         _add_cache_outputs(graph, template, previous, shift)
     _hand_over(graph, template, previous, readers)
+    # Loaders expect cache tensors in the order of layers; sorted() keeps the order of all others.
     for border in (graph.inputs, graph.outputs):
         border[:] = sorted(border, key=lambda value: _numbered(value) or (-1, ""))
     return True
 
 
 def _layer_of(stack: Stack, node: ir.Node) -> int | None:
-    """The layer of the stack in which the exporter found a node."""
+    """The layer of the stack in which the exporter recorded a node."""
     return stack.number_of(node.metadata_props.get(NAME_SCOPES, ""))
 
 
 def _closed(earlier: Sequence[ir.Node], later: Sequence[ir.Node]) -> bool:
-    """Whether the period before the last traced one is read only by itself, by the last one, and as a cache."""
+    """True if the second last traced period is read only by itself, by the last one, and as a cache."""
     readers = {id(node) for node in (*earlier, *later)}
     outputs = [value for node in earlier for value in node.outputs]
     if any(value.is_graph_output() and _numbered(value) is None for value in outputs):
@@ -207,30 +211,31 @@ _CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.(.+)")
 
 
 def _numbered(value: ir.Value | None) -> tuple[int, str] | None:
-    """Layer and kind of an input or output that belongs to the cache."""
+    """Layer and kind of a cache input or output."""
     match = None if value is None else _CACHE.fullmatch(value.name or "")
     return None if match is None else (int(match[2]), f"{match[1]}.{{}}.{match[3]}")
 
 
 _Source = tuple[str, int, int]
-"""Where an input comes from: ("inner" or "previous", node, output), ("own", …) a weight, ("cache", …) an input of the
-cache, or ("global", …)."""
+"""Source of an input: ("inner" or "previous", node, output), ("own", …) a weight, ("cache", …) a cache input, or
+("global", …)."""
 
 
 def _sources(earlier: Sequence[ir.Node], later: Sequence[ir.Node], stack: Stack) -> list[list[_Source]] | None:
-    """For each node and input of ``later``, where it comes from; None if it is not a copy of ``earlier``."""
+    """The source of each node input of ``later``; None if it is not a copy of ``earlier``."""
     if not later or len(earlier) != len(later) or not all(map(_same_operator, earlier, later)):
         return None
     places = (_places(earlier), _places(later))
-    found: list[list[_Source]] = []
+    sources: list[list[_Source]] = []
     for one, other in zip(earlier, later, strict=True):
+        # The exporter may swap the operands of equal layers.
         orders = [one.inputs, one.inputs[::-1]] if other.op_type in _COMMUTATIVE else [one.inputs]
         rows = [[_source(a, b, places, stack) for a, b in zip(order, other.inputs, strict=True)] for order in orders]
         row = next(([source for source in row if source is not None] for row in rows if None not in row), None)
         if row is None:
             return None
-        found.append(row)
-    return found
+        sources.append(row)
+    return sources
 
 
 def _copy_period(
@@ -241,7 +246,7 @@ def _copy_period(
     previous: Sequence[ir.Node],
     shift: int,
 ) -> list[ir.Node]:
-    """Insert, behind ``previous``, a copy of the template ``shift`` layers later that reads ``previous``."""
+    """Insert, after ``previous``, a copy of the template for ``shift`` layers later that reads ``previous``."""
     fresh: list[ir.Node] = []
 
     def input_of(value: ir.Value | None, source: _Source) -> ir.Value | None:
@@ -263,7 +268,7 @@ def _copy_period(
 
 
 def _outside_readers(template: Sequence[ir.Node]) -> list[tuple[ir.Value, ir.Node, int]]:
-    """Who reads a value of the layer from outside it, and at which input."""
+    """Uses of a layer's value outside of the layer."""
     inside = {id(node) for node in template}
     values = [value for node in template for value in node.outputs]
     return [(value, use.node, use.idx) for value in values for use in value.uses() if id(use.node) not in inside]
@@ -275,7 +280,7 @@ def _hand_over(
     last: Sequence[ir.Node],
     readers: Sequence[tuple[ir.Value, ir.Node, int]],
 ) -> None:
-    """Let what read the last traced layer from outside read the last copy instead."""
+    """Redirect outside readers of the last traced layer to the last copy."""
     pairs = [
         pair for node, copy in zip(template, last, strict=True) for pair in zip(node.outputs, copy.outputs, strict=True)
     ]
@@ -285,23 +290,24 @@ def _hand_over(
     for index, output in enumerate(graph.outputs):
         if id(output) in follower and _numbered(output) is None:
             new = follower[id(output)]
+            # The graph output keeps its public name.
             output.name, new.name = new.name, output.name
             graph.outputs[index] = new
 
 
 def _cache_input(graph: ir.Graph, value: ir.Value, shift: int) -> ir.Value:
-    """The input of the cache that a later layer has where the template has ``value``."""
+    """The cache input of a later layer that corresponds to the template's ``value``."""
     layer, kind = _numbered(value) or (0, "")
     name = kind.format(layer + shift)
-    found = next((known for known in graph.inputs if known.name == name), None)
-    if found is None:
-        found = ir.Value(name=name, shape=value.shape, type=value.type)
-        graph.inputs.append(found)
-    return found
+    present = next((port for port in graph.inputs if port.name == name), None)
+    if present is None:
+        present = ir.Value(name=name, shape=value.shape, type=value.type)
+        graph.inputs.append(present)
+    return present
 
 
 def _add_cache_outputs(graph: ir.Graph, template: Sequence[ir.Node], copy: Sequence[ir.Node], shift: int) -> None:
-    """Let a copied layer give its cache as the template does."""
+    """Add the cache outputs of a copied layer."""
     for node, twin in zip(template, copy, strict=True):
         for value, other in zip(node.outputs, twin.outputs, strict=True):
             numbered = _numbered(value) if value.is_graph_output() else None
@@ -337,7 +343,7 @@ def _source(
     places: tuple[Mapping[int, tuple[int, int]], Mapping[int, tuple[int, int]]],
     stack: Stack,
 ) -> _Source | None:
-    """Where ``later`` comes from, given that ``earlier`` stands at the same input one period before."""
+    """The source of ``later``, given that ``earlier`` is the same input one period before."""
     if id(later) in places[1]:
         place = places[1][id(later)]
         return ("inner", *place) if places[0].get(id(earlier)) == place else None
@@ -351,12 +357,12 @@ def _source(
     if _same_length(earlier, later):
         return ("global", 0, 0)
     names = [value.name or "" if value is not None else "" for value in (earlier, later)]
-    own = stack.number_of(names[1]) is not None and stack.shifted(names[0], stack.period) == names[1]
-    return ("own", 0, 0) if own else None
+    is_own_weight = stack.number_of(names[1]) is not None and stack.shifted(names[0], stack.period) == names[1]
+    return ("own", 0, 0) if is_own_weight else None
 
 
 def _same_length(one: ir.Value | None, other: ir.Value | None) -> bool:
-    """Whether two values are the same arithmetic on the sizes of two layers' caches, which are equally long."""
+    """True if two values are the same arithmetic on the sizes of two layers' caches, which have equal length."""
     makers = [None if value is None else value.producer() for value in (one, other)]
     if makers[0] is None or makers[1] is None or not _same_operator(makers[0], makers[1]):
         return False
@@ -384,7 +390,7 @@ def _copy(node: ir.Node, inputs: Sequence[ir.Value | None], stack: Stack, shift:
 
 
 def _weight_of(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
-    """The initializer of another layer that corresponds to ``value``; its tensor comes when weights are bound."""
+    """The initializer of another layer that corresponds to ``value``; its tensor is bound later."""
     if name not in graph.initializers:
         fresh = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
         graph.register_initializer(fresh)

@@ -1,4 +1,4 @@
-"""Any `nn.Module` with sample inputs: no configuration, no task; roles are read off the graph."""
+"""Lowering of any `nn.Module` with sample inputs: without configuration or task; roles follow from the graph."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def _by_running(
     outputs: Sequence[str],
     refused: BadInput,
 ) -> tuple[ir.Model, tuple[str, ...]]:
-    """Lower with torch's first exporter, which records one run; raises ``refused`` if that fails as well.
+    """Lower with PyTorch's TorchScript exporter, which traces one run; raises ``refused`` if that fails as well.
 
-    It knows recurrent layers with a dynamic sequence, and freezes control flow that depends on values: the check
-    against the original on inputs of other sizes tells.
+    It supports recurrent layers with a dynamic sequence, but freezes value-dependent control flow. The comparison with
+    the original on inputs of other sizes detects this.
     """
     import torch
 
@@ -89,9 +89,9 @@ def _tensor(name: str, value: Any) -> ir.TensorProtocol:
 
 
 def _signature(graph: ir.Model, ranges: Mapping[str, Axis]) -> Signature:
-    """What the graph shows, with the ranges that the trace found."""
-    found = signature_of(graph)
-    return replace(found, axes={name: ranges.get(name, axis) for name, axis in found.axes.items()})
+    """The signature of the graph, with the size limits of the trace."""
+    signature = signature_of(graph)
+    return replace(signature, axes={name: ranges.get(name, axis) for name, axis in signature.axes.items()})
 
 
 def _hash(module: Any) -> str:

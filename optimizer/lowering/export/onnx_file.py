@@ -1,4 +1,4 @@
-"""An existing ONNX file: checked, brought to the canonical opset, and given a signature by looking at its graph."""
+"""An existing ONNX file: validated, converted to the canonical opset, with a signature derived from its graph."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from planish.optimizer.runtime.teacher_forcing import Prompt
 from planish.optimizer.system.json_files import read_object
 
 _THROUGH = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Slice", "Transpose", "Flatten"})
-"""Operators behind which an integer input is still the same integers."""
+"""Operators that pass integer inputs on unchanged."""
 _LEAST_RANKS = {
     Role.TOKENS: 1, Role.MASK: 1, Role.SEGMENTS: 1, Role.POSITIONS: 1, Role.BOXES: 2, Role.PIXELS: 2, Role.FEATURES: 2,
     Role.CACHE: 4,
@@ -46,12 +46,13 @@ _AT_THE_BORDER = frozenset(
         ir.DataType.UINT32, ir.DataType.UINT64,
     }
 )  # fmt: skip
-"""What NumPy and the runtimes hand each other."""
+"""Types that NumPy and the runtimes exchange."""
 _TENSORS_ONLY = "end the graph at tensors of numbers; inside it other values are fine"
 
 
 def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
-    """Read, check and normalize an ONNX file; its original is the file itself, run unoptimized by ONNX Runtime."""
+    """Read, validate and normalize an ONNX file. Its original is the file itself, run by ONNX Runtime without
+    optimizations."""
     model = onnx_io.load(path)
     version = opset_of(model)
     if version < OLDEST_OPSET:
@@ -61,6 +62,7 @@ def lower(path: Path, task: str | None) -> tuple[Program, OnnxOriginal]:
     _check_structure(model, path)
     _check_border(model, path)
     notes = normalize(model, path.parent, path)
+    # Kernels of a runtime may lack the newest opset: then the file's own opset is kept.
     if opset_of(model) != version and not _loads(model):
         model = onnx_io.load(path)
         normalize(model, path.parent, path, raising=False)
@@ -83,7 +85,7 @@ def _check_structure(model: ir.Model, where: object) -> None:
 
 
 def _check_border(model: ir.Model, path: Path) -> None:
-    """BadInput for no outputs, and for a border that cannot be made or compared: only tensors of numbers can."""
+    """Raise BadInput without outputs, and for inputs or outputs that are no numeric tensors."""
     if not model.graph.outputs:
         raise BadInput("the graph has no outputs", where=path, advice="it computes nothing that anybody could read")
     twice = [name for name, count in Counter(value.name for value in model.graph.outputs).items() if count > 1]
@@ -102,7 +104,7 @@ def _check_border(model: ir.Model, path: Path) -> None:
 
 
 def _loads(model: ir.Model) -> bool:
-    """Whether ONNX Runtime, if it is here, opens a graph; its kernels come later than the standard."""
+    """True if ONNX Runtime, if installed, opens a graph; its kernels may lag behind the standard."""
     backend = registry.interpreter()
     if backend.missing() is not None or not follows_few(model):
         return True
@@ -114,10 +116,10 @@ def _loads(model: ir.Model) -> bool:
 
 
 def normalize(model: ir.Model, folder: Path | None, where: object = None, *, raising: bool = True) -> tuple[str, ...]:
-    """Bring a graph that somebody else wrote to the canonical opset, inlined, with unique names and known shapes.
+    """Convert an untrusted graph to the canonical opset, inlined, with unique names and inferred shapes.
 
-    Returns notes on what was done. ``folder`` is where its external data lies. BadInput if a function calls itself, is
-    called with other inputs or attributes than it takes, or is of another opset.
+    Returns notes on the changes. ``folder`` is the location of its external data. BadInput if a function calls itself,
+    is called with unknown inputs or attributes, or is of another opset.
     """
     annotations, called = Annotations.of(model), bool(model.functions)
     with quiet_libraries():
@@ -130,6 +132,7 @@ def normalize(model: ir.Model, folder: Path | None, where: object = None, *, rai
             _check_structure(model, where)
         notes = _upgrade(model, folder) if raising else ()
         common.NameFixPass()(model)
+    # Before inference, which would otherwise start from wrong declared shapes.
     correct_shapes(model)
     infer_shapes(model)
     annotations.restore(model)
@@ -137,14 +140,14 @@ def normalize(model: ir.Model, folder: Path | None, where: object = None, *, rai
 
 
 def read_signature(path: Path) -> Signature:
-    """The signature of an ONNX file as it is; raises as `lower` does."""
+    """The signature of an unchanged ONNX file; raises as `lower` does."""
     model = onnx_io.load(path)
     common.RemoveInitializersFromInputsPass()(model)
     return signature_of(model)
 
 
 def _upgrade(model: ir.Model, folder: Path | None) -> tuple[str, ...]:
-    """Convert to the canonical opset; a model that cannot be converted stays as it is, and a note says so."""
+    """Convert to the canonical opset. A model that cannot be converted stays unchanged, with a note."""
     from onnxscript import version_converter
 
     version = opset_of(model)
@@ -155,6 +158,7 @@ def _upgrade(model: ir.Model, folder: Path | None) -> tuple[str, ...]:
         try:
             version_converter.convert_version(model, OPSET, fallback=True)
         except (RuntimeError, ValueError, version_converter._version_converter.VersionConverterError) as error:
+            # A failed conversion leaves a half-converted graph.
             model.graph = kept.graph
             return (f"left at opset {version}: {in_one_line(error)}",)
     if opset_of(model) != OPSET:
@@ -166,7 +170,7 @@ def _upgrade(model: ir.Model, folder: Path | None) -> tuple[str, ...]:
 
 
 def signature_of(model: ir.Model) -> Signature:
-    """Inputs with their roles and bounds, outputs with theirs, and the named axes."""
+    """Inputs with roles and bounds, outputs with roles, and the named axes."""
     outputs = in_float([_output_spec(value) for value in model.graph.outputs])
     inputs = tuple(as_continued(tensor, outputs) for tensor in in_float(list(map(_input_spec, model.graph.inputs))))
     names = [axis for tensor in inputs for dim in tensor.shape if isinstance(dim, str) for axis in dim.split(SUM)]
@@ -186,7 +190,7 @@ def _input_spec(value: ir.Value) -> TensorSpec:
 
 
 def _in_its_role(tensor: TensorSpec) -> TensorSpec:
-    """The same, without the role that its name suggests if no such tensor has its shape."""
+    """The tensor without the role of its name, if its shape does not fit that role."""
     rank, last = len(tensor.shape), tensor.shape[-1] if tensor.shape else 0
     fits = rank >= _LEAST_RANKS.get(tensor.role, 0) and (tensor.role is not Role.BOXES or last == 4)
     return tensor if fits else replace(tensor, role=Role.VALUES)
@@ -215,7 +219,7 @@ def _table_rows(value: ir.Value) -> int | None:
 
 
 def _position_rows(model: ir.Model) -> int | None:
-    """Rows of a table whose name speaks of positions: the longest sequence that the model can index."""
+    """Rows of a position table (by its name), which limit the sequence length."""
     rows = [
         sizes_of(value.const_value)[0]
         for name, value in model.graph.initializers.items()
@@ -226,12 +230,12 @@ def _position_rows(model: ir.Model) -> int | None:
 
 
 def _is_sequence(axis: str, inputs: Sequence[TensorSpec]) -> bool:
-    """Whether an axis is the second one or later of integer inputs: tokens run along it."""
+    """True if an axis is the second or a later one of an integer input, hence a token axis."""
     return any(tensor.dtype.is_integer() and axis in tensor.shape[1:] for tensor in inputs)
 
 
 def _config_beside(path: Path) -> Mapping[str, Any]:
-    """The config.json in the folder of the model, if there is one; BadInput if it is no JSON object."""
+    """The config.json beside the model, empty if it is missing; BadInput if it is no JSON object."""
     try:
         return read_object(path.parent / "config.json")
     except FileNotFoundError:
@@ -239,13 +243,14 @@ def _config_beside(path: Path) -> Mapping[str, Any]:
 
 
 def _task_of(signature: Signature, config: Mapping[str, Any]) -> str:
-    """The task that the outputs are named for and the configuration confirms, else plain inference."""
+    """The task by output names, confirmed by the configuration; else plain inference."""
     from planish.optimizer.lowering.components.tasks import infer
 
     names = {tensor.name for tensor in signature.outputs}
     fitting = [task for task, spec in TASKS.items() if set(spec.outputs) <= names]
     architecture = architecture_of(config)
     try:
+        # Output names are ambiguous (logits); the configuration decides between tasks.
         wanted = None if architecture is None else infer(architecture, "config.json")
     except BadInput:
         wanted = None
@@ -273,9 +278,10 @@ class OnnxOriginal(Original):
         self._path = path
 
     def answer(self, cases: Cases, precise: int, prompts: Sequence[Prompt] = ()) -> Answers:
-        """Run every case as the graph is written; the first few again optimized: the same sums in another order."""
-        ((component, own),) = cases.items()
-        answered = limited_process.run(self._path, own, precise)
+        """Run every case on the unchanged graph, and the first cases also with optimizations: another order of
+        summation."""
+        ((component, component_cases),) = cases.items()
+        answered = limited_process.run(self._path, component_cases, precise)
         if answered.note is not None:
             self.description = f"{type(self).description} (no others: {answered.note})"
             limited_process.announce(self._path, answered.note)

@@ -1,4 +1,5 @@
-"""An `nn.Module` with sample inputs becomes a graph: torch.export, then torch's ONNX exporter, then a tidy border."""
+"""Export of an `nn.Module` with sample inputs: torch.export, PyTorch's ONNX exporter, then normalized inputs and
+outputs."""
 
 from __future__ import annotations
 
@@ -31,22 +32,22 @@ OPSET = 23
 _NO_LIMIT = 1 << 31
 
 Axes = Mapping[str, Mapping[int, str]]
-"""For each input, the name of each dynamic axis by its position."""
+"""The name of each dynamic axis by position, for each input."""
 
 
 @dataclass
 class Given:
-    """Names of the tensors that a call gave: those that were kept, in order, and the others."""
+    """Names of the tensors of a call: the selected ones in order, and the others."""
 
     chosen: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
 
 def wrap(module: Any, call: Call, names: Iterable[str], outputs: Sequence[str]) -> Any:
-    """A module that takes the inputs called ``names`` in order and gives the wanted outputs as a tuple.
+    """A module that takes the inputs called ``names`` in order and returns the selected outputs as a tuple.
 
-    It gives all where none are wanted, or others than it has (a projection has no hidden states). Its attribute
-    ``given`` says afterwards which these were.
+    It returns all outputs if none are selected, or if those are missing (a projection has no hidden states). Its
+    attribute ``given`` then holds their names.
     """
     import torch
 
@@ -78,14 +79,15 @@ def export(
 ) -> tuple[ir.Model, dict[str, Axis], Given]:
     """Lower one ``call`` of ``module`` with ``inputs`` (torch tensors by keyword) to an ONNX graph at opset 23.
 
-    ``axes`` names the dynamic axes, ``outputs`` the results to keep (see `wrap`). Returns the graph, its
-    initializers still those of torch, each axis with the sizes that the trace allows, and the names of the outputs.
-    BadInput if torch cannot capture the module with these axes dynamic.
+    ``axes`` names the dynamic axes, ``outputs`` the selected results (see `wrap`). Returns the graph with initializers
+    of torch, each axis with the sizes that the trace supports, and the names of the outputs. BadInput if torch cannot
+    capture the module with these dynamic axes.
     """
     import torch
 
     flat = wrap(module, call, inputs, outputs)
     dynamic = {name: dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in inputs}
+    # strict=False below: TorchDynamo rejects many forward methods of transformers that plain tracing accepts.
     with torch.no_grad(), quiet(), _shared_heads(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -109,6 +111,7 @@ def export(
             ) from error
     if program is None:
         raise BadInput(f"torch gave no graph for {type(module).__name__}")
+    # optimize=False above: passes of Planish expect the exporter's unmodified patterns.
     model = program.model
     _drop_scalar_expands(model)
     spread_masks(model)
@@ -116,12 +119,13 @@ def export(
 
 
 def cause_of(error: BaseException) -> str:
-    """What went wrong at the bottom of an error in one line, and the module of the model that it happened in.
+    """The root cause of an error in one line, with the module of the model in which it occurred.
 
-    torch's messages go on with pages of advice, stacks and addresses of objects.
+    Messages of torch continue with pages of advice, stacks and object addresses.
     """
     bottom = error
     while bottom.__cause__ is not None:
+        # The exporter wraps errors several times; the first one names the operator.
         bottom = bottom.__cause__
     lines = [line.strip() for line in str(bottom).splitlines() if line.strip()]
     text = re.sub(
@@ -140,7 +144,7 @@ def cause_of(error: BaseException) -> str:
 
 
 _TOLD = {"UserError": 2}
-"""Lines of a message that say something, where that is not the first alone: constraints are listed in the second."""
+"""The informative lines of a message: constraints are listed after the first line."""
 
 
 def _kind(error: BaseException) -> str:
@@ -148,7 +152,7 @@ def _kind(error: BaseException) -> str:
 
 
 def _named_axes(text: str, inputs: Mapping[str, Any], axes: Axes) -> str:
-    """A message of torch.export, axes called as we call them."""
+    """A message of torch.export with our names of axes."""
     names = list(inputs)
 
     def name_of(match: re.Match[str]) -> str:
@@ -160,12 +164,13 @@ def _named_axes(text: str, inputs: Mapping[str, Any], axes: Axes) -> str:
 
 @contextmanager
 def _speechless() -> Iterator[None]:
-    """Inside, torch.export does not print the graph that it got to, or log what its exception says as well."""
+    """Suppress the graph dumps and duplicate log messages of torch.export in the block."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
+        # torch prints the partial graph directly to stderr.
         with redirect_stderr(io.StringIO()):
             yield
     finally:
@@ -175,9 +180,9 @@ def _speechless() -> Iterator[None]:
 
 @contextmanager
 def _shared_heads() -> Iterator[None]:
-    """Inside, attention whose keys have fewer heads than its queries says so, instead of counting on broadcasting.
+    """Mark attention with fewer key heads than query heads as grouped in the block, instead of relying on broadcasting.
 
-    The exporter refuses one head of keys for many of queries (multi-query attention) unless it is told.
+    The exporter refuses one key head for many query heads (multi-query attention) without that mark.
     """
     import torch
 
@@ -196,18 +201,18 @@ def _shared_heads() -> Iterator[None]:
 
 
 def _limits(captured: Any) -> dict[str, int]:
-    """Largest size of each symbol that the trace limits."""
-    found = {}
+    """Maximum size of each symbol in the trace."""
+    limits = {}
     for symbol, interval in captured.range_constraints.items():
         if getattr(interval.upper, "is_Integer", False) and int(interval.upper) < _NO_LIMIT:
-            found[str(symbol)] = int(interval.upper)
-    return found
+            limits[str(symbol)] = int(interval.upper)
+    return limits
 
 
 def _name_axes(model: ir.Model, axes: Axes, symbols: Mapping[str, int]) -> dict[str, Axis]:
-    """Replace torch's symbols by the names of the axes everywhere, and collect what the trace says of each axis.
+    """Replace torch's symbols by axis names everywhere, and collect the limits of each axis.
 
-    An axis that is the sum of others (`past + sequence`) has whatever expression torch found for it.
+    An axis that is a sum (`past + sequence`) has an arbitrary expression in torch.
     """
     names: dict[str, str] = {}
     limits: dict[str, list[int]] = {
@@ -230,6 +235,7 @@ def _rename_symbols(model: ir.Model, names: Mapping[str, str]) -> None:
     """Write axis names into every shape; expressions such as `2*s1` are renamed inside."""
     if not names:
         return
+    # s1 must not match within s10.
     longest_first = sorted(names, key=len, reverse=True)
     symbol = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, longest_first)) + r")(?!\w)")
     for graph in model.graphs():
@@ -243,13 +249,15 @@ def _renamed(dim: int | ir.SymbolicDim, symbol: re.Pattern[str], names: Mapping[
     if not isinstance(dim, ir.SymbolicDim):
         return dim
     text = None if dim.value is None else symbol.sub(lambda match: names[match.group(1)], dim.value)
+    # Sums in one order: 'a + b' and 'b + a' are the same axis.
     return text if text is None or not re.fullmatch(r"\w+( \+ \w+)+", text) else SUM.join(sorted(text.split(SUM)))
 
 
 def _drop_scalar_expands(model: ir.Model) -> None:
-    """Read a scalar directly where it is expanded to the shape of a scalar: OpenVINO reads that shape as a number."""
+    """Replace an Expand of a scalar to a scalar shape by the scalar: OpenVINO reads that shape as a number."""
     for node in [node for node in model.graph if node.op_type == "Expand"]:
         target = None if node.inputs[1] is None else node.inputs[1].producer()
+        # The exporter casts the empty shape to int64.
         while target is not None and target.op_type == "Cast" and target.inputs[0] is not None:
             target = target.inputs[0].producer()
         shape = None if target is None or target.op_type != "Constant" else constant_of(target.outputs[0])
@@ -259,7 +267,7 @@ def _drop_scalar_expands(model: ir.Model) -> None:
 
 
 def spread_masks(model: ir.Model) -> None:
-    """Give the mask of each attention a row for every query: no CPU runtime repeats it along that axis."""
+    """Broadcast the mask of each attention to a row for every query: no CPU runtime broadcasts that axis."""
     for node in [node for node in model.graph if node.op_type == "Attention" and len(node.inputs) > 3]:
         query, mask = node.inputs[0], node.inputs[3]
         if query is not None and mask is not None:
@@ -272,19 +280,19 @@ def spread_masks(model: ir.Model) -> None:
 
 
 PREFIX = "module."
-"""What `wrap` puts before the name of each parameter."""
+"""Prefix of parameter names by `wrap`."""
 
 
 def parameters_of(model: ir.Model) -> set[str]:
-    """The plain names of the initializers of an exported graph: those parameters and buffers that outputs depend on."""
+    """Names of the initializers of an exported graph without prefix: parameters and buffers that outputs depend on."""
     return {name.removeprefix(PREFIX) for name in model.graph.initializers}
 
 
 def adopt_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], parameters: Set[str]) -> None:
-    """Give each initializer the tensor that is registered for its parameter, and its parameter's plain name.
+    """Bind each initializer to the tensor of its parameter, and rename it to the parameter's name.
 
-    Initializers that no tensor is registered for (buffers, lifted constants) keep the data that they were traced with;
-    ValueError if one of ``parameters`` is left, for it was traced without data.
+    Initializers without such a tensor (buffers, lifted constants) keep their traced data. ValueError if one of
+    ``parameters`` is left, since it was traced without data.
     """
     for name, value in list(model.graph.initializers.items()):
         plain = name.removeprefix(PREFIX)
@@ -298,7 +306,7 @@ def adopt_weights(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], par
 
 
 def fold_stored_transposes(model: ir.Model) -> None:
-    """Let `Transpose(weight)` become a reference that is transposed as it is read; no weight is read for it."""
+    """Replace `Transpose(weight)` by a lazily transposed reference; no weight is read for it."""
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
         stored = None if weight is None else origin_of(weight.const_value)
@@ -306,6 +314,7 @@ def fold_stored_transposes(model: ir.Model) -> None:
             continue
         perm = node.attributes.get("perm")
         order = tuple(perm.as_ints()) if perm is not None else tuple(reversed(range(len(stored.shape))))
+        # Tied weights may be transposed at several places: they share one reference.
         name = f"{weight.name}.transposed"
         if name not in model.graph.initializers:
             turned = stored.transposed(order)
@@ -323,7 +332,7 @@ def fold_stored_transposes(model: ir.Model) -> None:
 
 
 def to_torch(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Copies of arrays as torch tensors, row by row: models call `view` on what they are given."""
+    """Copies of arrays as contiguous torch tensors, since models call `view` on their inputs."""
     import torch
 
     return {name: torch.from_numpy(np.array(array, order="C")) for name, array in inputs.items()}
