@@ -1,4 +1,4 @@
-"""The built-in passes, one file a pass; a file is named as its pass is, with underscores."""
+"""The built-in passes, one file per pass; a file has the name of its pass, with underscores."""
 
 PASSES = {
     name: f"planish.passes.{family}.{name.replace('-', '_')}:{cls}"

@@ -25,31 +25,32 @@ _QUERY, _KEY, _VALUE, _MASK = range(4)
 
 @dataclass(frozen=True)
 class Operand:
-    """Queries, keys or values of an attention, and how they came to be."""
+    """Queries, keys or values of an attention, with the nodes that produced them."""
 
     split: ir.Value
     """(batch, tokens, heads, size)"""
     heads: int
     rotary: ir.Node | None
-    """What turns them by their positions."""
+    """The RotaryEmbedding of the operand, or None."""
     concat: ir.Node | None
-    """What puts them behind a cache."""
+    """The Concat with a KV cache, or None."""
 
     @property
     def past(self) -> ir.Value | None:
-        """The cache that they are put behind."""
+        """The past keys or values in that Concat."""
         return None if self.concat is None else self.concat.inputs[0]
 
 
 def flatten(graph: ir.Graph, node: ir.Node) -> ir.Node | Refusal | None:
-    """Replace an attention that stands between transpositions, and return what stands for it, or why it stays.
+    """Replace an attention between transpositions by one on operands of rank three; returns it, or the refusal.
 
-    None if it does not stand there, or may not be changed now.
+    None if there are no such transpositions, or if no more sites may be rewritten.
     """
     if len(node.outputs) != 1 or "q_num_heads" in node.attributes or len(node.inputs) > _MASK + 1:
         return None
-    found = [_operand(value) for value in node.inputs[:_MASK]]
-    operands, joined = [operand for operand in found if operand is not None], _joined(node.outputs[0])
+    candidates, joined = map(_operand, node.inputs[:_MASK]), _joined(node.outputs[0])
+    operands = [operand for operand in candidates if operand is not None]
+    # All three operands must come from splits into heads: the operator has one layout for all.
     if joined is None or len(operands) < _MASK:
         return None
     obstacle = _obstacle(node, operands)
@@ -78,7 +79,7 @@ def flatten(graph: ir.Graph, node: ir.Node) -> ir.Node | Refusal | None:
 
 
 def _operand(value: ir.Value | None) -> Operand | None:
-    """What an attention reads, if it was split into heads, transposed, and at most turned and put behind a cache."""
+    """An operand of an attention: split into heads, transposed, optionally rotated and concatenated with a cache."""
     concat = producer_of(value, "Concat")
     if concat is not None and not appends(concat):
         return None
@@ -92,7 +93,7 @@ def _operand(value: ir.Value | None) -> Operand | None:
 
 
 def _obstacle(node: ir.Node, operands: list[Operand]) -> tuple[str, ir.Value | ir.Node] | None:
-    """Why an attention cannot take its operands as they were before, and the culprit."""
+    """Reason and culprit if an attention cannot read its operands before the split into heads."""
     query, key, value = operands
     causal = node.attributes.get("is_causal")
     if query.concat is not None or (key.concat is None) != (value.concat is None):
@@ -102,16 +103,16 @@ def _obstacle(node: ir.Node, operands: list[Operand]) -> tuple[str, ir.Value | i
     if key.concat is not None and causal is not None and causal.as_int():
         return "its causal mask counts from the first key, inside it would count from the end of the cache", node
     for operand in operands:
-        for made, reader in ((operand.concat, node), (operand.rotary, operand.concat or node)):
-            if made is not None and [use.node for use in made.outputs[0].uses()] != [reader]:
-                return "others read what would be inside", made.outputs[0]
+        for producer, reader in ((operand.concat, node), (operand.rotary, operand.concat or node)):
+            if producer is not None and [use.node for use in producer.outputs[0].uses()] != [reader]:
+                return "others read what would be inside", producer.outputs[0]
     if any(one.rotary is not None and one.rotary.outputs[0].is_graph_output() for one in operands):
         return "what is turned by positions leaves the graph", node
     return None
 
 
 def _flat(graph: ir.Graph, node: ir.Node, operand: Operand) -> ir.Value:
-    """An operand as (batch, tokens, heads · size), in front of an attention."""
+    """An operand as (batch, tokens, heads · size), before an attention."""
     reshape, rotary = _splitting(operand.split), operand.rotary
     source = None if reshape is None else reshape.inputs[0]
     source = _joined_heads(graph, node, operand) if source is None else source
@@ -131,7 +132,7 @@ def _flat(graph: ir.Graph, node: ir.Node, operand: Operand) -> ir.Value:
 
 
 def _joined_heads(graph: ir.Graph, node: ir.Node, operand: Operand) -> ir.Value:
-    """(batch, tokens, heads, size), which something else than a split gave, with its heads side by side."""
+    """(batch, tokens, heads, size) that no split produced, with its heads merged."""
     shape, name = operand.split.shape, f"{operand.split.name}_joined"
     if shape is None or not isinstance(shape[3], int):
         raise ValueError(f"{operand.split.name!r} was not checked")
@@ -146,18 +147,18 @@ def _joined_heads(graph: ir.Graph, node: ir.Node, operand: Operand) -> ir.Value:
 
 
 def _heads(split: ir.Value) -> int | None:
-    """The number of heads of (batch, tokens, heads, size): as a split of rank three writes it, or by a known shape."""
+    """The number of heads of (batch, tokens, heads, size): from the Reshape of rank three, or from the shape."""
     shape, reshape = [] if split.shape is None else list(split.shape), _splitting(split)
     heads, size = shape[2:] if len(shape) == 4 else (None, None)
     target = None if reshape is None else constant_of(reshape.inputs[1])
     if target is not None and target[2] > 0:
         return int(target[2])
-    known = isinstance(size, int) or reshape is not None
-    return heads if isinstance(heads, int) and known else None
+    has_heads = isinstance(size, int) or reshape is not None
+    return heads if isinstance(heads, int) and has_heads else None
 
 
 def _splitting(value: ir.Value) -> ir.Node | None:
-    """The Reshape that split the last axis of (batch, tokens, hidden), if that is how a value came to be."""
+    """The Reshape that split the last axis of (batch, tokens, hidden), if it produced ``value``."""
     reshape = producer_of(value, "Reshape")
     target = None if reshape is None else constant_of(reshape.inputs[1])
     keeps = target is not None and target.size == 4 and list(target[:2]) == [0, 0]
@@ -165,7 +166,7 @@ def _splitting(value: ir.Value) -> ir.Node | None:
 
 
 def _joined(output: ir.Value) -> list[ir.Node] | None:
-    """The transposition and reshape that put the heads of an output side by side again."""
+    """The Transpose and Reshape that merge the heads of an output."""
     transpose = sole_user(output)
     reshape = None if transpose is None else sole_user(transpose.outputs[0])
     if transpose is None or reshape is None or not _swaps_heads(transpose) or reshape.op_type != "Reshape":
@@ -176,21 +177,21 @@ def _joined(output: ir.Value) -> list[ir.Node] | None:
 
 
 def _swaps_heads(node: ir.Node) -> bool:
-    """Whether a node swaps the two middle axes of four; without `perm` a Transpose reverses them all."""
+    """True if a node swaps the two middle axes of four; without `perm` a Transpose reverses all axes."""
     perm = node.attributes.get("perm")
     return node.op_type == "Transpose" and perm is not None and list(perm.as_ints()) == [0, 2, 1, 3]
 
 
 def appends(concat: ir.Node) -> bool:
-    """Whether a node puts tokens, axis 2 of four, behind those of another value."""
+    """True if a node concatenates along tokens, axis 2 of four, after another value."""
     axis = concat.attributes.get("axis")
     return len(concat.inputs) == 2 and axis is not None and axis.as_int() in (2, -2) and rank_of(concat.inputs[0]) == 4
 
 
 def spread(graph: ir.Graph, node: ir.Node) -> bool:
-    """Take an attention apart that puts keys and values behind a cache itself, as `flatten` wrote it; the inverse.
+    """Move the cache out of an attention that `flatten` wrote: the inverse of its cache fusion.
 
-    What it gave as the cache is a Concat in front of it then. False, and nothing changed, if it is of another form.
+    The present keys and values become a Concat before it. False, with the graph unchanged, for other attention.
     """
     causal = node.attributes.get_int("is_causal", 0)
     heads = [node.attributes.get_int(f"{kind}_num_heads", 0) for kind in ("q", "kv")]

@@ -1,14 +1,14 @@
-"""Which numbers a mask of attention may hold: what a row that sees no key gives depends on it.
+"""Value ranges of attention masks, which determine the result of a fully masked row.
 
-Of a softmax over s + m, where every entry of a row of m is one number:
+For a softmax over s + m, where every entry of a row of m is one number:
 
     m                        the softmax            `Where(IsNaN(p), 0, p)` behind it        the standard's Attention
     minus infinity           NaN                    zeros                                    zeros
     the lowest finite one    the mean of v          the mean of v                            the mean of v
 
-ONNX Runtime's Attention takes the lowest finite number for minus infinity (seen with 1.31: zeros), the next one is a
-number like others. NaN in a mask is NaN in the result there. OpenVINO's ReduceMax of minus infinity alone is the lowest
-finite number (2026.4).
+ONNX Runtime's Attention treats the lowest finite number as minus infinity (1.31: zeros); the next number is a number
+like others. NaN in a mask is NaN in the result there. OpenVINO's ReduceMax of minus infinity alone is the lowest finite
+number (2026.4).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from planish.optimizer.ir.graph import constant_of
 
 LOWEST = float(np.finfo(np.float32).min)
 _WIDE = 1e30
-"""What is computed from activations stays far below the lowest number, or the model is broken anyway."""
+"""Bound of activations, far below the lowest finite number in any valid model."""
 _MOVES = frozenset({
     "Cast", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "ReduceMax", "ReduceMin",
     "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
@@ -36,23 +36,23 @@ _ACTIVATIONS = frozenset({
     "InstanceNormalization", "LayerNormalization", "MatMul", "MatMulInteger", "QLinearMatMul", "RMSNormalization",
     "RotaryEmbedding",
 })  # fmt: skip
-"""Results of layers: nobody sums minus infinity with weights, zeros among them would make NaN of it."""
+"""Operators of layers: their results are taken to be finite, since a sum of minus infinity and weights would be NaN."""
 
 
 @dataclass(frozen=True)
 class MaskValues:
-    """Bounds of the finite entries of a value, and what others may be among them."""
+    """Bounds of the finite entries of a value, and its possible infinities and NaN."""
 
     low: float
     high: float
     hides: bool = False
-    """Minus infinity."""
+    """True if minus infinity is possible."""
     rises: bool = False
-    """Plus infinity."""
+    """True if plus infinity is possible."""
     nan: bool = False
 
     def joined(self, other: MaskValues) -> MaskValues:
-        """Of two values one of which stands at each place."""
+        """The range of a value whose entries come from either of two values."""
         low, high = min(self.low, other.low), max(self.high, other.high)
         hides, rises = self.hides or other.hides, self.rises or other.rises
         return MaskValues(low, high, hides, rises, self.nan or other.nan)
@@ -62,19 +62,19 @@ _FLAGS = MaskValues(0, 1)
 
 
 def lowest(dtype: ir.DataType | None) -> float:
-    """The lowest finite number of a type; that of FLOAT if the type is not known."""
+    """The lowest finite number of a type; that of FLOAT if the type is unknown."""
     return -_largest(dtype)[0]
 
 
 def _largest(dtype: ir.DataType | None) -> tuple[float, float]:
-    """The largest finite number, and the one beyond which a result is rounded to infinity."""
+    """The largest finite number, and the bound from which results round to infinity."""
     kind = dtype if dtype is not None and dtype.is_floating_point() else ir.DataType.FLOAT
     largest = float(kind.max)
     return largest, largest * (1 + float(kind.eps) / 4)
 
 
 def _given(dtype: ir.DataType | None) -> MaskValues:
-    """Anything that a caller may hand in, or an operator make that is not followed."""
+    """The unbounded range: of inputs, and of operators without a rule."""
     return MaskValues(lowest(dtype), -lowest(dtype), hides=True, rises=True)
 
 
@@ -84,20 +84,20 @@ def _computed(dtype: ir.DataType | None) -> MaskValues:
 
 
 def mask_values(mask: ir.Value) -> MaskValues:
-    """What a mask may hold. Integers that are not constant are taken for zeros and ones."""
+    """The range of a mask. Integers that are not constant are taken to be 0 or 1."""
     return _values(mask, {})
 
 
-def _values(value: ir.Value | None, known: dict[ir.Value, MaskValues]) -> MaskValues:
+def _values(value: ir.Value | None, ranges: dict[ir.Value, MaskValues]) -> MaskValues:
     if value is None:
         return _FLAGS
-    if value not in known:
-        known[value] = _given(value.dtype)  # meanwhile: subgraphs may not lead in a circle, but nothing depends on it
-        known[value] = _found(value, known)
-    return known[value]
+    if value not in ranges:
+        ranges[value] = _given(value.dtype)  # meanwhile: subgraphs may not lead in a circle, but nothing depends on it
+        ranges[value] = _range_of(value, ranges)
+    return ranges[value]
 
 
-def _found(value: ir.Value, known: dict[ir.Value, MaskValues]) -> MaskValues:
+def _range_of(value: ir.Value, ranges: dict[ir.Value, MaskValues]) -> MaskValues:
     array = constant_of(value)
     if array is not None and array.dtype.kind in "biufV":  # V: bfloat16 and the like
         return _of_array(array)
@@ -112,17 +112,18 @@ def _found(value: ir.Value, known: dict[ir.Value, MaskValues]) -> MaskValues:
             return MaskValues(0, 0) if filled is None or filled.is_ref() else _of_array(filled.as_tensor().numpy())
         case "If":
             branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
-            then, other = (_values(branch.outputs[value.index() or 0], known) for branch in branches)
+            then, other = (_values(branch.outputs[value.index() or 0], ranges) for branch in branches)
             return then.joined(other)
         case kind if kind in _WITHIN_ONE:
             return MaskValues(-1, 1)
         case kind if kind in _ACTIVATIONS:
             return _computed(value.dtype)
-    return _combined(node, [_values(operand, known) for operand in _operands(node)], value.dtype)
+    return _combined(node, [_values(operand, ranges) for operand in _operands(node)], value.dtype)
 
 
 def _operands(node: ir.Node) -> Sequence[ir.Value | None]:
-    """Those of which entries of the result are made: not indices, shapes and conditions; () if it is not followed."""
+    """The operands that become entries of the result (not indices, shapes, conditions); empty for operators without a
+    rule."""
     kind, inputs = node.op_type, node.inputs
     if kind in _MOVES or kind in ("Trilu", "Neg", "Relu"):
         return inputs[:1]
@@ -185,7 +186,7 @@ def _pair(op_type: str, one: MaskValues, other: MaskValues, dtype: ir.DataType |
 
 
 def _rounded(values: MaskValues, dtype: ir.DataType | None) -> MaskValues:
-    """What a type makes of numbers that it does not hold."""
+    """The range after a conversion to a type."""
     largest, beyond = _largest(dtype)
     hides, rises = values.hides or values.low < -beyond, values.rises or values.high > beyond
     return MaskValues(max(values.low, -largest), min(values.high, largest), hides, rises, values.nan)
@@ -200,11 +201,11 @@ def _of_array(array: np.ndarray) -> MaskValues:
 
 
 def number(tape: ir.tape.Tape, value: float, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
-    """A constant without axes."""
+    """A scalar constant."""
     return tape.op("Constant", [], {"value": ir.tensor(np.array(value, dtype.numpy()), dtype)})
 
 
 def above_lowest(tape: ir.tape.Tape, dtype: ir.DataType) -> ir.Value:
-    """The number next to the lowest one, as a constant."""
+    """The second lowest finite number, as a constant."""
     low = np.array(lowest(dtype), dtype.numpy())
     return number(tape, float(np.nextafter(low, np.zeros_like(low))), dtype)

@@ -1,1 +1,1 @@
-"""Passes that only remove: what is constant, repeated, unused or does nothing."""
+"""Passes that only remove nodes: constant, repeated, unused, or without effect."""

@@ -1,4 +1,4 @@
-"""Running a pass of onnx_ir or onnxscript: keep from it what it gets wrong, and find out by looking what it did."""
+"""Passes of onnx_ir and onnxscript, with their defects excluded and their effects determined by comparison."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from planish.optimizer.ir.graph import graphs_of, location_of
 from planish.optimizer.ir.shape_inference import infer_shapes, quiet_libraries
 
 _MADE_UP = "unk__"
-"""How the inference of ONNX begins the names of dimensions that it knows nothing of."""
+"""Prefix of the names that ONNX inference gives to unknown dimensions."""
 
 
 def run(model: ir.Model, *steps: Callable[[ir.Model], object]) -> PassResult:
-    """Run library passes in order; the sites are the nodes that are gone afterwards.
+    """Run library passes in order; the sites are the removed nodes.
 
-    What the passes say of themselves is not asked: some add types and shapes, or cut empty inputs, and call it nothing.
+    The passes' own reports are not used: some add types and shapes, or remove empty inputs, and report no change.
     """
     nodes = [(node, location_of(node)) for graph in graphs_of(model) for node in graph]
     graphs = list(model.graphs())
@@ -35,7 +35,7 @@ def run(model: ir.Model, *steps: Callable[[ir.Model], object]) -> PassResult:
 
 @contextmanager
 def hidden(nodes: Iterable[ir.Node]) -> Iterator[None]:
-    """Keep nodes from a library: meanwhile each is of a domain of its own, where there is nothing to know of it."""
+    """Hide nodes from a library in the block, by an unknown domain."""
     domains = [(node, node.domain) for node in nodes]
     for index, (node, _) in enumerate(domains):
         node.domain = f"planish.hidden.{index}"
@@ -47,7 +47,7 @@ def hidden(nodes: Iterable[ir.Node]) -> Iterator[None]:
 
 
 def infer_again(model: ir.Model) -> None:
-    """Find shapes again: what an earlier inference called by a name that it made up may be known by now."""
+    """Infer shapes again: dimensions with invented names may be known now."""
     for value in (value for graph in model.graphs() for node in graph for value in node.outputs):
         if value.shape is not None and not value.is_graph_output():
             value.shape = ir.Shape([None if _is_made_up(dim) else dim for dim in value.shape])
@@ -59,7 +59,7 @@ def _is_made_up(dim: int | ir.SymbolicDim) -> bool:
 
 
 def _detach(before: Iterable[ir.Graph], model: ir.Model) -> None:
-    """Let graphs that left the model read nothing: a branch that is not taken would keep alive what it read."""
+    """Detach removed subgraphs from outer values, which a removed branch would otherwise keep alive."""
     living = {id(graph) for graph in model.graphs()}
     for graph in before:
         if id(graph) in living:
@@ -71,7 +71,7 @@ def _detach(before: Iterable[ir.Graph], model: ir.Model) -> None:
 
 
 def _facts(model: ir.Model) -> tuple[list[object], list[object]]:
-    """All that a pass can change of a model, and the objects whose identities it names (kept: no other gets them)."""
+    """All properties of a model that a pass can change, with the objects whose identities it holds."""
     facts: list[object] = [model.ir_version, dict(model.opset_imports), list(model.functions)]
     alive: list[object] = []
     for graph in graphs_of(model):
@@ -82,8 +82,8 @@ def _facts(model: ir.Model) -> tuple[list[object], list[object]]:
         alive += [*values, *(value.const_value for value in weights)]
         for node in graph:
             parts = [node, *node.inputs, *node.attributes.values()]
-            made = [_value_facts(value) for value in node.outputs]
-            facts.append((node.name, node.domain, node.op_type, *map(id, parts), made))
+            outputs = [_value_facts(value) for value in node.outputs]
+            facts.append((node.name, node.domain, node.op_type, *map(id, parts), outputs))
             alive += [*parts, *node.outputs]
     return facts, alive
 

@@ -20,19 +20,19 @@ from planish.optimizer.ir.lazy_tensors import origin_of
 
 @dataclass(frozen=True)
 class DeduplicateInitializers(Pass):
-    """Let initializers of equal type, shape and content be one; the first name wins.
+    """Share initializers of equal type, shape and content; the first name is kept.
 
-    Weights that are references are equal if they refer to the same place, and are not read. Others are compared by
-    their SHA-256 up to ``limit`` bytes.
+    Weights that are references are equal if they have the same origin, and are not read. Others are compared by their
+    SHA-256 up to ``limit`` bytes.
     """
 
     name: ClassVar[str] = "deduplicate-initializers"
 
     limit: Annotated[int, Ge(0)] = 1 << 30
-    """Bytes above which the content of a constant is not read to compare it."""
+    """Maximum size in bytes of constants that are compared by content."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Replace every repeated initializer of each graph by the first of its kind."""
+        """Replace every repeated initializer of each graph by the first one."""
         sites = [site for graph in model.graphs() for site in self._deduplicate(graph)]
         return PassResult(model, bool(sites), sites=sites)
 
@@ -41,6 +41,7 @@ class DeduplicateInitializers(Pass):
         repeated: list[str] = []
         for name, value in list(graph.initializers.items()):
             key = self._key(value)
+            # The value of an input is only its default, and an output must keep its name.
             if key is None or value.is_graph_output() or value.is_graph_input():
                 continue
             if key in first:
@@ -58,5 +59,6 @@ class DeduplicateInitializers(Pass):
         if content is None:
             if tensor.nbytes > self.limit:
                 return None
+            # Content is compared only without an origin: references are not read.
             content = hashlib.sha256(tensor.tobytes()).hexdigest()
         return (tensor.dtype, tuple(tensor.shape), repr(content))

@@ -1,4 +1,4 @@
-"""Compute equal things once.
+"""Compute equal expressions once.
 
 Before:  a = Relu (x);  b = Relu (x);  r = Add (a, b)
 After:   a = Relu (x);  r = Add (a, a)
@@ -20,15 +20,15 @@ from planish.passes.cleanup import _library
 
 @dataclass(frozen=True)
 class EliminateCommonSubexpressions(Pass):
-    """Let nodes with equal operator, inputs and attributes share one result. Built on the pass of onnx_ir."""
+    """Share the results of nodes with equal operator, inputs and attributes. Built on the pass of onnx_ir."""
 
     name: ClassVar[str] = "eliminate-common-subexpressions"
 
     limit: Annotated[int, Ge(0)] = 64
-    """Elements up to which constant attributes are compared."""
+    """Maximum elements of constant attributes that are compared."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Share, in the main graph; what is drawn at random is drawn as often as before."""
+        """Run on the main graph, without random operators."""
         share = common.CommonSubexpressionEliminationPass(size_limit=self.limit)
         with _library.hidden([node for node in model.graph if is_random(node)]):
             return _library.run(model, share)

@@ -1,4 +1,4 @@
-"""Read x directly where an operator gives back what it got.
+"""Bypass operators whose output equals their input.
 
 Before:  y = Identity (x);  z = Cast <to=1> (y);  t = Transpose <perm=[0,1]> (z);  r = Relu (t)
 After:   r = Relu (x)
@@ -15,23 +15,23 @@ from planish.optimizer.interfaces.pass_base import Pass, PassResult, admitted
 from planish.optimizer.ir.graph import constant_of, graphs_of, location_of, rank_of
 
 _BEYOND = 2**31 - 1
-"""What exporters write for "to the end"; no axis is that long."""
+"""Lower bound of the end with which exporters mark "to the end of the axis"."""
 _NEUTRAL = {"Add": 0, "Mul": 1, "And": True, "Or": False}
-"""What an operator gives back the other operand for. Zero added to a float would change the sign of a zero."""
+"""Neutral second operands of operators. Zero is not neutral for floats: -0 + 0 is +0."""
 
 
 @dataclass(frozen=True)
 class EliminateIdentities(Pass):
-    """Remove operators that do nothing.
+    """Remove operators without effect.
 
     1. ``Identity``.
     2. ``Cast`` to the type that its input has.
-    3. ``Dropout`` outside of training whose mask nobody reads.
+    3. ``Dropout`` outside of training whose mask is unused.
     4. ``Transpose`` by the identity permutation.
-    5. ``Slice`` that takes everything.
+    5. ``Slice`` of the whole tensor.
     6. ``Add`` of zero to integers, ``Mul`` by one, ``And`` with true, ``Or`` with false.
 
-    A node whose output leaves the graph stays if its input enters it: a graph cannot rename an input.
+    A node between a graph input and a graph output stays, since a graph cannot rename an input.
     """
 
     name: ClassVar[str] = "eliminate-identities"
@@ -49,7 +49,7 @@ class EliminateIdentities(Pass):
 
 
 def _given_back(node: ir.Node) -> ir.Value | None:
-    """The input that a node gives back as it is."""
+    """The input that equals the output of a node, or None."""
     if node.domain != "" or not node.inputs:
         return None
     if node.op_type in _NEUTRAL:  # Case 6
@@ -58,11 +58,12 @@ def _given_back(node: ir.Node) -> ir.Value | None:
 
 
 def _other_than_neutral(node: ir.Node) -> ir.Value | None:
-    """What is combined with a number that changes nothing, if it is not broadcast by it either."""
+    """The operand that is combined with a neutral number, if that does not broadcast it."""
     if len(node.inputs) != 2:
         return None
     for value, other in (node.inputs, node.inputs[::-1]):
         number, rank = constant_of(other), rank_of(value)
+        # A constant of higher rank would add axes.
         if number is None or rank is None or value is None or number.size != 1 or number.ndim > rank:
             continue
         exact = node.op_type != "Add" or (value.dtype is not None and value.dtype.is_integer())
@@ -92,7 +93,7 @@ def _does_nothing(node: ir.Node) -> bool:
 
 
 def _takes_everything(node: ir.Node) -> bool:
-    """Whether a slice runs from the first to beyond the last entry of each of its axes, in steps of one."""
+    """True if a slice has step one and covers each of its axes completely."""
     bounds = [None if value is None else constant_of(value) for value in node.inputs[1:5]]
     if len(bounds) < 2 or bounds[0] is None or bounds[1] is None:
         return False
@@ -102,7 +103,7 @@ def _takes_everything(node: ir.Node) -> bool:
 
 
 def _removable(node: ir.Node, source: ir.Value) -> bool:
-    """Whether the output can be replaced by the input without renaming an input, a weight or an outer value."""
+    """True if the output can be replaced by the input without renaming a graph input, a weight or an outer value."""
     output = node.outputs[0]
     producer = source.producer()
     inside = producer is not None and producer.graph is node.graph and not source.is_graph_output()
@@ -113,6 +114,7 @@ def _bypass(node: ir.Node, source: ir.Value) -> None:
     output, graph = node.outputs[0], node.graph
     if graph is None:
         return
+    # Graph outputs keep their public names.
     name = output.name if output.is_graph_output() else source.name
     if source.shape is None:
         source.shape = output.shape

@@ -1,4 +1,4 @@
-"""Do in one step what a chain of reshapes or transpositions does in several.
+"""Merge chains of reshapes or transpositions into one operator.
 
 Before:  a = Unsqueeze (x, {0});  b = Unsqueeze (a, {1});  f = Reshape (z, {-1,768});  g = Reshape (f, {2,5,12,64})
          t = Transpose <perm=[1,0,2]> (y);  u = Transpose <perm=[1,0,2]> (t)
@@ -22,19 +22,19 @@ _AXES_ARE_INPUTS = 13
 
 @dataclass(frozen=True)
 class MergeMoves(Pass):
-    """Let a node read what the one before it reads, where both together move data as one such node can.
+    """Merge a node with its producer if one node of that kind can do both moves.
 
-    1. ``Unsqueeze`` behind ``Unsqueeze``, from opset 13 on.
-    2. ``Transpose`` behind ``Transpose``; where the second undoes the first, its readers read what the first reads.
-    3. ``Reshape`` to a constant shape without zeros behind ``Reshape``.
+    1. ``Unsqueeze`` of ``Unsqueeze``, from opset 13.
+    2. ``Transpose`` of ``Transpose``; if the two cancel, readers of the second read the input of the first.
+    3. ``Reshape`` to a constant shape without zeros, of ``Reshape``.
 
-    The node before stays if others read it.
+    The producer stays if it has other readers.
     """
 
     name: ClassVar[str] = "merge-moves"
 
     def call(self, model: ir.Model) -> PassResult:
-        """Visit the main graph and its subgraphs once, in order: a chain collapses from its beginning."""
+        """Visit the main graph and its subgraphs once, in order, so that a chain is merged from its beginning."""
         sites: list[str] = []
         for graph in model.graphs():
             for node in list(graph):
@@ -44,7 +44,7 @@ class MergeMoves(Pass):
         return PassResult(model, bool(sites), sites=sites)
 
     def _merge(self, graph: ir.Graph, node: ir.Node, before: ir.Node, opset: int) -> bool:
-        """Whether ``node`` reads now what ``before`` reads."""
+        """Redirect ``node`` to the input of ``before``; True if it was possible."""
         if node.op_type == "Transpose":
             merged = _composed(node, before)
         elif node.op_type == "Unsqueeze":
@@ -75,7 +75,7 @@ class MergeMoves(Pass):
 
 
 def _same_before(node: ir.Node) -> ir.Node | None:
-    """The node of the same graph and kind that makes what is moved here."""
+    """The producer in the same graph, if it is of the same kind."""
     if node.domain != "" or node.op_type not in ("Unsqueeze", "Transpose", "Reshape") or node.inputs[0] is None:
         return None
     before = node.inputs[0].producer()
@@ -84,10 +84,11 @@ def _same_before(node: ir.Node) -> ir.Node | None:
 
 
 def _composed(node: ir.Node, before: ir.Node) -> list[int] | None:
-    """The permutation of both; without `perm` a Transpose reverses all axes."""
+    """The combined permutation; without `perm` a Transpose reverses all axes."""
     perms = []
     for each in (before, node):
         written, rank = each.attributes.get("perm"), rank_of(each.inputs[0])
+        # The default permutation reverses all axes: its length must be known.
         if written is None and rank is None:
             return None
         perms.append(list(written.as_ints()) if written is not None else list(range(rank or 0))[::-1])
@@ -95,7 +96,7 @@ def _composed(node: ir.Node, before: ir.Node) -> list[int] | None:
 
 
 def _both_axes(node: ir.Node, before: ir.Node) -> list[int] | None:
-    """The axes of the result that neither of two Unsqueezes found in what it got."""
+    """The axes that two Unsqueezes add together."""
     written = [constant_of(each.inputs[1]) for each in (before, node)]
     ranks = [rank_of(each.outputs[0]) for each in (before, node)]
     if written[0] is None or written[1] is None or ranks[0] is None or ranks[1] is None:
@@ -106,6 +107,7 @@ def _both_axes(node: ir.Node, before: ir.Node) -> list[int] | None:
 
 
 def _whole_shape(node: ir.Node) -> list[int] | None:
-    """The target of a Reshape, if it is constant and copies no dimension of what it gets."""
+    """The target of a Reshape, if it is constant and copies no dimension."""
     target = constant_of(node.inputs[1])
+    # A zero copies a dimension of the input, which is another tensor after the merge.
     return None if target is None or not target.all() else [int(size) for size in target]

@@ -1,4 +1,4 @@
-"""Drop what nothing reads.
+"""Remove unused nodes.
 
 Before:  y = Relu (x);  z = Exp (x);  r = Neg (y)
 After:   y = Relu (x);  r = Neg (y)
@@ -23,7 +23,7 @@ class RemoveUnusedNodes(Pass):
     name: ClassVar[str] = "remove-unused-nodes"
 
     def call(self, model: ir.Model) -> PassResult:
-        """Remove them, in every graph."""
+        """Run on every graph."""
         return _library.run(
             model,
             common.RemoveUnusedNodesPass(),

@@ -1,4 +1,4 @@
-"""Say a shape with constants where the graph computes it.
+"""Replace computed shapes by constants.
 
 Before:  s = Shape (x);  b = Gather (s, 0);  …;  t = Concat (b, n, 12, 32);  r = Reshape (x, t)
 After:   r = Reshape (x, {0, 0, 12, 32})          (0 keeps a dimension; at most one is -1)
@@ -22,56 +22,57 @@ from planish.passes.cleanup._library import infer_again
 
 @dataclass(frozen=True)
 class SimplifyShapes(Pass):
-    """Follow integers through shape arithmetic, and write down those that are known.
+    """Propagate integers through shape arithmetic, and replace known ones by constants.
 
-    1. The shape of a ``Reshape`` becomes constant where every entry is a number, the dimension that the input has at
-       the same place (written 0), or the only one that is neither (written -1).
-    2. A ``Reshape`` or ``Expand`` to the shape that its input has disappears.
-    3. A ``Softmax`` over the last axis, between a ``Flatten`` that keeps that axis and the ``Reshape`` that undoes it,
-       reads the tensor as it is (what the softmax of opset 12 becomes in later opsets).
-    4. Any other small integer tensor whose entries are all numbers becomes a constant.
+    1. The shape of a ``Reshape`` becomes constant if every entry is a number, the input's dimension at the same index
+       (written 0), or the only other entry (written -1).
+    2. A ``Reshape`` or ``Expand`` to its input's shape is removed.
+    3. A ``Softmax`` over the last axis, between a ``Flatten`` that keeps that axis and the inverse ``Reshape``, reads
+       the original tensor (the form of opset 12's softmax in later opsets).
+    4. Any other small integer tensor of numbers becomes a constant.
 
-    Constants make more shapes known, and these more constants: it goes on until nothing is learned.
+    Constants reveal further shapes, so the pass repeats until nothing changes.
     """
 
     name: ClassVar[str] = "simplify-shapes"
 
     def call(self, model: ir.Model) -> PassResult:
-        """Simplify the main graph; subgraphs keep what they compute."""
+        """Simplify the main graph; subgraphs are unchanged."""
         sites: list[str] = []
         while True:
-            found, refusals = self._once(model)
-            sites += found
-            if not found:
+            changed, refusals = self._once(model)
+            sites += changed
+            if not changed:
                 break
             allow_plain_initializers(model)
             infer_again(model)
         return PassResult(model, bool(sites), sites=sites, refusals=refusals)
 
     def _once(self, model: ir.Model) -> tuple[list[str], list[Refusal]]:
-        """Sites and refusals of one walk through the graph."""
-        known = PropagatedInts()
+        """Sites and refusals of one traversal of the graph."""
+        ints = PropagatedInts()
         sites: list[str] = []
         refusals: list[Refusal] = []
         for node in list(model.graph):
-            known.visit(node)
+            ints.visit(node)
             if node.op_type == "Softmax" and node.domain == "" and _unflatten(model.graph, node):  # Case 3
                 sites.append(location_of(node))
             elif node.op_type == "Reshape" and node.domain == "" and node.graph is not None:
-                self._reshape(model.graph, node, known, sites, refusals)
-            elif _spreads_nothing(node, known) and admitted():  # Case 2
+                self._reshape(model.graph, node, ints, sites, refusals)
+            elif _spreads_nothing(node, ints) and admitted():  # Case 2
                 sites.append(location_of(node))
                 _bypass(model.graph, node)
-            elif (numbers := _numbers(known, node)) is not None and admitted():
+            elif (numbers := _numbers(ints, node)) is not None and admitted():
                 _replace(model.graph, node, numbers)
                 sites.append(location_of(node))
         return sites, refusals
 
     def _reshape(
-        self, graph: ir.Graph, node: ir.Node, known: PropagatedInts, sites: list[str], refusals: list[Refusal]
+        self, graph: ir.Graph, node: ir.Node, ints: PropagatedInts, sites: list[str], refusals: list[Refusal]
     ) -> None:
         data, shape = node.inputs[:2]
-        entries = known.entries(shape)
+        entries = ints.entries(shape)
+        # With allowzero, 0 is a size instead of a copy.
         if data is None or entries is None or (0 in entries and _allows_zero(node)):
             return
         dims = dims_of(data.shape)
@@ -89,12 +90,13 @@ class SimplifyShapes(Pass):
             return
         value = add_initializer(graph, f"{node.outputs[0].name}_shape", np.array(wanted, np.int64))
         node.replace_input_with(1, value)
+        # The new shape uses 0 for copied dimensions.
         node.attributes.pop("allowzero", None)
         sites.append(location_of(node))
 
 
 def _unflatten(graph: ir.Graph, softmax: ir.Node) -> bool:
-    """Case 3: whether the softmax now reads what was flattened for it."""
+    """Case 3: read the tensor before the Flatten; True if the softmax was rewritten."""
     flatten = None if softmax.inputs[0] is None else softmax.inputs[0].producer()
     reshape = sole_user(softmax.outputs[0])
     if flatten is None or reshape is None or flatten.op_type != "Flatten" or reshape.op_type != "Reshape":
@@ -111,17 +113,18 @@ def _unflatten(graph: ir.Graph, softmax: ir.Node) -> bool:
         return False
     softmax.replace_input_with(0, source)
     softmax.attributes.add(ir.AttrInt64("axis", -1))
+    # Before opset 13, Softmax flattened its input; the converter makes that explicit.
     softmax.outputs[0].shape = source.shape
     ir.convenience.replace_all_uses_with(reshape.outputs[0], softmax.outputs[0])
     graph.remove(reshape, safe=True)
     return True
 
 
-def _spreads_nothing(node: ir.Node, known: PropagatedInts) -> bool:
-    """Whether this is an Expand of what has the shape, or ones in front of it, already."""
+def _spreads_nothing(node: ir.Node, ints: PropagatedInts) -> bool:
+    """True for an Expand to the input's own shape, or to ones in front of it."""
     if node.op_type != "Expand" or node.domain != "" or node.outputs[0].is_graph_output():
         return False
-    entries, dims = known.entries(node.inputs[1]), dims_of(None if node.inputs[0] is None else node.inputs[0].shape)
+    entries, dims = ints.entries(node.inputs[1]), dims_of(None if node.inputs[0] is None else node.inputs[0].shape)
     if not dims or entries is None or len(entries) > len(dims):
         return False
     return all(
@@ -131,25 +134,26 @@ def _spreads_nothing(node: ir.Node, known: PropagatedInts) -> bool:
 
 
 def _bypass(graph: ir.Graph, node: ir.Node) -> None:
-    """Let all read what a node only passes on."""
+    """Redirect the readers of a node's output to its input."""
     if node.inputs[0] is not None:
         ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
         graph.remove(node, safe=True)
 
 
 def _is_same(dims: Sequence[Entry], entries: Sequence[Entry]) -> bool:
-    """Whether a reshape to ``entries`` gives the shape that there was; one entry may be left to be found (-1)."""
+    """True if a reshape to ``entries`` gives the input's shape; one entry may be inferred (-1)."""
     if len(dims) != len(entries) or list(entries).count(-1) > 1 or None in dims:
         return False
     return all(entry in (dim, -1, 0) for dim, entry in zip(dims, entries, strict=True))
 
 
 def reshape_target(dims: Sequence[Entry], entries: Sequence[Entry]) -> list[int] | None:
-    """Constant target of a Reshape of data of shape ``dims`` to ``entries``, or None if two entries are not known."""
+    """Constant target of a Reshape of data of shape ``dims`` to ``entries``; None if two entries are unknown."""
     wanted: list[int] = []
     for index, entry in enumerate(entries):
         kept = isinstance(entry, str) and index < len(dims) and dims[index] == entry
         wanted.append(entry if isinstance(entry, int) else 0 if kept else -1)
+    # Reshape can infer at most one dimension.
     return wanted if wanted.count(-1) <= 1 else None
 
 
@@ -158,18 +162,18 @@ def _allows_zero(node: ir.Node) -> bool:
     return attribute is not None and attribute.as_int() != 0
 
 
-def _numbers(known: PropagatedInts, node: ir.Node) -> np.ndarray | None:
-    """The array of a followed node whose entries are all numbers and that may be replaced by a constant."""
+def _numbers(ints: PropagatedInts, node: ir.Node) -> np.ndarray | None:
+    """The array of a replaceable node with known integer entries."""
     output = node.outputs[0]
-    found = known.lookup(output)
+    followed = ints.lookup(output)
     dtype = output.dtype or ir.DataType.INT64
-    if found is None or len(node.outputs) != 1 or node.op_type == "Constant" or output.is_graph_output():
+    if followed is None or len(node.outputs) != 1 or node.op_type == "Constant" or output.is_graph_output():
         return None
-    entries = [entry for entry in found[0] if isinstance(entry, int)]
-    if len(entries) != len(found[0]) or dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+    entries = [entry for entry in followed[0] if isinstance(entry, int)]
+    if len(entries) != len(followed[0]) or dtype not in (ir.DataType.INT64, ir.DataType.INT32):
         return None
     array = np.array(entries, dtype.numpy())
-    return array.reshape(()) if found[1] else array
+    return array.reshape(()) if followed[1] else array
 
 
 def _replace(graph: ir.Graph, node: ir.Node, numbers: np.ndarray) -> None:

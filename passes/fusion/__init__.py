@@ -1,1 +1,1 @@
-"""Passes that raise many spellings of a computation to one operator of the ONNX standard."""
+"""Passes that raise decomposed forms of a computation to one operator of the ONNX standard."""

@@ -1,9 +1,9 @@
-"""The frame of every fusion: pattern, check, rewrite.
+"""Matching helpers of fusions, which consist of pattern, check and rewrite.
 
-*Pattern* looks at the structure around one node and binds what it finds. *Check* looks at types, constants and other
-readers, and says what is in the way. *Rewrite* builds the replacement. A place whose pattern matches is a site: it
-either fires or is refused with a reason. Where only the heart of the computation is found the pattern says so as well:
-a near miss, the sign that an exporter spells it in a way that is not known yet.
+*Pattern* matches the structure around one node. *Check* verifies types, constants and other readers, and gives the
+reason for a refusal. *Rewrite* builds the replacement. A place whose pattern matches is a site: it either fires or is
+refused with a reason. If only the core of the computation matches, the pattern reports a near miss: the sign of an
+unknown form of some exporter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def used_by(value: ir.Value, *op_types: str) -> ir.Node | None:
 
 
 def is_plain_constant(value: ir.Value | None) -> bool:
-    """Whether a value is the same in every run: an input with a value for when nobody gives one is not."""
+    """True if a value is equal in every run; an input with a default value is not."""
     return value is not None and value.const_value is not None and not value.is_graph_input()
 
 
@@ -45,7 +45,7 @@ def with_constant(node: ir.Node | None) -> Iterator[tuple[ir.Value, float]]:
 
 
 def squared(square: ir.Value | None) -> Iterator[ir.Value]:
-    """d of d², however it is written."""
+    """d of d², in any of its forms."""
     power = producer_of(square, "Pow")
     if power is not None and power.inputs[0] is not None and scalar_of(power.inputs[1]) == 2.0:
         yield power.inputs[0]
@@ -55,7 +55,7 @@ def squared(square: ir.Value | None) -> Iterator[ir.Value]:
 
 
 def quotient_by(root: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """Numerator and quotient of a division by ``root``, also as a product with its reciprocal."""
+    """Numerator and quotient of a division by ``root``, also as a multiplication with its reciprocal."""
     division = used_by(root, "Div")
     if division is None:
         return _product_with_reciprocal(root)
@@ -78,7 +78,7 @@ def _times(factor: ir.Value) -> tuple[ir.Value, ir.Value] | None:
 
 
 def check_mean(mean: ir.Node, x: ir.Value) -> None:
-    """Raise Declined unless a mean is over the last axis of ``x`` and keeps it."""
+    """Raise Refused unless a mean is over the last axis of ``x`` and keeps it."""
     axes, keeps = axes_of(mean), mean.attributes.get("keepdims")
     if axes not in ([-1], [(rank_of(x) or 0) - 1]):
         raise Refused(f"its mean is over axes {axes}, not the last one", mean)
@@ -87,25 +87,25 @@ def check_mean(mean: ir.Node, x: ir.Value) -> None:
 
 
 def check_rank(result: ir.Value, x: ir.Value) -> None:
-    """Raise Declined if a computation gives its result more axes than it was given: constants of one entry may."""
+    """Raise Refused if a result has more axes than its input, as a constant of one entry may cause."""
     ranks = rank_of(result), rank_of(x)
     if None not in ranks and ranks[0] != ranks[1]:
         raise Refused(f"its constants make {ranks[0]} axes of {ranks[1]}", result)
 
 
 def check_vector(name: str, vector: ir.Value, x: ir.Value) -> None:
-    """Raise Declined unless a scale or bias has one number for each entry of the last axis of ``x``.
+    """Raise Refused unless a scale or bias is a vector of the size of the last axis of ``x``.
 
-    Another size is spread by a Mul or an Add (one number over all, or a line over what is one entry wide), which the
-    operators of the standard do not promise, and runtimes do not do.
+    Mul and Add broadcast other sizes (a scalar, or a vector over an axis of size 1). The standard's operators do not
+    guarantee it, and runtimes do not support it.
     """
     size = 0 if vector.shape is None or len(vector.shape) != 1 else vector.shape[0]
     if vector.shape is None or len(vector.shape) != 1:
         raise Refused(f"its {name} is not of one dimension", vector)
     width = x.shape[-1] if x.shape is not None and len(x.shape) else None
     if not isinstance(width, int) or size != width:
-        known = width if isinstance(width, int) else "an unknown number of"
-        raise Refused(f"its {name} has {size} entries, the axis {known}", vector)
+        expected = width if isinstance(width, int) else "an unknown number of"
+        raise Refused(f"its {name} has {size} entries, the axis {expected}", vector)
 
 
 def axes_of(reduction: ir.Node) -> list[int] | None:
@@ -119,7 +119,7 @@ def axes_of(reduction: ir.Node) -> list[int] | None:
 
 @dataclass(frozen=True)
 class Cut:
-    """A slice along one axis by constants, or one of the parts of a Split."""
+    """A slice along one axis by constants, or one of the outputs of a Split."""
 
     source: ir.Value
     axis: int
@@ -128,17 +128,17 @@ class Cut:
     step: int
 
     def along_last(self, other: Cut) -> bool:
-        """Whether both cut the last axis."""
+        """True if both slices are along the last axis."""
         last = (rank_of(self.source) or 0) - 1
         return all(cut.axis == -1 or cut.axis == last for cut in (self, other))
 
     def reaches(self, size: int) -> bool:
-        """Whether the slice ends where an axis of this size does."""
+        """True if the slice ends at the end of an axis of this size."""
         return self.end >= size
 
 
 def slice_of(value: ir.Value | None) -> Cut | None:
-    """What ``value`` was cut from and where, if by constants that count from the front."""
+    """The source and range of a slice by constants that count from the front, or None."""
     node = producer_of(value, "Slice", "Split")
     if node is None or value is None or node.inputs[0] is None:
         return None
@@ -148,8 +148,9 @@ def slice_of(value: ir.Value | None) -> Cut | None:
     if len(numbers) < 3 or any(number is None or number.size != 1 for number in numbers):
         return None
     start, end, axis, *step = (int(number.reshape(())) for number in numbers if number is not None)
-    known = start >= 0 and end >= 0
-    return Cut(node.inputs[0], axis, start, end, step[0] if step else 1) if known else None
+    # Negative bounds depend on the size of the axis, which may be dynamic.
+    from_front = start >= 0 and end >= 0
+    return Cut(node.inputs[0], axis, start, end, step[0] if step else 1) if from_front else None
 
 
 def _part_of(split: ir.Node, value: ir.Value) -> Cut | None:
@@ -159,5 +160,6 @@ def _part_of(split: ir.Node, value: ir.Value) -> Cut | None:
     index = next(i for i, part in enumerate(split.outputs) if part is value)
     if split.inputs[0] is None or not all(isinstance(width, int) for width in widths):
         return None
+    # Bounds of a part are the sums of the widths before it.
     numbers = [int(width) for width in widths if isinstance(width, int)]
     return Cut(split.inputs[0], position, sum(numbers[:index]), sum(numbers[: index + 1]), 1)

@@ -29,7 +29,7 @@ _RANK = 4
 
 @dataclass(frozen=True)
 class Scaled:
-    """A value without the constant factors that were multiplied to it, and their product."""
+    """A value without its constant factors, and their product."""
 
     value: ir.Value
     factor: float = 1.0
@@ -37,7 +37,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Turned:
-    """Keys before they were transposed, and the permutation that brings them to (batch, heads, keys, size)."""
+    """Keys before their transposition, and the permutation to (batch, heads, keys, size)."""
 
     source: ir.Value
     perm: tuple[int, ...]
@@ -45,28 +45,28 @@ class Turned:
 
 @dataclass(frozen=True)
 class Attention:
-    """A match: the softmax, the product with the values behind it, and what is known of the scores before it."""
+    """A match: the softmax, the MatMul with the values, and the structure of the scores."""
 
     softmax: ir.Node
     probabilities: ir.Value
     product: ir.Node
     scores: Scores | None
-    """None if they are not one product of two matrices."""
+    """Structure of the scores; None if they are not one MatMul of two matrices."""
     guarded: bool
-    """Whether zeros stand where the softmax is NaN."""
+    """True if NaN of the softmax is replaced by zeros."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a softmax is taken of: the product of queries and keys, scaled, capped, and whatever is added to it."""
+    """The argument of a softmax: the MatMul of queries and keys, scaled, capped, and the added masks."""
 
     query: ir.Value
     key: Turned | None
-    """Where the transposed keys come from; None if nothing is known to transpose them."""
+    """The keys before their transposition; None if no transposition is known."""
     transposed: ir.Value
     scale: float
     softcap: float
-    """Bound that a tangent keeps the scaled product within; 0 for none."""
+    """Cap of the scaled scores by tanh; 0 for none."""
     masks: tuple[ir.Value, ...]
 
 
@@ -79,19 +79,21 @@ class FuseAttention(RewritePass[Attention]):
     since: ClassVar[int] = 23
 
     def pattern(self, node: ir.Node) -> Attention | None:
-        """A softmax whose result is multiplied, from the left, with a matrix."""
+        """A softmax whose result is the left operand of a MatMul."""
         probabilities = _guarded(node.outputs[0])
         readers = [use.node for use in probabilities.uses() if use.node.op_type == "MatMul" and use.idx == 0]
         scores = None if node.inputs[0] is None else _scores(node.inputs[0])
         if not readers and _flattened(probabilities):
             raise NearMiss("its probabilities are reshaped before they meet the values", probabilities)
+        # A constant right operand is the softmax of a classifier or a router, not attention.
         if not readers and scores is not None and scores.transposed.const_value is None:
             raise NearMiss("its probabilities are not multiplied, from the left, with a matrix", probabilities)
         guarded = probabilities is not node.outputs[0]
         return Attention(node, probabilities, readers[0], scores, guarded) if readers else None
 
     def check(self, match: Attention) -> None:
-        """Four dimensions, softmax and transposition over the last ones, and nobody else who reads inside."""
+        """Check for four dimensions, softmax and transposition over the last ones, and no other readers inside."""
+        # A legalization decomposed it: a second run of the pipeline must not undo that.
         if SPELLED_OUT in match.softmax.metadata_props:
             raise Refused(f"{match.softmax.metadata_props[SPELLED_OUT]} spelled it out", match.softmax)
         axis = match.softmax.attributes.get("axis")
@@ -108,6 +110,7 @@ class FuseAttention(RewritePass[Attention]):
             raise Refused(f"its keys have rank {rank}, attention is written for {_RANK}", match.scores.transposed)
         if match.scores.masks and _type_of(match.scores) is None:
             raise Refused("the type of its mask is not known", match.scores.masks[0])
+        # No CPU runtime broadcasts a mask along the keys.
         if match.scores.masks and all(map(_is_narrow, match.scores.masks)):
             raise Refused("its mask is one number for all keys", match.scores.masks[0])
         for name, value in (("queries", match.scores.query), ("values", match.product.inputs[1])):
@@ -118,7 +121,7 @@ class FuseAttention(RewritePass[Attention]):
         _check_spread(match, match.scores.query, match.scores.key)
 
     def rewrite(self, match: Attention) -> tuple[ir.Value, list[ir.Node]]:
-        """Keys the right way round, one mask with a row for each query, and one node."""
+        """Build keys in the operator's layout, one mask with a row per query, and one node."""
         if match.scores is None or match.scores.key is None:
             raise ValueError("rewrite needs a match that was checked")
         key, nodes = _keys(match.scores.key)
@@ -134,7 +137,7 @@ class FuseAttention(RewritePass[Attention]):
 
 
 def _check_spread(match: Attention, query: ir.Value, key: Turned) -> None:
-    """Raise Declined if texts or heads of one operand are repeated for another: a MatMul does that, attention does not.
+    """Raise Refused if batch or heads of one operand are broadcast: a MatMul does so, Attention does not.
 
     One head of keys and values may serve all queries.
     """
@@ -147,15 +150,16 @@ def _check_spread(match: Attention, query: ir.Value, key: Turned) -> None:
     ]
     for axis, what in enumerate(("texts", "heads")):
         sizes = [shape[axis] if len(shape) == _RANK else None for shape in shapes]
+        # Multi-query attention: the operator itself shares one head among all queries.
         if what == "heads" and sizes[1] == sizes[2] == 1:
             sizes = [sizes[0], sizes[3]]
-        known = {size for size in sizes if size is not None}
-        if len(known) > 1 and (1 in known or len({size for size in known if isinstance(size, int)}) > 1):
+        distinct = {size for size in sizes if size is not None}
+        if len(distinct) > 1 and (1 in distinct or len({size for size in distinct if isinstance(size, int)}) > 1):
             raise Refused(f"its {what} are repeated along axis {axis}", match.softmax)
 
 
 def _guarded(probabilities: ir.Value) -> ir.Value:
-    """What `Where(IsNaN(p), 0, p)` makes of p, or p itself."""
+    """The value after the guard `Where(IsNaN(p), 0, p)`, or p itself."""
     for user in [use.node for use in probabilities.uses()]:
         test = used_by(user.outputs[0], "Where") if user.op_type == "IsNaN" else None
         if test is not None and test.inputs[2] is probabilities and scalar_of(test.inputs[1]) == 0.0:
@@ -164,13 +168,13 @@ def _guarded(probabilities: ir.Value) -> ir.Value:
 
 
 def _flattened(probabilities: ir.Value) -> bool:
-    """Whether heads and texts are put into one axis in front of the product with the values."""
+    """True if batch and heads are merged into one axis before the MatMul with the values."""
     reshape = used_by(probabilities, "Reshape")
     return reshape is not None and used_by(reshape.outputs[0], "MatMul") is not None
 
 
 def _scores(value: ir.Value) -> Scores | None:
-    """Queries, keys, scale and masks of the argument of a softmax; None if it is not one product and other terms."""
+    """Queries, keys, scale and masks of the argument of a softmax; None for other sums."""
     terms = _terms(value)
     products = [term for term in terms if producer_of(_uncapped(term)[0].value, "MatMul") is not None]
     scaled, softcap = _uncapped(products[0]) if len(products) == 1 else (None, 0.0)
@@ -184,18 +188,18 @@ def _scores(value: ir.Value) -> Scores | None:
 
 
 def _is_narrow(mask: ir.Value) -> bool:
-    """Whether a mask is repeated along the keys, which runtimes do not do (one whose shape is not known may be not)."""
+    """True if a mask is broadcast along the keys, which runtimes do not support (an unknown shape may not be)."""
     return mask.shape is not None and (len(mask.shape) == 0 or mask.shape[-1] == 1)
 
 
 def _type_of(scores: Scores) -> ir.DataType | None:
-    """The type of the masks, which is that of the queries."""
+    """The type of the masks, equal to that of the queries."""
     types = (value.dtype for value in (*scores.masks, scores.query, scores.transposed))
     return next((dtype for dtype in types if dtype is not None), None)
 
 
 def _sum(scores: Scores) -> tuple[ir.Value, list[ir.Node]]:
-    """One mask, and the additions that make it of several (a relative bias and a padding mask, say)."""
+    """One mask, and the additions that combine several (a relative bias and a padding mask, for example)."""
     total, nodes = scores.masks[0], []
     dtype = _type_of(scores)
     for mask in scores.masks[1:]:
@@ -207,9 +211,9 @@ def _sum(scores: Scores) -> tuple[ir.Value, list[ir.Node]]:
 
 
 def _as_written(mask: ir.Value, held: MaskValues, guarded: bool) -> tuple[ir.Value, list[ir.Node]]:
-    """The mask with which Attention gives what the softmax gave for a row that sees no key (see `_mask_values`).
+    """The mask with which Attention equals the softmax for fully masked rows (see `_mask_values`).
 
-    The lowest number becomes the next one, and a row of minus infinity that nothing guards becomes NaN.
+    The lowest number becomes the next one, and an unguarded row of minus infinity becomes NaN.
     """
     if mask.dtype is None:
         raise ValueError("rewrite needs a match that was checked")
@@ -230,14 +234,14 @@ def _as_written(mask: ir.Value, held: MaskValues, guarded: bool) -> tuple[ir.Val
 
 
 def _terms(value: ir.Value) -> list[ir.Value]:
-    """The terms of a sum, however its additions are nested; a product of numbers is one term."""
+    """The terms of a sum of any nesting; a product with a number is one term."""
     add = producer_of(value, "Add")
     operands = [] if add is None else [operand for operand in add.inputs if operand is not None]
     return [term for operand in operands for term in _terms(operand)] if operands else [value]
 
 
 def _unscaled(value: ir.Value) -> Scaled:
-    """Strip products and quotients with one number off a value that nobody else reads."""
+    """Remove factors and divisors that are numbers from a value with no other readers."""
     factor = 1.0
     while (node := producer_of(value, "Mul", "Div")) is not None:
         left, right = node.inputs[0], node.inputs[1]
@@ -252,7 +256,7 @@ def _unscaled(value: ir.Value) -> Scaled:
 
 
 def _uncapped(value: ir.Value) -> tuple[Scaled, float]:
-    """x · scale of cap · tanh(x · scale / cap), and the cap; or what is scaled without one, and 0."""
+    """The source x · scale of cap · tanh(x · scale / cap), and the cap; without a cap the value itself, and 0."""
     outer = _unscaled(value)
     tangent = producer_of(outer.value, "Tanh")
     if tangent is None or tangent.inputs[0] is None:
@@ -262,7 +266,7 @@ def _uncapped(value: ir.Value) -> tuple[Scaled, float]:
 
 
 def _turned_key(value: ir.Value) -> Turned | None:
-    """What was transposed to ``value``: by one Transpose, or flattened to rank three, transposed and put back."""
+    """The source of a transposed value: by one Transpose, or flattened to rank three, transposed and reshaped."""
     transpose = producer_of(value, "Transpose")
     if transpose is not None:
         perm = transpose.attributes.get("perm")
@@ -277,9 +281,10 @@ def _turned_key(value: ir.Value) -> Turned | None:
     source = None if inner is None else inner.inputs[0]
     if outer is None or middle is None or inner is None or source is None or outer.graph is None:
         return None
-    known = PropagatedInts.through(outer.graph)
-    dims, flat, back = dims_of(source.shape), known.entries(inner.inputs[1]), known.entries(outer.inputs[1])
+    ints = PropagatedInts.through(outer.graph)
+    dims, flat, back = dims_of(source.shape), ints.entries(inner.inputs[1]), ints.entries(outer.inputs[1])
     swaps = middle.attributes.get("perm")
+    # torch.bmm flattens batch and heads first; the reshapes must restore exactly these axes.
     plain = swaps is not None and list(swaps.as_ints()) == [0, 2, 1] and None not in dims and len(dims) == _RANK
     if plain and flat == [-1, *dims[2:]] and back == [*dims[:2], dims[3], dims[2]]:
         return Turned(source, tuple(range(_RANK)))

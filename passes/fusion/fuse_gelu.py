@@ -25,7 +25,7 @@ _CUBE = 0.044715
 
 @dataclass(frozen=True)
 class Gelu:
-    """A match: the input, the product that ends the computation, and the approximation."""
+    """A match: the input, the final Mul, and the approximation."""
 
     x: ir.Value
     result: ir.Value
@@ -41,11 +41,12 @@ class FuseGelu(RewritePass[Gelu]):
     since: ClassVar[int] = 20
 
     def pattern(self, node: ir.Node) -> Gelu | None:
-        """From `1 + erf(…)` or `1 + tanh(…)` look inside for x, and outside for the product with x and ½."""
+        """Match from `1 + erf(…)` or `1 + tanh(…)`: inside for x, outside for the product with x and ½."""
         inner = next((value for value, number in with_constant(node) if number == 1.0), None)
         curve = producer_of(inner, "Erf", "Tanh")
         if curve is None:
             return None
+        # Several values may match x (x·x·x has many factors); the outer product decides.
         arguments = list(_erf_arguments(curve) if curve.op_type == "Erf" else _tanh_arguments(curve))
         kind = "none" if curve.op_type == "Erf" else "tanh"
         for x in arguments:
@@ -57,13 +58,13 @@ class FuseGelu(RewritePass[Gelu]):
         raise NearMiss("the argument of its curve is none of a Gelu", curve.inputs[0])
 
     def check(self, match: Gelu) -> None:
-        """The operator takes floating-point numbers only, and gives as many axes as it takes."""
+        """Check that the type is floating point, and that the rank does not change."""
         check_rank(match.result, match.x)
         if match.x.dtype is not None and not match.x.dtype.is_floating_point():
             raise Refused(f"Gelu is not defined for {match.x.dtype}", match.x)
 
     def rewrite(self, match: Gelu) -> tuple[ir.Value, list[ir.Node]]:
-        """One node."""
+        """Build one node."""
         return match.result, [ir.node("Gelu", [match.x], {"approximate": match.approximate})]
 
 
@@ -85,28 +86,32 @@ def _erf_arguments(curve: ir.Node) -> Iterator[ir.Value]:
 
 
 def _tanh_arguments(curve: ir.Node) -> Iterator[ir.Value]:
-    """x of tanh(√(2/π) · (x + 0.044715 · x³)), in whatever order sums and products are taken."""
+    """x of tanh(√(2/π) · (x + 0.044715 · x³)), for any order of sums and products."""
     slope = math.sqrt(2 / math.pi)
     wanted = (0.0, slope, 0.0, slope * _CUBE)
     for x in _below(curve.inputs[0]):
-        found = _polynomial(curve.inputs[0], x)
-        if found is not None and all(_near(a, b) if b else a == 0.0 for a, b in zip(found, wanted, strict=True)):
+        coefficients = _polynomial(curve.inputs[0], x)
+        if coefficients is None:
+            continue
+        # A coefficient of zero must be exact: a small one is a term of another function.
+        if all(_near(a, b) if b else a == 0.0 for a, b in zip(coefficients, wanted, strict=True)):
             yield x
 
 
 def _below(value: ir.Value | None, depth: int = 5) -> list[ir.Value]:
-    """The values that sums, products and powers are taken of, nearest first, each once."""
+    """The operands of sums, products and powers, nearest first, each once."""
     node = producer_of(value, "Add", "Mul", "Pow")
     inputs = [v for v in (() if node is None or depth == 0 else node.inputs) if v is not None and scalar_of(v) is None]
-    deeper = [found for v in inputs for found in _below(v, depth - 1)]
-    return list({id(found): found for found in (*inputs, *deeper)}.values())
+    deeper = [operand for v in inputs for operand in _below(v, depth - 1)]
+    # Each once: x³ has the same operand several times.
+    return list({id(operand): operand for operand in (*inputs, *deeper)}.values())
 
 
 _Coefficients = tuple[float, float, float, float]
 
 
 def _polynomial(value: ir.Value | None, x: ir.Value) -> _Coefficients | None:
-    """Coefficients of 1, x, x² and x³ in ``value``; None if it is no polynomial of x of that degree."""
+    """Coefficients of 1, x, x² and x³ in ``value``; None if it is no such polynomial."""
     if value is x:
         return (0.0, 1.0, 0.0, 0.0)
     number = scalar_of(value)
@@ -126,18 +131,19 @@ def _polynomial(value: ir.Value | None, x: ir.Value) -> _Coefficients | None:
 
 
 def _times(left: _Coefficients, right: _Coefficients | None) -> _Coefficients | None:
-    """The product, if it is of degree three at most."""
+    """The product of two polynomials, if its degree is at most three."""
     if right is None:
         return None
-    found = [0.0] * 7
+    product = [0.0] * 7
     for i, a in enumerate(left):
         for j, b in enumerate(right):
-            found[i + j] += a * b
-    return None if any(found[4:]) else (found[0], found[1], found[2], found[3])
+            product[i + j] += a * b
+    # Degrees above three occur in no Gelu.
+    return None if any(product[4:]) else (product[0], product[1], product[2], product[3])
 
 
 def _product(curve: ir.Value, x: ir.Value) -> ir.Value | None:
-    """The value x · ½ · curve, whichever two factors were multiplied first."""
+    """The value x · ½ · curve, for any order of the factors."""
     first = used_by(curve, "Mul")
     if first is None:
         return None

@@ -31,7 +31,7 @@ from planish.passes.fusion._match import (
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """A match: operands, the value that ends the computation, and the two means that must be over the last axis."""
+    """A match: operands, the final value, and the two means, which must be over the last axis."""
 
     x: ir.Value
     scale: ir.Value
@@ -50,7 +50,7 @@ class FuseLayerNorm(RewritePass[LayerNorm]):
     since: ClassVar[int] = 17
 
     def pattern(self, node: ir.Node) -> LayerNorm | None:
-        """From the square root look inside for the variance of x, and outside for scale and bias."""
+        """Match from the square root: inside for the variance of x, outside for scale and bias."""
         for variance, epsilon in with_constant(producer_of(node.inputs[0], "Add")):
             outer = producer_of(variance, "ReduceMean")
             for deviation in squared(None if outer is None else outer.inputs[0]):
@@ -60,14 +60,14 @@ class FuseLayerNorm(RewritePass[LayerNorm]):
                 quotient = quotient_by(node.outputs[0])
                 if quotient is None or not _same(quotient[0], deviation):
                     raise NearMiss("its deviation is not what is divided by the root", node.outputs[0])
-                found = _affine(quotient[1])
-                if found is None:
+                affine = _affine(quotient[1])
+                if affine is None:
                     raise NearMiss("its quotient has no constant scale", quotient[1])
-                return LayerNorm(inner.inputs[0], found[0], found[1], epsilon, (inner, outer), found[2])
+                return LayerNorm(inner.inputs[0], affine[0], affine[1], epsilon, (inner, outer), affine[2])
         return None
 
     def check(self, match: LayerNorm) -> None:
-        """Means over the last axis that keep it; a scale and a bias of one dimension."""
+        """Check for means over the last axis that keep it, and scale and bias of rank one."""
         for mean in match.means:
             check_mean(mean, match.x)
         check_rank(match.result, match.x)
@@ -76,7 +76,7 @@ class FuseLayerNorm(RewritePass[LayerNorm]):
                 check_vector(name, value, match.x)
 
     def rewrite(self, match: LayerNorm) -> tuple[ir.Value, list[ir.Node]]:
-        """One node."""
+        """Build one node."""
         inputs = [match.x, match.scale] + ([match.bias] if match.bias is not None else [])
         return match.result, [ir.node("LayerNormalization", inputs, {"axis": -1, "epsilon": match.epsilon})]
 
@@ -89,13 +89,13 @@ def _mean_of(deviation: ir.Value) -> ir.Node | None:
 
 
 def _same(one: ir.Value, other: ir.Value) -> bool:
-    """Whether two deviations are one value, or two subtractions of the same operands."""
+    """True if two deviations are one value, or two subtractions of the same operands."""
     left, right = producer_of(one, "Sub"), producer_of(other, "Sub")
     return one is other or (left is not None and right is not None and list(left.inputs) == list(right.inputs))
 
 
 def _affine(quotient: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value] | None:
-    """Scale, bias and result of quotient · scale + bias; the bias may be missing."""
+    """Scale, bias and result of quotient · scale + bias; the bias is optional."""
     product = used_by(quotient, "Mul")
     scale = None if product is None else other_operand(product, quotient)
     if product is None or scale is None or not is_plain_constant(scale):

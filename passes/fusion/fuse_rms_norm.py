@@ -32,7 +32,7 @@ from planish.passes.fusion._match import (
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """A match: operands, the value that ends the computation, and the mean that must be over the last axis."""
+    """A match: operands, the final value, and the mean, which must be over the last axis."""
 
     x: ir.Value
     scale: ir.Value | None
@@ -44,25 +44,25 @@ class RmsNorm:
 
 @dataclass(frozen=True)
 class FuseRmsNorm(RewritePass[RmsNorm]):
-    """Fuse x / √(mean(x²) + ε) · scale over the last axis, the quotient as exporters write it."""
+    """Fuse x / √(mean(x²) + ε) · scale over the last axis, for every exported form of the quotient."""
 
     name: ClassVar[str] = "fuse-rms-norm"
     root: ClassVar[str] = "ReduceMean"
     since: ClassVar[int] = 23
 
     def pattern(self, node: ir.Node) -> RmsNorm | None:
-        """From the mean of squares look back for x, and ahead for the quotient and its scale."""
+        """Match from the mean of squares: inside for x, outside for the quotient and its scale."""
         for x in squared(node.inputs[0]):
             for root, epsilon in _roots(node.outputs[0]):
-                found = quotient_by(root)
-                if found is None or found[0] is not x:
+                quotient = quotient_by(root)
+                if quotient is None or quotient[0] is not x:
                     raise NearMiss("what is divided by the root is not what was squared", root)
-                scale, result = _scaled(found[1])
-                return RmsNorm(x, scale, epsilon, node, found[1], result)
+                scale, result = _scaled(quotient[1])
+                return RmsNorm(x, scale, epsilon, node, quotient[1], result)
         return None
 
     def check(self, match: RmsNorm) -> None:
-        """A mean over the last axis that keeps it, and a constant scale of one dimension."""
+        """Check for a mean over the last axis that keeps it, and a constant scale of rank one."""
         check_mean(match.mean, match.x)
         check_rank(match.result, match.x)
         if match.scale is None:
@@ -72,7 +72,7 @@ class FuseRmsNorm(RewritePass[RmsNorm]):
             raise Refused(f"its scale is {match.scale.dtype}, what it scales is {match.x.dtype}", match.scale)
 
     def rewrite(self, match: RmsNorm) -> tuple[ir.Value, list[ir.Node]]:
-        """One node."""
+        """Build one node."""
         attributes = {"axis": -1, "epsilon": match.epsilon}
         return match.result, [ir.node("RMSNormalization", [match.x, match.scale], attributes)]
 
@@ -87,7 +87,7 @@ def _roots(mean: ir.Value) -> Iterator[tuple[ir.Value, float]]:
 
 
 def _scaled(normalized: ir.Value) -> tuple[ir.Value | None, ir.Value]:
-    """The scale of one dimension and what it gives; no scale, and the quotient itself, if there is none."""
+    """The scale of rank one and the result; without a scale, the quotient itself."""
     product = used_by(normalized, "Mul")
     scale = None if product is None else other_operand(product, normalized)
     if product is None or scale is None or not is_plain_constant(scale) or rank_of(scale) != 1:

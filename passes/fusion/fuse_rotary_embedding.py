@@ -24,22 +24,22 @@ from planish.optimizer.ir.graph import constant_of, producer_of, rank_of
 from planish.passes.fusion._match import other_operand, slice_of, used_by, with_constant
 
 _HEADS = {1: False, 2: True}
-"""Axis along which angles are repeated over the heads -> whether heads stand behind the sequence."""
+"""Axis on which angles get the heads axis -> True if heads follow the sequence."""
 
 
 @dataclass(frozen=True)
 class Angles:
-    """Cosines or sines: (batch, sequence, angles), the axis that was added for the heads, and how they were doubled."""
+    """Cosines or sines: (batch, sequence, angles), the added heads axis, and the form of their duplication."""
 
     value: ir.Value
     axis: int | None
     doubled: bool
-    """Whether each angle stands in both halves of the last axis (True), or once (False: pairs were made of them)."""
+    """True if each angle is in both halves of the last axis; False if it is there once (pairs)."""
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """A match: what is rotated, its angles, and the value that ends the computation."""
+    """A match: the rotated value, its angles, and the final value."""
 
     x: ir.Value
     cos: Angles | None
@@ -48,29 +48,30 @@ class Rotary:
     """Number of angles of one head."""
     interleaved: bool
     rest: ir.Value | None
-    """The features that are not rotated, put behind the others again; None if all are."""
+    """The features that are not rotated, concatenated afterwards; None if all are rotated."""
     source: ir.Value
-    """What `x` and `rest` were cut from, or `x`."""
+    """The source of `x` and `rest`, or `x`."""
     result: ir.Value
 
 
 @dataclass(frozen=True)
 class FuseRotaryEmbedding(RewritePass[Rotary]):
-    """Fuse x · cos + rotated(x) · sin, whole or partial, halves or pairs."""
+    """Fuse x · cos + rotated(x) · sin: complete or partial, halves or pairs."""
 
     name: ClassVar[str] = "fuse-rotary-embedding"
     root: ClassVar[str] = "Add"
     since: ClassVar[int] = 23
 
     def pattern(self, node: ir.Node) -> Rotary | None:
-        """A sum of two products, one of them with what the other's factor is when it is rotated."""
+        """Match a sum of two products, in which one factor is the rotated form of another."""
         left, right = (producer_of(value, "Mul") for value in node.inputs)
+        # Operands of Add and Mul may be in either order.
         for plain, turned in ((left, right), (right, left)):
             for rotated in () if plain is None or turned is None else turned.inputs:
-                found = _rotated(rotated)
-                if found is None or plain is None or turned is None or rotated is None:
+                rotation = _rotated(rotated)
+                if rotation is None or plain is None or turned is None or rotated is None:
                     continue
-                x, half, interleaved = found
+                x, half, interleaved = rotation
                 cos, sin = other_operand(plain, x), other_operand(turned, rotated)
                 if cos is None or sin is None:
                     raise NearMiss("what is rotated is not what is multiplied beside it", x)
@@ -80,7 +81,7 @@ class FuseRotaryEmbedding(RewritePass[Rotary]):
         return None
 
     def check(self, match: Rotary) -> None:
-        """Angles of equal halves, one axis for the heads, and one row of them for each text."""
+        """Check for equal halves of angles, one heads axis, and one row of angles per text."""
         if match.x.shape is None or len(match.x.shape) != 4 or match.x.shape[-1] != 2 * match.half:
             raise Refused(f"what is rotated is not of four dimensions, the last {2 * match.half}", match.x)
         if match.cos is None or match.sin is None:
@@ -92,11 +93,12 @@ class FuseRotaryEmbedding(RewritePass[Rotary]):
         sequence = match.x.shape[1 if _HEADS[match.cos.axis] else 2]
         for angles in (match.cos.value, match.sin.value):
             texts, tokens = (None, None) if angles.shape is None else angles.shape[:2]
+            # The operator requires one row of angles per token and broadcasts neither axis.
             if (tokens == 1 and sequence != 1) or (match.x.shape[0] == 1 and texts is not None and texts != 1):
                 raise Refused("its angles are repeated along the tokens, or what is rotated along the texts", angles)
 
     def rewrite(self, match: Rotary) -> tuple[ir.Value, list[ir.Node]]:
-        """Each angle once, one row of them for each text, heads before the sequence, and one node."""
+        """Build one node with each angle once, one row per text, and heads before the sequence."""
         if match.cos is None or match.sin is None:
             raise ValueError("rewrite needs a match that was checked")
         nodes: list[ir.Node] = []
@@ -112,7 +114,7 @@ class FuseRotaryEmbedding(RewritePass[Rotary]):
 
 
 def _rotated(value: ir.Value | None) -> tuple[ir.Value, int, bool] | None:
-    """x of (-second, first), the number of angles, and whether these are pairs instead of halves."""
+    """x of (-second, first), the number of angles, and True for pairs instead of halves."""
     halves = producer_of(value, "Concat")
     if halves is not None:
         return _rotated_halves(halves)
@@ -133,7 +135,7 @@ def _rotated_halves(concat: ir.Node) -> tuple[ir.Value, int, bool] | None:
 
 
 def _rotated_pairs(concat: ir.Node) -> tuple[ir.Value, int, bool] | None:
-    """Of (-odd, even), each with an axis more at the end."""
+    """x of (-odd, even), each with an additional last axis."""
     if len(concat.inputs) != 2 or not _is_last(concat.attributes["axis"].as_int(), concat):
         return None
     raised = [producer_of(value, "Unsqueeze") for value in concat.inputs]
@@ -153,7 +155,7 @@ def _is_last(axis: int, node: ir.Node) -> bool:
 
 
 def _partial(x: ir.Value, rotated: ir.Value, size: int) -> tuple[ir.Value | None, ir.Value, ir.Value]:
-    """The features behind the rotated ones, what both were cut from, and the value that holds both again."""
+    """The features after the rotated ones, the source of both, and the value that concatenates them."""
     concat = used_by(rotated, "Concat")
     if concat is None or len(concat.inputs) != 2 or concat.inputs[0] is not rotated:
         return None, x, rotated
@@ -169,7 +171,7 @@ def _partial(x: ir.Value, rotated: ir.Value, size: int) -> tuple[ir.Value | None
 
 
 def _angles(value: ir.Value, interleaved: bool) -> Angles | None:
-    """Cosines or sines without the axis for the heads; None if they are not seen to be doubled."""
+    """Cosines or sines without the heads axis; None if no duplication is found."""
     if interleaved:
         return _repeated(value)
     raised = producer_of(value, "Unsqueeze")
@@ -181,7 +183,7 @@ def _angles(value: ir.Value, interleaved: bool) -> Angles | None:
 
 
 def _mirrored(value: ir.Value | None) -> bool:
-    """Whether both halves of the last axis hold the same numbers: followed back to where they were put together."""
+    """True if both halves of the last axis are equal, traced back to their Concat."""
     node = producer_of(value, "Cos", "Sin", "Cast", "Identity", "Mul", "Concat", "Gather")
     if node is None:
         array = constant_of(value, limit=1 << 24)
@@ -208,7 +210,7 @@ def _equal_halves(array: np.ndarray) -> bool:
 
 
 def _repeated(value: ir.Value) -> Angles | None:
-    """Angles of which each was written twice in a row: an axis more at the end, repeated, and flattened."""
+    """The source of angles that were repeated in pairs: an additional last axis, expanded, and flattened."""
     joined = producer_of(value, "Reshape")
     paired = producer_of(None if joined is None else joined.inputs[0], "Expand", "Tile")
     raised = producer_of(None if paired is None else paired.inputs[0], "Unsqueeze")
@@ -216,6 +218,7 @@ def _repeated(value: ir.Value) -> Angles | None:
     if raised is None or before is None or between is None or after is None or len(before) != len(after) + 1:
         return None
     once = before[-2]
+    # Repetition in place: (a) -> (a, 1) -> (a, 2) -> (2a).
     doubles = isinstance(once, int) and after[-1] == 2 * once and (before[-1], between[-1]) == (1, 2)
     source, axes = _raised_along(raised)
     inner = [axis for axis in axes if axis not in (-1, len(after))]
@@ -223,18 +226,18 @@ def _repeated(value: ir.Value) -> Angles | None:
 
 
 def _raised_along(node: ir.Node) -> tuple[ir.Value | None, list[int]]:
-    """What one or two Unsqueezes in a row were made of, and the axes that they added."""
+    """The source of one or two Unsqueezes, and the axes that they add."""
     axes = constant_of(node.inputs[1])
-    found = [] if axes is None else [int(axis) for axis in axes.reshape(-1)]
-    inner = producer_of(node.inputs[0], "Unsqueeze") if len(found) == 1 else None
+    added = [] if axes is None else [int(axis) for axis in axes.reshape(-1)]
+    inner = producer_of(node.inputs[0], "Unsqueeze") if len(added) == 1 else None
     if inner is None:
-        return node.inputs[0], found
+        return node.inputs[0], added
     more = constant_of(inner.inputs[1])
-    return inner.inputs[0], [*([] if more is None else [int(axis) for axis in more.reshape(-1)]), *found]
+    return inner.inputs[0], [*([] if more is None else [int(axis) for axis in more.reshape(-1)]), *added]
 
 
 def _once(angles: Angles, half: int, nodes: list[ir.Node]) -> ir.Value:
-    """Each angle once."""
+    """Take each angle once."""
     if not angles.doubled:
         return angles.value
     bounds = [_integers(nodes, [number]) for number in (0, half, -1)]
@@ -245,7 +248,8 @@ def _once(angles: Angles, half: int, nodes: list[ir.Node]) -> ir.Value:
 
 
 def _rows(x: ir.Value, angles: ir.Value, nodes: list[ir.Node]) -> ir.Value:
-    """Angles with a row for each text: positions that all texts share are written out."""
+    """Expand angles to a row per text, for positions that all texts share."""
+    # RotaryEmbedding does not broadcast cos and sin over the batch.
     if x.shape is not None and angles.shape is not None and x.shape[0] == angles.shape[0]:
         return angles
     batch = ir.node("Shape", [x], {"start": 0, "end": 1})
@@ -255,7 +259,7 @@ def _rows(x: ir.Value, angles: ir.Value, nodes: list[ir.Node]) -> ir.Value:
 
 
 def _swapped(x: ir.Value, nodes: list[ir.Node]) -> ir.Value:
-    """Heads and sequence in the other order."""
+    """Swap heads and sequence."""
     nodes.append(ir.node("Transpose", [x], {"perm": [0, 2, 1, 3]}))
     return nodes[-1].outputs[0]
 

@@ -22,7 +22,7 @@ from planish.optimizer.ir.lazy_tensors import lazy
 
 @dataclass(frozen=True)
 class Projection:
-    """One product with a constant matrix, and the addition of its bias."""
+    """A MatMul with a constant matrix, and the addition of its bias."""
 
     product: ir.Node
     addition: ir.Node
@@ -37,9 +37,9 @@ class Projection:
 
 @dataclass(frozen=True)
 class PackProjections(Pass):
-    """Put the matrices of products that read one activation side by side, biases as well.
+    """Concatenate the matrices of MatMuls that read one activation, and their biases.
 
-    Worth it where each product pays for more than its arithmetic: integer products share one rescaling of their rows.
+    Packing pays if each MatMul has overhead beside its arithmetic: integer MatMuls share one rescaling of their rows.
     """
 
     name: ClassVar[str] = "pack-projections"
@@ -52,7 +52,7 @@ class PackProjections(Pass):
             if node.op_type == "MatMul" and node.domain == "" and is_weight_matrix(node.inputs[1]):
                 by_input.setdefault(id(node.inputs[0]), []).append(node)
         for nodes in (nodes for nodes in by_input.values() if len(nodes) > 1):
-            group = [found for node in nodes if (found := _projection(node)) is not None]
+            group = [projection for node in nodes if (projection := _projection(node)) is not None]
             reason = _obstacle(nodes, group)
             if reason is not None:
                 result.refusals.append(Refusal.at(nodes[0], *reason))
@@ -71,18 +71,20 @@ def _projection(product: ir.Node) -> Projection | None:
     bias = addition.inputs[1] if addition.inputs[0] is product.outputs[0] else addition.inputs[0]
     if bias is None or bias.is_graph_input() or bias.const_value is None or _sizes(bias) != _sizes(weight)[1:]:
         return None
+    # A bias that is added in a branch of an If does not always apply.
     if addition.graph is not product.graph:
         return None
     return Projection(product, addition, weight, bias)
 
 
 def _obstacle(nodes: Sequence[ir.Node], group: Sequence[Projection]) -> tuple[str, ir.Value] | None:
-    """Why a group cannot be packed: a product without a bias of its own, a shared matrix, another type."""
+    """The reason why a group cannot be packed: a MatMul without its own bias, a shared matrix, another type."""
     packed = {id(projection.product) for projection in group}
     for node in nodes:
         if id(node) not in packed:
             return "one of the products has no constant bias of its own", node.outputs[0]
     for projection in group:
+        # Packing copies the matrix: a shared one would be stored twice.
         if len(list(projection.weight.uses())) > 1:
             return "one of the matrices is used elsewhere as well", projection.weight
         if projection.addition.outputs[0].is_graph_output():
@@ -115,21 +117,23 @@ def _pack(graph: ir.Graph, group: Sequence[Projection]) -> None:
         output.shape, output.type = old.shape, old.type
         ir.convenience.replace_all_uses_with(old, output)
         graph.remove([projection.addition, projection.product], safe=True)
+        # Values keep their names: other tools, and later runs, find them by name.
         output.name, old.name = old.name, None
     forget_unread(graph, [value for projection in group for value in (projection.weight, projection.bias)])
 
 
 def _joined(graph: ir.Graph, name: str, values: Sequence[ir.Value], axis: int) -> ir.Value:
-    """An initializer that holds constants side by side, put together when it is read."""
+    """An initializer of concatenated constants, concatenated when it is read."""
     tensors = [value.const_value for value in values if value.const_value is not None]
     shape = sizes_of(tensors[0])
     shape[axis] = sum(sizes_of(tensor)[axis] for tensor in tensors)
+    # Concatenated only when the file is written: large models never hold both copies.
     joined = lazy(lambda: np.concatenate([t.numpy() for t in tensors], axis), tensors[0].dtype, shape, name)
     return add_initializer(graph, name, joined)
 
 
 def _describe(group: Sequence[Projection], product: ir.Node, addition: ir.Node, width: int) -> None:
-    """Names, type, shape and source location of what was written."""
+    """Set names, type, shape and source location of new nodes."""
     old = group[0].product.outputs[0]
     for node in (product, addition):
         node.outputs[0].name = node.name

@@ -1,10 +1,10 @@
-"""Read a mask as it is where a graph gathers it entry by entry, in order.
+"""Read a mask directly, where a graph gathers it entry by entry in order.
 
 Before:  b = Range (0, batch, 1);  k = Range (0, keys, 1);  …;  i = Expand (b4, s);  j = Expand (k4, s)
          n = Concat <axis=-1> (i5, j5);  m = GatherND (mask, n)                       mask: [batch,keys]
 After:   m = Unsqueeze (mask, {1, 2})                                                 m: [batch,1,1,keys]
 
-So arrives what a program says of a mask by functions of places (`torch.vmap` over batch, heads, queries and keys).
+`torch.vmap` over batch, heads, queries and keys exports this form for masks that are functions of positions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PASSED_ON = ("Identity", "Cast", "Expand")
 
 @dataclass(frozen=True)
 class Walk:
-    """A match: what is gathered, by which node, and the axis of the result that each of its axes runs along."""
+    """A match: the gathered value, the GatherND, and the axis of the result for each of the value's axes."""
 
     data: ir.Value
     gather: ir.Node
@@ -43,20 +43,22 @@ class SimplifyMasks(RewritePass[Walk]):
     since: ClassVar[int] = 13
 
     def pattern(self, node: ir.Node) -> Walk | None:
-        """Each part of the joined indices must count along an axis."""
+        """Match joined indices, each of which must count along an axis."""
         joined, data = producer_of(node.inputs[1], "Concat"), node.inputs[0]
         rank, within = rank_of(data), node.attributes.get("batch_dims")
+        # One index per axis of the data: fewer would gather slices.
         if joined is None or data is None or len(joined.inputs) != rank or (within is not None and within.as_int()):
             return None
         axes = [_counted(part) for part in joined.inputs]
-        known = [axis for axis in axes if axis is not None]
-        return Walk(data, node, tuple(known)) if len(known) == len(axes) else None
+        counted = [axis for axis in axes if axis is not None]
+        return Walk(data, node, tuple(counted)) if len(counted) == len(axes) else None
 
     def check(self, match: Walk) -> None:
-        """All entries in order, none twice."""
+        """Check that all entries are taken in order, once."""
         data, result = match.data.shape, match.gather.outputs[0].shape
         if data is None or result is None:
             raise Refused("the shape of what it gathers is not known", match.gather.inputs[0])
+        # Another order is a transposition, which Unsqueeze cannot express.
         if list(match.axes) != sorted(set(match.axes)):
             raise Refused("its indices run along the axes in another order", match.gather.inputs[1])
         for dim, axis in zip(data, match.axes, strict=True):
@@ -67,7 +69,7 @@ class SimplifyMasks(RewritePass[Walk]):
             raise Refused("it repeats entries", match.gather.outputs[0])
 
     def rewrite(self, match: Walk) -> tuple[ir.Value, list[ir.Node]]:
-        """Axes of one entry where the result has more than what is gathered."""
+        """Build axes of size 1 where the result has more axes than the value."""
         result = match.gather.outputs[0]
         others = [axis for axis in range(rank_of(result) or 0) if axis not in match.axes]
         axes = ir.node("Constant", [], {"value": ir.tensor(np.array(others, np.int64))})
@@ -95,7 +97,7 @@ def _counted(value: ir.Value | None) -> int | None:
 
 
 def _moved(axis: int, added: np.ndarray | None, rank: int) -> int | None:
-    """Where an axis is once others were added in front of it or behind it."""
+    """The index of an axis after the addition of other axes."""
     if added is None:
         return None
     new = {int(one) % rank for one in added.reshape(-1)}
@@ -103,5 +105,5 @@ def _moved(axis: int, added: np.ndarray | None, rank: int) -> int | None:
 
 
 def _same(one: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
-    """Whether two dimensions are the same number or have the same name."""
+    """True if two dimensions are the same number or have the same name."""
     return one == other and (isinstance(one, int) or one.value is not None)

@@ -31,7 +31,7 @@ _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 
 @dataclass(frozen=True)
 class Product:
-    """A match: what is flattened, the product, and what has the axes of texts and tokens again."""
+    """A match: the flattened value, the Gemm, and the value with batch and token axes restored."""
 
     x: ir.Value
     gemm: ir.Node
@@ -40,11 +40,11 @@ class Product:
 
 @dataclass(frozen=True)
 class UnfuseGemm(RewritePass[Product]):
-    """Replace a Gemm between a Reshape that joins the leading axes and one that parts them by MatMul and Add.
+    """Replace a Gemm between a Reshape that merges the leading axes and one that splits them by MatMul and Add.
 
-    1. The leading axes are the same on both sides, nothing is transposed or scaled, each column has one bias.
-    2. A Gemm of what has two axes anyway (a head behind a pooler) stays unless asked for. Then its matrix must be
-       constant, and is transposed and scaled beforehand; one that is stored in 16 bits stays in 16 bits.
+    1. The leading axes are equal on both sides, nothing is transposed or scaled, and the bias is a vector.
+    2. A Gemm of a value of rank two (a head after a pooler) stays by default. If requested, its matrix must be
+       constant, and is transposed and scaled beforehand; a 16-bit matrix stays in 16 bits.
     """
 
     name: ClassVar[str] = "unfuse-gemm"
@@ -52,10 +52,10 @@ class UnfuseGemm(RewritePass[Product]):
     since: ClassVar[int] = 7
 
     anywhere: bool = False
-    """Case 2: whether every Gemm with a constant matrix is written so, for passes that look for products."""
+    """Case 2: rewrite every Gemm with a constant matrix, for passes that look for MatMuls."""
 
     def pattern(self, node: ir.Node) -> Product | None:
-        """A Gemm and both reshapes, whose leading axes are the same; the Gemm alone where any will do."""
+        """Match a Gemm and both reshapes with equal leading axes; or the Gemm alone if requested."""
         between = self._between_reshapes(node)
         if between is not None or not self.anywhere or node.inputs[0] is None:
             return between
@@ -78,7 +78,7 @@ class UnfuseGemm(RewritePass[Product]):
         )
 
     def check(self, match: Product) -> None:
-        """Whatever is transposed or scaled is so beforehand, and each column has one bias."""
+        """Check that transposition and scaling can be done beforehand, and that the bias is a vector."""
         gemm, bias = match.gemm, _bias_of(match.gemm)
         written = {name: gemm.attributes[name].value for name in _PLAIN if name in gemm.attributes}
         allowed = ("transB", "alpha") if self.anywhere else ()
@@ -93,7 +93,7 @@ class UnfuseGemm(RewritePass[Product]):
             raise Refused("its third operand has not one entry for each column", bias)
 
     def rewrite(self, match: Product) -> tuple[ir.Value, list[ir.Node]]:
-        """The product, and the sum if there is a bias."""
+        """Build the MatMul, and the Add if there is a bias."""
         bias = _bias_of(match.gemm)
         matrix, nodes = _matrix(match.gemm)
         product = ir.node("MatMul", [match.x, matrix])
@@ -113,7 +113,7 @@ def _alpha_of(gemm: ir.Node) -> float:
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:
-    """The constant matrix that a value is, or is cast from; None if it is none."""
+    """The constant matrix of a value, directly or before a Cast; None if there is none."""
     if is_weight_matrix(value) or matrix_behind(value) is None:
         return value if is_weight_matrix(value) else None
     made_float = producer_of(value, "Cast")
@@ -121,7 +121,7 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
 
 
 def _matrix(gemm: ir.Node) -> tuple[ir.Value | None, list[ir.Node]]:
-    """The matrix that a product of rows multiplies with, and the Cast in front of it if there is one."""
+    """The matrix for the MatMul, and its Cast if there is one."""
     given, alpha = gemm.inputs[1], np.float32(_alpha_of(gemm))
     turned = bool(gemm.attributes.get_int("transB", 0))
     stored = _stored(given)
@@ -139,8 +139,8 @@ def _matrix(gemm: ir.Node) -> tuple[ir.Value | None, list[ir.Node]]:
         raise ValueError(f"{stored.name!r} is no constant of a graph")
     matrix, sizes = stored.meta.get(key), sizes_of(tensor)
     if matrix is None or matrix.graph is not owner:  # not made yet, or for the model that this one is a copy of
-        made = lazy(read, tensor.dtype, sizes[::-1] if turned else sizes, name)
-        stored.meta[key] = matrix = add_initializer(owner, name, made)
+        transposed = lazy(read, tensor.dtype, sizes[::-1] if turned else sizes, name)
+        stored.meta[key] = matrix = add_initializer(owner, name, transposed)
     if stored is given:
         return matrix, []
     cast = ir.node("Cast", [matrix], {"to": ir.DataType.FLOAT})

@@ -1,1 +1,1 @@
-"""Passes that write canonical operators in the form that one target runs fastest."""
+"""Passes that rewrite canonical operators to the forms that are fastest on one target."""

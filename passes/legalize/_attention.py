@@ -1,4 +1,4 @@
-"""Attention written with products and a softmax again, for targets that run that faster or know nothing else."""
+"""Decomposition of attention into MatMuls and a softmax, for targets that run it faster or lack the operator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from planish.passes.legalize._masks import line_of
 
 
 def softcap_of(node: ir.Node) -> float:
-    """The cap of the scores of an Attention; 0 if they have none."""
+    """The cap of the scores of an Attention; 0 for none."""
     attribute = node.attributes.get("softcap")
     return 0.0 if attribute is None else attribute.as_float()
 
@@ -32,10 +32,10 @@ def size_of_heads(value: ir.Value | None) -> int | None:
 def spell_out(
     graph: ir.Graph, node: ir.Node, added: ir.Value | None, author: str, share: ir.Value | None = None
 ) -> None:
-    """Put softmax(cap(q · kᵀ · scale) + added) · v where an Attention of rank four stands; ``author`` is the pass.
+    """Replace an Attention of rank four by softmax(cap(q · kᵀ · scale) + added) · v; ``author`` is the pass.
 
-    Queries in groups, whose heads are a multiple of those of the keys, get an axis for the groups meanwhile; ``added``
-    is then one for all heads. With ``share`` each row of the result is multiplied by its number.
+    Grouped queries, whose heads are a multiple of the key heads, get a group axis meanwhile; ``added`` is then one for
+    all heads. With ``share``, each row of the result is multiplied by its number.
     """
     query, key, value = node.inputs[0], node.inputs[1], node.inputs[2]
     if query is None or key is None or value is None or query.shape is None or key.shape is None:
@@ -63,8 +63,8 @@ def spell_out(
     if heads == groups:
         table = ir.Shape([*query.shape[:3], key.shape[2]])
         shapes = {scaled: query.shape, turned: ir.Shape([*key.shape[:2], key.shape[3], key.shape[2]])}
-        for made in (scaled, turned, scores, masked, weights):
-            made.shape, made.type = shapes.get(made, table), kind
+        for output in (scaled, turned, scores, masked, weights):
+            output.shape, output.type = shapes.get(output, table), kind
     else:
         result = tape.op("Reshape", [result, line_of(tape, 0, heads, -1, depth)])
     if share is not None:
@@ -72,6 +72,7 @@ def spell_out(
         result = tape.op("Mul", [result, share])
     result.shape, result.type = old.shape, kind
     name_nodes(tape.nodes, f"{old.name}_spelled_out")
+    # Marked, so that fuse-attention does not raise them again.
     for new in tape.nodes:
         new.metadata_props[SPELLED_OUT] = author
         copy_location(node, new)

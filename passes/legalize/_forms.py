@@ -1,4 +1,4 @@
-"""Small graphs in which a target's forms are compared: an operator, and what stands around it in a Transformer."""
+"""Tuning graphs for the forms of a target: an operator with its usual surroundings in a Transformer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _HEADER = '<ir_version: 10, opset_import: ["" : 23]>'
 
 
 def ask_about_attention(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[TuningQuery]:
-    """Whether attention without a cache is faster as the standard's operator or as MultiHeadAttention.
+    """Query whether the standard's operator or MultiHeadAttention is faster, for attention without a cache.
 
-    Asked for the first attention of rank four whose queries and keys have the same heads.
+    The sizes are those of the first attention of rank four with equal query and key heads.
     """
     for node in graph:
         if node.op_type != "Attention" or node.domain != "" or len(node.outputs) != 1 or len(node.inputs) > 4:
@@ -30,6 +30,7 @@ def ask_about_attention(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[T
         (batch, heads, queries, size), keys = query, key[2]
         kind = "" if mask is None else "bool" if mask.dtype == ir.DataType.BOOL else "float"
         given = f", {kind}[{batch},1,{queries},{keys}] m" if kind else ""
+        # The text is the key of the tuning table: it must name all that the latency depends on.
         about = f"batch={batch} heads={heads} queries={queries} keys={keys} size={size} mask={kind or 'none'}"
         make = partial(_attention, batch, heads, queries, keys, size, given)
         yield TuningQuery("attention", ("standard", "multi-head"), about, make)
@@ -37,33 +38,33 @@ def ask_about_attention(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[T
 
 
 def ask_about_sums(graph: ir.Graph, sizes: Mapping[str, int]) -> Iterator[TuningQuery]:
-    """Whether an addition in front of a LayerNormalization had better stay out of the runtime's fusion of the two."""
+    """Query whether the runtime's fusion of an addition with a LayerNormalization is faster."""
     for node in graph:
         if node.op_type != "LayerNormalization" or node.domain != "" or node.inputs[0] is None:
             continue
         add = node.inputs[0].producer()
-        found = _sizes(node.inputs[0], sizes)
-        if add is not None and add.op_type == "Add" and len(found) == 3:
-            about = f"batch={found[0]} tokens={found[1]} width={found[2]}"
-            yield TuningQuery("keep_sums", (True, False), about, partial(_sum, *found))
+        dims = _sizes(node.inputs[0], sizes)
+        if add is not None and add.op_type == "Add" and len(dims) == 3:
+            about = f"batch={dims[0]} tokens={dims[1]} width={dims[2]}"
+            yield TuningQuery("keep_sums", (True, False), about, partial(_sum, *dims))
             return
 
 
 def _sizes(value: ir.Value | None, sizes: Mapping[str, int]) -> list[int]:
-    """All sizes of a value, or nothing."""
-    found = [] if value is None or value.shape is None else [size_of(dim, sizes) for dim in value.shape]
-    known = [size for size in found if size is not None]
-    return known if len(known) == len(found) else []
+    """All sizes of a value; empty if one is unknown."""
+    dims = [] if value is None or value.shape is None else [size_of(dim, sizes) for dim in value.shape]
+    sizes_found = [size for size in dims if size is not None]
+    return sizes_found if len(sizes_found) == len(dims) else []
 
 
 def _produced(key: ir.Value | None) -> bool:
-    """Whether keys are computed here alone, not put behind those of a cache."""
+    """True if keys are computed in this graph, without a cache."""
     node = None if key is None else key.producer()
     return node is not None and node.op_type == "Transpose"
 
 
 def _attention(batch: int, heads: int, queries: int, keys: int, size: int, mask: str) -> ir.Model:
-    """Attention between the reshapes and transpositions that split heads and join them."""
+    """Attention between the reshapes and transpositions that split and merge heads."""
     width = heads * size
     kind = {"q": queries, "k": keys, "v": keys}
     inputs = ", ".join(f"float[{batch},{length},{width}] {name}" for name, length in kind.items())
@@ -80,7 +81,7 @@ def _attention(batch: int, heads: int, queries: int, keys: int, size: int, mask:
 
 
 def _sum(batch: int, tokens: int, width: int) -> ir.Model:
-    """An addition whose result is normalized, and added to what was normalized."""
+    """An addition whose result is normalized, and added to the normalized value."""
     kind = f"float[{batch},{tokens},{width}]"
     return _parsed(
         f"""g ({kind} x, {kind} y, float[{width}] scale, float[{width}] bias) => ({kind} r) {{

@@ -1,4 +1,4 @@
-"""Masks of attention as numbers, which are added to scores."""
+"""Additive attention masks: numbers that are added to scores."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from planish.passes._mask_values import LOWEST, mask_values, number
 
 @dataclass
 class AddedMasks:
-    """Each mask as numbers to be added, made once."""
+    """The additive form of each mask, created once."""
 
     graph: ir.Graph
     name: str
-    """What the first is called; the others are numbered."""
+    """Name prefix of the masks."""
     made: dict[int, ir.Value] = field(default_factory=dict)
     rows: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def added(self, mask: ir.Value, reader: ir.Node) -> ir.Value:
-        """What is added to scores: 0 where a key is seen, else the lowest finite number.
+        """The number added to scores: 0 for visible keys, else the lowest finite number.
 
-        A row that sees nothing gets the mean of all values with it: `shares` makes zeros of that.
+        A fully masked row gives the mean of all values with it: `shares` turns it into zeros.
         """
         if id(mask) not in self.made:
             tape = ir.tape.Tape()
@@ -34,6 +34,7 @@ class AddedMasks:
             else:  # minus infinity may stand in it
                 added = tape.op("Max", [mask, lowest])
             added.shape, added.type = mask.shape, ir.TensorType(ir.DataType.FLOAT)
+            # Numbered by creation, so that equal graphs get equal names.
             name = self.name if not self.made else f"{self.name}_{len(self.made)}"
             name_nodes(tape.nodes, name)
             added.name = name
@@ -42,12 +43,13 @@ class AddedMasks:
         return self.made[id(mask)]
 
     def shares(self, mask: ir.Value, reader: ir.Node) -> ir.Value | None:
-        """What rows of results are multiplied by: 1, 0 for a query that sees no key, NaN where the mask is NaN.
+        """Factors for rows of results: 1, 0 for a fully masked row, NaN where the mask is NaN.
 
-        None if the mask holds numbers above the lowest only, which stands for minus infinity as in ONNX Runtime. The
-        shape is that of the mask with 1 for the keys.
+        None if all numbers of the mask are above the lowest one, which stands for minus infinity as in ONNX Runtime.
+        The shape is that of the mask with 1 for the keys.
         """
         held = mask_values(mask)
+        # Such a mask hides nothing completely: no factors are needed.
         if mask.dtype != ir.DataType.BOOL and held.low > LOWEST and not held.hides and not held.nan:
             return None
         if mask not in self.rows:
@@ -70,15 +72,16 @@ class AddedMasks:
 
 
 def line_of(tape: ir.tape.Tape, *sizes: int) -> ir.Value:
-    """A constant of whole numbers, shape (sizes,)."""
+    """A constant of integers, shape (sizes,)."""
     return tape.op("Constant", [], {"value": ir.tensor(np.array(sizes, np.int64))})
 
 
 def scale_rows(graph: ir.Graph, node: ir.Node, share: ir.Value) -> None:
-    """Multiply the rows of what an attention gives."""
+    """Multiply the rows of an attention's result."""
     old = node.outputs[0]
     product = ir.node("Mul", [old, share], name=f"{old.name}_shares")
     replace_value(old, product.outputs[0], "of_all_rows")
+    # replace_value redirected all readers of old, the new Mul as well.
     product.replace_input_with(0, old)
     copy_location(node, product)
     graph.insert_after(node, product)

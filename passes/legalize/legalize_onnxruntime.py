@@ -34,36 +34,36 @@ from planish.passes.legalize._masks import AddedMasks, scale_rows
 _CONTRIB = "com.microsoft"
 _RANK = 4
 _OFF = frozenset({"is_causal", "softcap", "qk_matmul_output_mode"})
-"""Attributes of Attention that say nothing when they are zero."""
+"""Attributes of Attention whose value 0 is the default."""
 
 
 @dataclass(frozen=True)
 class LegalizeOnnxRuntime(Pass):
     """Rewrite canonical operators for ONNX Runtime on a CPU.
 
-    1. An integer product that is cast and scaled per column becomes MatMulIntegerToFloat.
-    2. An Add of two tensors in front of a LayerNormalization becomes a Sum.
-    3. An Attention between transpositions takes and gives (batch, sequence, hidden) itself, and puts new keys and
-       values behind those of its cache itself.
-    4. If asked for, such an Attention becomes the runtime's own MultiHeadAttention.
+    1. An integer MatMul that is cast and scaled per column becomes MatMulIntegerToFloat.
+    2. An Add of two tensors before a LayerNormalization becomes a Sum.
+    3. An Attention between transpositions takes and gives (batch, sequence, hidden) itself, and concatenates new keys
+       and values with its cache itself.
+    4. If requested, such an Attention becomes the runtime's own MultiHeadAttention.
 
-    Which options are faster is measured on the target, at the sizes of the first attention and the first sum.
+    The tuning table selects the options, at the sizes of the first attention and the first sum.
     """
 
     name: ClassVar[str] = "legalize-onnxruntime"
 
     keep_sums: bool = True
-    """Case 2: keep additions and normalizations apart."""
+    """Case 2: keep additions and normalizations separate."""
 
     attention: Literal["standard", "multi-head"] = "standard"
-    """Case 4: the operator for attention whose queries and keys have the same heads, and no cache."""
+    """Case 4: the operator for attention with equal query and key heads and without a cache."""
 
     def tuning_queries(self, model: ir.Model, sizes: Mapping[str, int]) -> Sequence[TuningQuery]:
-        """Both options, where the graph has something that they are about."""
+        """Queries for both options, if the graph has the operators that they affect."""
         return [*ask_about_attention(model.graph, sizes), *ask_about_sums(model.graph, sizes)]
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite the main graph; integer products in subgraphs as well."""
+        """Rewrite the main graph; integer MatMuls in subgraphs as well."""
         products = products_of(model, "MatMulInteger")
         sites = [site for node in products if (site := self._integer_product(model, node))]
         if self.keep_sums:
@@ -80,7 +80,7 @@ class LegalizeOnnxRuntime(Pass):
         return PassResult(model, bool(sites), sites=sites, refusals=refusals)
 
     def _integer_product(self, model: ir.Model, node: ir.Node) -> str | None:
-        """Case 1: the location of the product, if there was one to rewrite."""
+        """Case 1: the location of the rewritten MatMul, or None."""
         cast, graph = sole_user(node.outputs[0]), node.graph
         scaling = sole_user(cast.outputs[0]) if cast is not None and cast.op_type == "Cast" else None
         if cast is None or scaling is None or scaling.op_type != "Mul" or len(node.inputs) < 3:
@@ -129,23 +129,25 @@ def _replace(graph: ir.Graph | ir.Function, chain: list[ir.Node], fused: ir.Node
 
 
 def _keep_sum(node: ir.Node) -> bool:
-    """Case 2: turn the Add that feeds this normalization into a Sum."""
+    """Case 2: turn the Add before this normalization into a Sum."""
     if node.op_type != "LayerNormalization" or node.domain != "" or node.inputs[0] is None:
         return False
     add = node.inputs[0].producer()
     if add is None or add.op_type != "Add" or add.domain != "" or not _tensors(add) or not admitted():
         return False
+    # The runtime fuses an Add, but not a Sum, into SkipLayerNormalization (1.31), whose kernel is slower.
     add.op_type = "Sum"
     return True
 
 
 def _tensors(add: ir.Node) -> bool:
-    """Whether both operands are activations of the same rank: a bias is better left where it is."""
+    """True if both operands are activations of the same rank; the addition of a bias stays an Add."""
     return all(value is not None and value.const_value is None for value in add.inputs)
 
 
 def _multi_head(model: ir.Model, node: ir.Node, masks: AddedMasks) -> str | None:
-    """Case 4: write a flat attention as MultiHeadAttention; why not, if that cannot say all that it says."""
+    """Case 4: replace a flat attention by MultiHeadAttention; returns the reason if that operator lacks a feature."""
+    # A zero default is no use of a feature.
     attributes = {name: one for name, one in node.attributes.items() if name not in _OFF or one.value != 0}
     heads, groups = attributes.pop("q_num_heads"), attributes.pop("kv_num_heads")
     scale = attributes.pop("scale", None)
@@ -154,6 +156,7 @@ def _multi_head(model: ir.Model, node: ir.Node, masks: AddedMasks) -> str | None
         return f"MultiHeadAttention has no {min(attributes)}"
     if len(node.outputs) > 1:
         return "it keeps its cache, which MultiHeadAttention has in another form"
+    # The CPU kernel of MultiHeadAttention requires equal heads.
     if heads.as_int() != groups.as_int():
         return "its queries and keys differ in heads, which MultiHeadAttention does not know"
     if any(value is None or value.dtype != ir.DataType.FLOAT for value in node.inputs[:3]):
@@ -177,8 +180,8 @@ def _multi_head(model: ir.Model, node: ir.Node, masks: AddedMasks) -> str | None
     if share is not None:  # of (batch, 1, queries, 1), for (batch, queries, hidden)
         axis = ir.node("Constant", [], {"value": ir.tensor(np.array([1], np.int64))}, name=f"{fused.name}_heads")
         squeezed = ir.node("Squeeze", [share, axis.outputs[0]], name=f"{fused.name}_share")
-        for made in (axis, squeezed):
-            made.outputs[0].name = made.name
+        for new in (axis, squeezed):
+            new.outputs[0].name = new.name
         squeezed.outputs[0].type = share.type
         model.graph.insert_before(fused, [axis, squeezed])
         scale_rows(model.graph, fused, squeezed.outputs[0])

@@ -33,14 +33,13 @@ _NAME = "mask_for_openvino"
 
 @dataclass(frozen=True)
 class LegalizeOpenVino(Pass):
-    """Spell attention out again, with one mask of numbers for all layers.
+    """Decompose attention, with one additive mask for all layers.
 
-    1. Attention over keys that are computed here is spelled out.
-    2. Attention behind a cache, capped, with grouped heads, causal by attribute or of rank three stays one operator,
-       and gets the mask of numbers. Heads of a cache that serve several queries are repeated by an Expand, which the
-       plugin's kernel takes in; the frontend would repeat them by a Tile, which it does not.
-    3. A row of a mask that hides everything gives zeros, as before; one that is NaN gives NaN. A mask of finite numbers
-       hides nothing.
+    1. Attention over keys that are computed in the graph is decomposed.
+    2. Attention with a cache, a cap, grouped heads, causal by attribute or of rank three stays one operator, with an
+       additive mask. Cache heads that serve several queries are repeated by an Expand, which the plugin's kernel
+       fuses; the frontend would repeat them by a Tile, which it does not fuse.
+    3. A fully masked row gives zeros, and a NaN row gives NaN, as before. A finite mask masks no row completely.
     """
 
     name: ClassVar[str] = "legalize-openvino"
@@ -62,6 +61,7 @@ class LegalizeOpenVino(Pass):
                     spell_out(model.graph, node, added, self.name, share)
                 elif added is not None:
                     node.replace_input_with(3, added)
+                    # Tells the target to omit the frontend's guard: no row of this mask is NaN.
                     node.metadata_props[FINITE_MASK] = self.name
                     _repeat_heads(model.graph, node)
                     if share is not None:
@@ -71,9 +71,9 @@ class LegalizeOpenVino(Pass):
 
 
 def _takes_numbers(node: ir.Node, mask: ir.Value | None) -> bool:
-    """Whether an attention that stays one operator gets its mask in numbers.
+    """Give an attention that stays one operator its additive mask; True if it was changed.
 
-    Not beside causal order, which may hide what the mask shows, nor of rank three, whose rows are not the mask's.
+    Excluded: causal order, which may hide keys that the mask shows, and rank three, whose rows differ from the mask's.
     """
     given = mask is not None and mask.dtype == ir.DataType.BOOL and mask.shape is not None
     ordered = node.attributes.get_int("is_causal", 0)
@@ -81,7 +81,7 @@ def _takes_numbers(node: ir.Node, mask: ir.Value | None) -> bool:
 
 
 def _repeat_heads(graph: ir.Graph, node: ir.Node) -> None:
-    """Give each head of queries its head of keys and values, where those come from a cache."""
+    """Repeat cached heads of keys and values for each head of queries."""
     heads, groups = heads_of(node.inputs[0]), heads_of(node.inputs[1])
     if heads is None or groups is None or heads == groups or not all(map(_from_cache, node.inputs[1:3])):
         return
@@ -100,12 +100,13 @@ def _repeat_heads(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _obstacle(node: ir.Node) -> str | None:
-    """Why an attention stays one operator."""
+    """The reason why an attention stays one operator."""
     query, key = node.inputs[0], node.inputs[1]
     if any(rank_of(value) != _RANK for value in node.inputs[:3]) or query is None or key is None:
         return "its operands are not known to have rank four"
     if len(node.outputs) > 1 or any(value is not None for value in node.inputs[4:]):
         return "it keeps a cache"
+    # The plugin fuses Attention with its cache only as one operator.
     if _from_cache(key):
         return "its keys come from a cache"
     causal = node.attributes.get("is_causal")
@@ -118,13 +119,15 @@ def _obstacle(node: ir.Node) -> str | None:
         return f"it has the attribute {other[0]}"
     if heads_of(query) != heads_of(key):
         return "its queries and keys differ in heads"
-    known = "scale" in node.attributes or size_of_heads(query) is not None
-    return None if known else "the size of its heads is not known"
+    has_scale = "scale" in node.attributes or size_of_heads(query) is not None
+    return None if has_scale else "the size of its heads is not known"
 
 
 def _from_cache(key: ir.Value | None) -> bool:
-    """Whether keys are put behind those of an input, also if heads were repeated since: a runtime may keep them."""
+    """True if keys are concatenated with those of an input, also before a repetition of heads: a runtime may cache
+    them."""
     concat = None if key is None else key.producer()
+    # In the order of grouped-query attention, from the attention backwards.
     for repeating in ("Reshape", "Expand", "Unsqueeze"):
         if concat is not None and concat.op_type == repeating and concat.inputs[0] is not None:
             concat = concat.inputs[0].producer()

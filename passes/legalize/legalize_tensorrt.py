@@ -28,11 +28,11 @@ _ORDER = "is_causal"
 
 @dataclass(frozen=True)
 class LegalizeTensorRt(Pass):
-    """Spell out attention that TensorRT's operator cannot say, and give its masks a row for every query.
+    """Decompose attention that TensorRT's operator does not support, and broadcast its masks to a row per query.
 
-    1. Attention with capped scores is spelled out, grouped queries included.
-    2. A mask with one row for all queries is spread over them.
-    3. Causal order beside a mask, a cache inside, and a mask of another rank than four are refused.
+    1. Attention with capped scores is decomposed, with grouped queries.
+    2. A mask with one row for all queries is broadcast to all of them.
+    3. Causal order with a mask, a cache inside, and a mask of a rank other than four are refused.
     """
 
     name: ClassVar[str] = "legalize-tensorrt"
@@ -57,7 +57,7 @@ class LegalizeTensorRt(Pass):
 
 
 def _obstacle(node: ir.Node, mask: ir.Value | None) -> str | None:
-    """Why TensorRT could not run what would be written."""
+    """The reason why TensorRT could not run the result."""
     order = node.attributes.get(_ORDER)
     if len(node.outputs) > 1 or any(value is not None for value in node.inputs[4:]):
         return "it keeps a cache inside"
@@ -78,7 +78,7 @@ def _obstacle(node: ir.Node, mask: ir.Value | None) -> str | None:
 
 
 def _spread(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> bool:
-    """Case 2: whether the mask needed rows of its own."""
+    """Case 2: broadcast the mask; True if it had one row."""
     spread, nodes = (mask, []) if node.inputs[0] is None else rows_for(node.inputs[0], mask)
     if not nodes or not admitted():
         return False

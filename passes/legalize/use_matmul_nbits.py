@@ -25,18 +25,18 @@ _CONTRIB = "com.microsoft"
 _BITS = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}
 _SIGNED = (ir.DataType.INT4, ir.DataType.INT8)
 _ACCURACY = {"int8": 4, "float": 0}
-"""What the operator's attribute accuracy_level calls them."""
+"""Values of the operator's attribute accuracy_level."""
 
 
 @dataclass(frozen=True)
 class UseMatMulNBits(Pass):
-    """Write each product with a matrix in 4 or 8 bits, cut along its rows into blocks, as MatMulNBits."""
+    """Replace each MatMul with a block-wise quantized matrix in 4 or 8 bits by MatMulNBits."""
 
     name: ClassVar[str] = "use-matmul-nbits"
     exact: ClassVar[bool] = False
 
     activations: Literal["int8", "float"] = "int8"
-    """What the kernel computes with: int8 is what its fast paths take."""
+    """Type of the kernel's arithmetic; its fast paths require int8."""
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the main graph and its subgraphs."""
@@ -52,6 +52,7 @@ class UseMatMulNBits(Pass):
             elif admitted():
                 result.sites.append(location_of(node))
                 stored = real.inputs[0]
+                # A tied matrix is packed once for all its readers.
                 if stored is not None and stored not in packed:
                     packed[stored] = _packed(model.graph, real)
                 self._replace(node, real, [] if stored is None else packed[stored])
@@ -86,7 +87,7 @@ class UseMatMulNBits(Pass):
 
 
 def _obstacle(real: ir.Node) -> str | None:
-    """Why the operator cannot say what a DequantizeLinear says."""
+    """The reason why the operator cannot express a DequantizeLinear."""
     stored, axis = real.inputs[0], real.attributes.get("axis")
     if stored is None or stored.const_value is None or stored.const_value.dtype not in _BITS:
         return "its integers are no constant of 4 or 8 bits"
@@ -116,7 +117,7 @@ def _sizes(real: ir.Node) -> tuple[int, int]:
 
 
 def _packed(graph: ir.Graph, real: ir.Node) -> list[ir.Value]:
-    """Integers, scales and, if there are any, zero points as the operator takes them: columns first."""
+    """Integers, scales and optional zero points in the operator's layout: columns first."""
     stored, (rows, columns) = _tensor(real.inputs[0]), _sizes(real)
     bits, block, signed = _BITS[stored.dtype], real.attributes["block_size"].as_int(), stored.dtype in _SIGNED
     name, shape = (real.inputs[0].name if real.inputs[0] else "") or "", [columns, rows // block, block * bits // 8]
@@ -127,15 +128,15 @@ def _packed(graph: ir.Graph, real: ir.Node) -> list[ir.Value]:
     scales = lazy(
         lambda: np.ascontiguousarray(scale.numpy().T).reshape(-1), scale.dtype, [scale.size], f"{name}_scales"
     )
-    made = [add_initializer(graph, f"{name}_packed", packed), add_initializer(graph, f"{name}_scales", scales)]
+    operands = [add_initializer(graph, f"{name}_packed", packed), add_initializer(graph, f"{name}_scales", scales)]
     if len(real.inputs) > 2 and real.inputs[2] is not None:
         zero = _pack(_tensor(real.inputs[2]).numpy(), bits, signed).reshape(-1)
-        made.append(add_initializer(graph, f"{name}_zeros", zero))
-    return made
+        operands.append(add_initializer(graph, f"{name}_zeros", zero))
+    return operands
 
 
 def _pack(integers: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """Columns of (rows, columns) as lines of bytes, unsigned; of 4 bits the earlier entry is the lower half."""
+    """Columns of (rows, columns) as unsigned bytes; of two 4-bit entries the earlier one is the lower half."""
     shifted = (integers.astype(np.int16) + (1 << (bits - 1) if signed else 0)).astype(np.uint8).T
     if bits == 8:
         return np.ascontiguousarray(shifted)

@@ -1,1 +1,1 @@
-"""Passes that change when things are computed, and so how much memory is needed at once."""
+"""Passes that change the order of execution, and thereby peak memory."""

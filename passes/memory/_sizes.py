@@ -14,10 +14,10 @@ from planish.optimizer.ir.weightless import without_weights
 
 
 def sizes_of_values(model: ir.Model, axes: Mapping[str, int]) -> tuple[dict[int, int], int]:
-    """Bytes of each value that a node of the main graph makes, by id, when axes have these sizes (1 if not named).
+    """Bytes of each value computed in the main graph, by id, for these sizes of axes (1 by default).
 
-    Recorded shapes are taken where they name their axes; what they leave open, the standard's shape inference fills in
-    on a copy without weights whose inputs have the sizes. Returns also how many values stay unknown (they count 0).
+    Recorded shapes are used if all their axes are named; for others, the standard's shape inference runs on a copy
+    without weights and with static inputs. Returns also the number of unknown values, which count 0.
     """
     inferred = _infer_at(model, axes)
     sizes: dict[int, int] = {}
@@ -25,10 +25,10 @@ def sizes_of_values(model: ir.Model, axes: Mapping[str, int]) -> tuple[dict[int,
     for node, twin in zip(model.graph, inferred.graph, strict=True):
         for value, other in zip(node.outputs, twin.outputs, strict=True):
             shapes = (_at(value.shape, axes), _at(other.shape, {}))
-            known = next((shape for shape in shapes if shape is not None), None)
+            shape = next((shape for shape in shapes if shape is not None), None)
             dtype = value.dtype or other.dtype
-            unknown += known is None or dtype is None
-            sizes[id(value)] = 0 if known is None or dtype is None else math.prod(known) * dtype.bitwidth // 8
+            unknown += shape is None or dtype is None
+            sizes[id(value)] = 0 if shape is None or dtype is None else math.prod(shape) * dtype.bitwidth // 8
     return sizes, unknown
 
 
@@ -41,6 +41,7 @@ def _infer_at(model: ir.Model, axes: Mapping[str, int]) -> ir.Model:
             )
     for node in copy.graph.all_nodes():
         for value in node.outputs:
+            # Recorded shapes name the axes; inference must derive numbers from the inputs instead.
             value.shape = None
     inferred: ir.Model = ir.from_proto(
         onnx.shape_inference.infer_shapes(ir.to_proto(copy), data_prop=follows_few(copy))
@@ -49,9 +50,9 @@ def _infer_at(model: ir.Model, axes: Mapping[str, int]) -> ir.Model:
 
 
 def _at(shape: ir.Shape | None, axes: Mapping[str, int]) -> list[int] | None:
-    """The shape in numbers when axes have these sizes, or None if a dimension is neither a number nor such an axis."""
+    """The shape in numbers for these sizes of axes, or None if a dimension is neither a number nor such an axis."""
     if shape is None:
         return None
     dims = [dim if isinstance(dim, int) else axes.get(dim.value or "") for dim in shape]
-    known = [dim for dim in dims if dim is not None]
-    return known if len(known) == len(dims) else None
+    sizes_found = [dim for dim in dims if dim is not None]
+    return sizes_found if len(sizes_found) == len(dims) else None

@@ -1,11 +1,11 @@
-"""Put nodes in an order that needs less memory at once.
+"""Reorder nodes for a lower peak of memory.
 
 Before:  a = Exp (x);  b = Exp (y);  c = ReduceSum (a);  d = ReduceSum (b);  r = Add (c, d)    (a and b live together)
 After:   a = Exp (x);  c = ReduceSum (a);  b = Exp (y);  d = ReduceSum (b);  r = Add (c, d)
 
 The peak is that of a runtime which executes nodes in file order and frees a value after its last reader (in ONNX
-Runtime: `execution_order=PRIORITY_BASED`). Greedy list scheduling (Kahn 1962, "Topological sorting of large
-networks") by the memory that a node leaves behind; the order found is kept only if its peak is lower.
+Runtime: `execution_order=PRIORITY_BASED`). Greedy list scheduling (Kahn 1962, "Topological sorting of large networks")
+by the change of live memory at each node; the new order is kept only if its peak is lower.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class OrderForMemory(Pass):
     name: ClassVar[str] = "order-for-memory"
 
     shape: tuple[str, ...] = ("batch:1", "sequence:128")
-    """Sizes of the dynamic axes, as `axis:size`; axes that are not named count 1."""
+    """Sizes of the dynamic axes, as `axis:size`; other axes have size 1."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Find an order, compare the peaks, keep the better one."""
+        """Compute an order, compare the peaks, and keep the lower one."""
         sizes, unknown = sizes_of_values(model, self._axes())
         given = list(model.graph)
         plan = _Plan(model.graph, sizes)
-        found = plan.greedy()
-        before, after = plan.peak(given), plan.peak(found)
+        order = plan.greedy()
+        before, after = plan.peak(given), plan.peak(order)
         better = after < before
         facts: dict[str, float | int | str] = {
             "peak_bytes_before": before,
@@ -45,26 +45,27 @@ class OrderForMemory(Pass):
             "lower_bound_bytes": plan.lower_bound(),
             "values_of_unknown_size": unknown,
         }
+        # Greedy scheduling has no guarantee: the given order may be better.
         if not better:
             kept = Refusal("the whole graph", f"no order was found below the peak of {before} bytes that it has")
             return PassResult(model, modified=False, refusals=[kept], facts=facts)
-        moved = [location_of(node) for node, other in zip(found, given, strict=True) if node is not other]
+        moved = [location_of(node) for node, other in zip(order, given, strict=True) if node is not other]
         model.graph.remove(given)
-        model.graph.extend(found)
+        model.graph.extend(order)
         return PassResult(model, modified=True, sites=moved, facts=facts)
 
     def _axes(self) -> dict[str, int]:
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for text in self.shape:
             name, _, size = text.partition(":")
             if not size.isdigit() or int(size) < 1:
                 raise UsageError(f"cannot read the size {text!r}", where=f"pass {self.name}", advice="write axis:size")
-            found[name] = int(size)
-        return found
+            sizes[name] = int(size)
+        return sizes
 
 
 class _Plan:
-    """Which values each node reads and makes, how large they are, and who reads them last."""
+    """Liveness: values that each node reads and computes, their sizes, and their last readers."""
 
     def __init__(self, graph: ir.Graph, sizes: Mapping[int, int]) -> None:
         self.nodes = list(graph)
@@ -72,15 +73,16 @@ class _Plan:
         self.sizes = sizes
         self.stays = {id(value) for value in graph.outputs}
         self.makes = {id(node): [id(out) for out in node.outputs] for node in self.nodes}
-        made = {value for values in self.makes.values() for value in values}
-        self.reads = {id(node): sorted({id(v) for v in _read_by(node)} & made, key=str) for node in self.nodes}
-        self.readers: dict[int, int] = dict.fromkeys(made, 0)
+        computed = {value for values in self.makes.values() for value in values}
+        # Sorted, so that the order of a set does not affect the result.
+        self.reads = {id(node): sorted({id(v) for v in _read_by(node)} & computed, key=str) for node in self.nodes}
+        self.readers: dict[int, int] = dict.fromkeys(computed, 0)
         for values in self.reads.values():
             for value in values:
                 self.readers[value] += 1
 
     def peak(self, order: Sequence[ir.Node]) -> int:
-        """Most bytes alive at once when nodes run in this order."""
+        """Maximum of live bytes for this order of nodes."""
         left = dict(self.readers)
         alive = highest = 0
         for node in order:
@@ -90,14 +92,14 @@ class _Plan:
         return highest
 
     def lower_bound(self) -> int:
-        """No order can need less: inputs and outputs of one node live together."""
+        """A lower bound of the peak: inputs and outputs of one node are live together."""
         return max(
             (self._made(node) + sum(self.sizes.get(v, 0) for v in self.reads[id(node)]) for node in self.nodes),
             default=0,
         )
 
     def greedy(self) -> list[ir.Node]:
-        """Always run the ready node that leaves the least memory behind; ties keep the given order."""
+        """Run the ready node with the smallest live memory afterwards; ties keep the given order."""
         left = dict(self.readers)
         waiting = {id(node): len(self.reads[id(node)]) for node in self.nodes}
         users: dict[int, list[ir.Node]] = {}
@@ -107,6 +109,7 @@ class _Plan:
         ready = [node for node in self.nodes if not waiting[id(node)]]
         order: list[ir.Node] = []
         while ready:
+            # The position breaks ties, so that equal graphs get equal orders.
             node = min(ready, key=lambda n: (self._made(n) - self._would_free(n, left), self.position[id(n)]))
             ready.remove(node)
             order.append(node)
@@ -123,6 +126,7 @@ class _Plan:
 
     def _would_free(self, node: ir.Node, left: Mapping[int, int]) -> int:
         dying = [v for v in self.reads[id(node)] if left[v] == 1 and v not in self.stays]
+        # An output without readers is freed at once.
         unread = [v for v in self.makes[id(node)] if not self.readers[v] and v not in self.stays]
         return sum(self.sizes.get(value, 0) for value in (*dying, *unread))
 
@@ -134,7 +138,7 @@ class _Plan:
 
 
 def _read_by(node: ir.Node) -> list[ir.Value]:
-    """Values that a node reads, also from inside its subgraphs."""
+    """Values that a node reads, also in its subgraphs."""
     inner = [
         value
         for attribute in node.attributes.values()

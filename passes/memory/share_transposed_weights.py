@@ -1,10 +1,10 @@
-"""Store a matrix once that is read as it is and transposed.
+"""Store a matrix once that is read both directly and transposed.
 
 Before:  e = Gather (w, ids);  …;  r = MatMul (h, t)        (t holds w transposed: a second copy of it)
 After:   v = Transpose <perm=[1,0]> (w);  e = Gather (w, ids);  …;  r = MatMul (h, v)
 
 This is the embedding that a language model's head is tied to: a quarter of the weights of GPT-2. A runtime transposes
-the constant when it loads the file, or reads it the other way around; the product that it computes stays the same.
+the constant at load time, or reads it with other strides; the computed MatMul is the same.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from planish.optimizer.ir.lazy_tensors import Turnable, origin_of
 
 @dataclass(frozen=True)
 class ShareTransposedWeights(Pass):
-    """Let products read a transposed embedding instead of a second copy of it, from ``minimum`` elements on."""
+    """Let MatMuls read a transposed embedding instead of a second copy of it, from ``minimum`` elements on."""
 
     name: ClassVar[str] = "share-transposed-weights"
 
     minimum: Annotated[int, Ge(0)] = 1 << 16
-    """Elements that a matrix must have to be worth a Transpose at load time."""
+    """Minimum elements of a matrix; below it a Transpose at load time does not pay."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite the main graph: each table that a Gather reads, and the products with its transpose."""
+        """Rewrite the main graph: each table that a Gather reads, and the MatMuls with its transpose."""
         result = PassResult(model, modified=False)
         tables = [value for value in model.graph.initializers.values() if is_weight_matrix(value) and _gathered(value)]
         for value in [value for value in model.graph.initializers.values() if is_weight_matrix(value)]:
@@ -49,7 +49,7 @@ class ShareTransposedWeights(Pass):
         return result
 
     def _refusal(self, value: ir.Value) -> Refusal | None:
-        """Why this copy stays."""
+        """The reason why this copy stays."""
         users = [use.node for use in value.uses()]
         if value.const_value is not None and value.const_value.size < self.minimum:
             return Refusal.at(
@@ -66,9 +66,9 @@ def _gathered(value: ir.Value) -> bool:
 
 
 def _is_transposed(table: ir.Value, value: ir.Value) -> bool:
-    """Whether ``value`` is read by something and holds the transpose of ``table``.
+    """True if ``value`` is used and holds the transpose of ``table``.
 
-    Where the origin of both is known, nothing is read; otherwise they are compared strip by strip.
+    If the origins of both are known, nothing is read; otherwise they are compared strip by strip.
     """
     ours, theirs = value.const_value, table.const_value
     if ours is None or theirs is None or ours.dtype is not theirs.dtype or not value.uses():
@@ -76,6 +76,7 @@ def _is_transposed(table: ir.Value, value: ir.Value) -> bool:
     if sizes_of(ours) != sizes_of(theirs)[::-1]:
         return False
     origins = (origin_of(ours), origin_of(theirs))
+    # Origins decide without reading hundreds of megabytes.
     if isinstance(origins[0], Turnable) and isinstance(origins[1], Turnable):
         return origins[0] == origins[1].transposed((1, 0))
     return all(a.tobytes() == b.T.tobytes() for a, b in _strips(ours.numpy(), theirs.numpy()))
@@ -87,12 +88,13 @@ def _strips(ours: np.ndarray, theirs: np.ndarray, rows: int = 64) -> Iterator[tu
 
 
 def _compute(graph: ir.Graph, value: ir.Value, table: ir.Value) -> None:
-    """Replace an initializer by the transpose of another, made before anything else."""
+    """Replace an initializer by the transpose of another, inserted at the beginning."""
     name = value.name or ""
     node = ir.node("Transpose", [table], {"perm": [1, 0]}, name=f"{name}_transpose")
     turned = node.outputs[0]
     turned.shape, turned.type = value.shape, value.type
     ir.convenience.replace_all_uses_with(value, turned)
     del graph.initializers[name]
+    # The Transpose takes the name of the initializer that it replaces.
     turned.name = name
     graph.insert_before(graph[0], node)

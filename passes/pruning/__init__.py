@@ -1,1 +1,1 @@
-"""Passes that make matrices smaller."""
+"""Passes that reduce the size of matrices."""

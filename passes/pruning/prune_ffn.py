@@ -1,10 +1,10 @@
-"""Drop the weakest neurons of feed-forward blocks; their matrices really shrink.
+"""Prune the weakest neurons of feed-forward blocks; their matrices become smaller.
 
 Before:  u = MatMul (x, w1);  h = Add (u, b1);  a = Gelu (h);  r = MatMul (a, w2)     w1: 768 x 3072, w2: 3072 x 768
 After:   the same nodes, w1: 768 x 2304, b1: 2304, w2: 2304 x 768                     (keep=0.75)
 
-Structured magnitude pruning: a neuron's weight is the product of the Euclidean norms of what goes into it and of what
-comes out of it (Li et al. 2017, "Pruning Filters for Efficient ConvNets", carried over to both sides of a neuron).
+Structured magnitude pruning: a neuron's weight is the product of the Euclidean norms of its input and output weights
+(Li et al. 2017, "Pruning Filters for Efficient ConvNets", applied to both sides of a neuron).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _ELEMENTWISE = frozenset(
 class PruneFfn(Pass):
     """Keep the strongest share of the hidden neurons of each feed-forward block, gated ones included.
 
-    A block is one matrix whose input reaches back, through elementwise operators alone, to matrices that widen: one for
-    a plain block, two for a gated one. Every consumer of a dropped neuron must be in the block, or it is refused.
+    A block is one down-projection whose input comes, through elementwise operators only, from up-projections: one for a
+    plain block, two for a gated one. Every reader of a pruned neuron must be in the block, or the block is refused.
     """
 
     name: ClassVar[str] = "prune-ffn"
     exact: ClassVar[bool] = False
 
     keep: Annotated[float, Gt(0), Le(1)] = 0.75
-    """Share of the neurons that stays."""
+    """Share of the neurons to keep."""
 
     multiple: Annotated[int, Ge(1)] = 32
-    """The number that stays is rounded up to a multiple of this, which kernels like."""
+    """Multiple to which the number of kept neurons is rounded up, for efficient kernels."""
 
     def call(self, model: ir.Model) -> PassResult:
         """Prune every block of the main graph."""
@@ -65,7 +65,9 @@ class PruneFfn(Pass):
 
     def _prune(self, block: _Block) -> int:
         strength = block.strength()
+        # Negated floor division rounds up.
         wanted = -(-round(len(strength) * self.keep) // self.multiple) * self.multiple
+        # Stable and sorted: ties, and the order of the kept neurons, must not depend on the platform.
         kept = np.sort(np.argsort(-strength, kind="stable")[: min(wanted, len(strength))])
         if len(kept) < len(strength):
             block.shrink(kept)
@@ -74,7 +76,7 @@ class PruneFfn(Pass):
 
 @dataclass
 class _Block:
-    """One feed-forward block: the matrix that narrows, those that widen, and what lies between."""
+    """One feed-forward block: the down-projection, the up-projections, and the nodes between them."""
 
     down: ir.Node
     ups: list[ir.Node] = field(default_factory=list)
@@ -84,7 +86,7 @@ class _Block:
 
     @classmethod
     def behind(cls, down: ir.Node) -> _Block | None:
-        """The block that ends in ``down``, or None if its input is not made elementwise from wider products."""
+        """The block that ends in ``down``; None if its input is not an elementwise result of up-projections."""
         block = cls(down)
         source = down.inputs[0].producer() if down.inputs[0] is not None else None
         pending, seen = [source], set()
@@ -105,27 +107,28 @@ class _Block:
         return block if block.ups and block.between and block._widens() else None
 
     def _operands(self, node: ir.Node) -> list[ir.Node | None]:
-        """Producers to follow; constants are noted and not followed."""
-        found: list[ir.Node | None] = []
+        """Producers of the operands; constants are recorded and not followed."""
+        producers: list[ir.Node | None] = []
         for index, value in enumerate(node.inputs):
+            # A scalar applies to every neuron and need not be cut.
             if value is None or (value.const_value is not None and value.const_value.size == 1):
                 continue
             if value.const_value is not None:
                 self.constants.append((node, index))
             else:
-                found.append(value.producer())
-        return found
+                producers.append(value.producer())
+        return producers
 
     def _widens(self) -> bool:
         return all(up.inputs[1] is not None and _columns(up) == self.neurons > 1 for up in self.ups)
 
     @property
     def neurons(self) -> int:
-        """Rows of the matrix that narrows."""
+        """Rows of the down-projection."""
         return sizes_of(_tensor(self.down.inputs[1]))[0]
 
     def obstacle(self) -> tuple[str, ir.Value] | None:
-        """Why the block cannot shrink: a consumer outside of it, a shared weight, a constant of another form."""
+        """The reason why the block cannot be pruned: an outside reader, a shared weight, an unsupported constant."""
         inside = {id(self.down), *(id(node) for node in self.between)}
         for node in (*self.ups, *self.between):
             for value in node.outputs:
@@ -142,14 +145,15 @@ class _Block:
         return None
 
     def strength(self) -> np.ndarray:
-        """Norm in times norm out of each neuron, shape (neurons,)."""
+        """Norm of input weights times norm of output weights of each neuron, shape (neurons,)."""
+        # float64: squares of float16 weights overflow.
         total: np.ndarray = np.linalg.norm(_tensor(self.down.inputs[1]).numpy().astype(np.float64), axis=1)
         for up in self.ups:
             total = total * np.linalg.norm(_tensor(up.inputs[1]).numpy().astype(np.float64), axis=0)
         return total
 
     def shrink(self, kept: np.ndarray) -> None:
-        """Cut every matrix and vector of the block down to the neurons ``kept``."""
+        """Reduce every matrix and vector of the block to the neurons ``kept``."""
         for up in self.ups:
             _cut(up.inputs[1], kept, 1)
         for node, index in self.constants:

@@ -30,24 +30,25 @@ from planish.passes.pruning._tokens import PRODUCTS, Tokens
 _Axes = tuple[int | ir.SymbolicDim, int | ir.SymbolicDim]
 _NAME = "remove_padding"
 _TOKENS = "tokens"
-"""The axis of the tokens of all texts, one after the other."""
+"""The axis of the tokens of all texts, concatenated."""
 
 
 @dataclass(frozen=True)
 class RemovePadding(Pass):
-    """Run what treats each token alone without the padded ones; only attention sees texts side by side.
+    """Run row-wise operators on tokens without padding; only attention gets padded batches.
 
-    1. Needed: an input that is a mask of shape (batch, sequence), and attention that hides what it calls padding.
-    2. Packed: products with weights, normalizations, activations and sums between attentions.
-    3. A graph is left alone if anything but masked attention, the first token or an output reads what is packed.
-    4. A mask over past and new tokens says with its end which of the new ones count. What a cache keeps of padding is
-       that of another token: the mask hides it from every later step.
+    1. Required: an input that is a mask of shape (batch, sequence), and attention masked by it.
+    2. Packed: MatMuls with weights, normalizations, activations and sums between attentions.
+    3. A graph is unchanged if packed values have readers other than masked attention, first-token selection and
+       outputs.
+    4. A mask over past and new tokens has the new tokens at its end. A cache holds another token's values at padded
+       positions: the mask hides them in every later step.
     """
 
     name: ClassVar[str] = "remove-padding"
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite the main graph, if it takes a mask."""
+        """Rewrite the main graph, if it has a mask."""
         graph, result = model.graph, PassResult(model, modified=False)
         mask = _mask_of(graph)
         axes = None if mask is None else _axes_of_tokens(graph, mask)
@@ -70,10 +71,11 @@ class RemovePadding(Pass):
 
 
 def _mask_of(graph: ir.Graph) -> ir.Value | None:
-    """The input that tells tokens from padding, with axes of its own for texts and tokens."""
+    """The mask input, with separate batch and token axes."""
     for value in graph.inputs:
         dims = [] if value.shape is None else list(value.shape)
         named = len(dims) == 2 and all(isinstance(dim, ir.SymbolicDim) and dim.value for dim in dims)
+        # Equal names of both axes would make batch and sequence indistinguishable in other values.
         if not named or dims[0] == dims[1] or value.dtype is None:
             continue
         whole = value.dtype.is_integer() or value.dtype == ir.DataType.BOOL
@@ -83,19 +85,19 @@ def _mask_of(graph: ir.Graph) -> ir.Value | None:
 
 
 def _axes_of_tokens(graph: ir.Graph, mask: ir.Value) -> _Axes | None:
-    """The axes of the tokens that the mask, or its end, tells of: those of the mask, or of an input of new tokens."""
+    """The token axes of the mask or of its end: of the mask itself, or of an input of new tokens."""
     if mask.shape is None or not isinstance(mask.shape[1], ir.SymbolicDim) or mask.shape[1].value is None:
         return None
     parts = mask.shape[1].value.split(SUM)
     if len(parts) == 1:
         return mask.shape[0], mask.shape[1]
     shapes = [value.shape for value in graph.inputs if value.dtype is not None and value.dtype.is_integer()]
-    found = (shape for shape in shapes if shape is not None and len(shape) == 2 and shape[0] == mask.shape[0])
-    return next(((s[0], s[1]) for s in found if isinstance(s[1], ir.SymbolicDim) and s[1].value in parts), None)
+    fitting = (shape for shape in shapes if shape is not None and len(shape) == 2 and shape[0] == mask.shape[0])
+    return next(((s[0], s[1]) for s in fitting if isinstance(s[1], ir.SymbolicDim) and s[1].value in parts), None)
 
 
 class _Packing:
-    """Writes the indices once, and the moves between the two forms where they are needed."""
+    """Builder of the indices (once), and of the moves between padded and packed form."""
 
     def __init__(self, graph: ir.Graph, mask: ir.Value, axes: _Axes) -> None:
         self._graph = graph
@@ -103,7 +105,7 @@ class _Packing:
         self._places, self._ranks = self._indices(mask, axes)
 
     def apply(self, nodes: list[ir.Node], tokens: Tokens) -> None:
-        """Let these nodes work on packed rows."""
+        """Redirect these nodes to packed rows."""
         inside = {id(node) for node in nodes}
         for node in nodes:
             for index, value in enumerate(node.inputs):
@@ -114,15 +116,16 @@ class _Packing:
                 self._unpack(output, node, inside)
 
     def _indices(self, mask: ir.Value, axes: _Axes) -> tuple[ir.Value, ir.Value]:
-        """Places of tokens among (batch · sequence), shape (tokens,); and the rank of each place among the tokens,
-        shape (batch, sequence): that of the last token before it where there is padding.
+        """Positions of tokens in the flattened batch, and the index of each position among the tokens.
 
-        The first token of each text counts always: then there is one, and what reads the first of each text is right.
+        Shapes are (tokens,) and (batch, sequence); padding has the index of the last token before it. The first token
+        of each text is always packed: then no tensor is empty, and readers of first tokens are correct.
         """
         tape = ir.tape.Tape()
         mask = self._of_new_tokens(tape, mask, axes)
         boolean, whole = {"to": int(ir.DataType.BOOL)}, {"to": int(ir.DataType.INT64)}
         zero, one, end, line = (_constant(tape, [n]) for n in (0, 1, np.iinfo(np.int64).max, -1))
+        # A text without tokens would leave no row for its first token, which a pooler reads.
         first = tape.op("Slice", [mask, zero, one, one])
         always = tape.op("Equal", [first, first])
         others = tape.op("Cast", [tape.op("Slice", [mask, one, end, one])], boolean)
@@ -130,6 +133,7 @@ class _Packing:
         flags = tape.op("Cast", [tape.op("Reshape", [counted, line])], whole)
         places = tape.op("Reshape", [tape.op("NonZero", [flags]), line])
         until = tape.op("CumSum", [flags, _constant(tape, 0)])
+        # CumSum counts from 1; padding after a token gets that token's index.
         ranks = tape.op("Reshape", [tape.op("Sub", [until, one]), tape.op("Shape", [mask])])
         name_nodes(tape.nodes, _NAME)
         self._graph.insert_before(next(iter(self._graph)), tape.nodes)
@@ -158,11 +162,13 @@ class _Packing:
         return self._packed[id(value)]
 
     def _unpack(self, value: ir.Value, maker: ir.Node, inside: set[int]) -> None:
-        """Give (batch, sequence, …) back to all who read ``value`` and are not packed themselves."""
+        """Give (batch, sequence, …) to all readers of ``value`` that are not packed."""
+        # Collected before the Gather is inserted, which reads the value too.
         outside = [use for use in value.uses() if id(use.node) not in inside]
         padded = value.shape
         if padded is None:
             raise ValueError(f"{value.name!r} has no shape")
+        # Set even without outside readers: later passes must not take it for a padded batch.
         value.shape = ir.Shape([1, _TOKENS, *padded[2:]])
         if not outside and not value.is_graph_output():
             return
@@ -181,5 +187,5 @@ class _Packing:
 
 
 def _constant(tape: ir.tape.Tape, numbers: int | list[int]) -> ir.Value:
-    """A whole number, or a line of them."""
+    """An integer, or a vector of integers."""
     return tape.op("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))})
