@@ -33,12 +33,12 @@ from planish.optimizer.errors import UsageError
 def command(source: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Run a pipeline over the ONNX file SOURCE; every pass is verified and compared."""
     from planish.optimizer.cli.display import print_table
-    from planish.optimizer.driver.opt import optimize_file
+    from planish.optimizer.driver.opt import OptOptions, optimize_file
     from planish.optimizer.output.manifest import PassRecord
 
     if (options["pipeline"] is None) == (options["preset"] is None):
         raise UsageError("give either --pipeline or --preset")
-    reports = optimize_file(source, out, **options)
+    reports = optimize_file(source, out, OptOptions(**options))
     records = [PassRecord.of("model", report) for report in reports]
     if as_json:
         print_json([record.model_dump(mode="json") for record in records])

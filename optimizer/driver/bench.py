@@ -30,7 +30,7 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One engine at one shape."""
 
     label: str
@@ -46,7 +46,7 @@ def bench(
     targets: Sequence[str] = (),
     *,
     progress: Progress = silent,
-) -> list[Row]:
+) -> list[BenchRow]:
     """Time every engine of ``models`` in alternation; the baseline is the first of ``against`` (or of ``models``).
 
     Components of an encoder-decoder are timed separately, each against the same component of other engines.
@@ -71,7 +71,7 @@ def bench(
     return [row for name, entrants_of in by_component.items() for row in _time(entrants_of, sizes[name], stages)]
 
 
-def _time(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]], stages: Stages) -> list[Row]:
+def _time(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]], stages: Stages) -> list[BenchRow]:
     # All engines must get equal inputs, and only some signatures know the vocabulary size.
     bounds = {t.name: t.bound for e in entrants for t in e.signature.inputs if t.bound is not None}
     rows = []
@@ -79,7 +79,9 @@ def _time(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]], stag
         cases = [sized_case(_bounded(entrant.signature, bounds), sizes) for entrant in entrants]
         with stages.stage(f"timing {entrants[0].component} at {cases[0][1]}"):
             timings = time_against_first([entrant.engine for entrant in entrants], [case for case, _ in cases])
-        rows += [Row(e.label, text, t, e.component) for e, (_, text), t in zip(entrants, cases, timings, strict=True)]
+        rows += [
+            BenchRow(e.label, text, t, e.component) for e, (_, text), t in zip(entrants, cases, timings, strict=True)
+        ]
     return rows
 
 

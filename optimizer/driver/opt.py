@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from planish.optimizer.calibration.collect import Calibrate
@@ -24,52 +25,62 @@ from planish.optimizer.runtime.cases import thin
 from planish.optimizer.system.staging import demand_not_read, staged_file
 
 
-def optimize_file(
-    source: Path,
-    out: Path,
-    *,
-    pipeline: str | None = None,
-    preset: str | None = None,
-    target: str | None = None,
-    keep: Sequence[str] = (),
-    print_before: bool = False,
-    print_after: bool = False,
-    print_after_change: bool = False,
-    check: bool = True,
-    expect: Sequence[str] = (),
-    calibration: Given | None = None,
-) -> list[PassReport]:
+@dataclass(frozen=True)
+class OptOptions:
+    """Options of `planish opt`; each has the name of its option on the command line."""
+
+    pipeline: str | None = None
+    preset: str | None = None
+    target: str | None = None
+    """Target of the preset; by default ONNX Runtime."""
+    keep: Sequence[str] = ()
+    """Accuracy budget. Exact passes must also meet the noise floor."""
+    print_before: bool = False
+    print_after: bool = False
+    print_after_change: bool = False
+    check: bool = True
+    """Verify and compare after each pass."""
+    expect: Sequence[str] = ()
+    calibration: Given | None = None
+    """Calibration data (arrays by input name); by default small generated inputs."""
+
+    def printers(self) -> list[Instrument]:
+        """Instruments that print the graph."""
+        printed: list[Instrument] = [instruments.PrintIR("before")] if self.print_before else []
+        if self.print_after or self.print_after_change:
+            printed.append(instruments.PrintIR("after" if self.print_after else "after-change"))
+        return printed
+
+
+def optimize_file(source: Path, out: Path, options: OptOptions) -> list[PassReport]:
     """Run a pipeline over the ONNX file ``source`` and write the result to ``out``.
 
     A failed check, or a failed expectation (`fuse-attention=12`), raises CheckFailed; a reproducer is written beside
-    ``out``, and ``out`` is not written. Calibration data are ``calibration`` (arrays by input name), or small generated
-    inputs. ``target`` is the target of the preset, by default ONNX Runtime. Exact passes must meet the noise floor and
-    ``keep``, others ``keep`` alone.
+    ``out``, and ``out`` is not written.
     """
-    if keep and not check:
+    keep, calibration = options.keep, options.calibration
+    if keep and not options.check:
         raise UsageError("nothing is compared, so no budget can be kept", where="--no-check", advice="leave one out")
-    wanted = [Expectation.parse(text) for text in expect]
-    name = target_name(target, pipeline)
-    steps = steps_of(pipeline, preset, name, calibrated=calibration is not None)
-    refuse_absent(wanted, {name: steps.passes})
+    expectations = [Expectation.parse(text) for text in options.expect]
+    name = target_name(options.target, options.pipeline)
+    steps = steps_of(options.pipeline, options.preset, name, calibrated=calibration is not None)
+    refuse_absent(expectations, {name: steps.passes})
     if calibration is not None and not any(step.observes for step in steps.passes):
         raise UsageError(NOT_OBSERVED, where="--calibration", advice="leave it out")
-    asked = Budget.parse(keep) if keep else presets.budget(preset)
+    budget = Budget.parse(keep) if keep else presets.budget(options.preset)
     lowered = lower(source).with_fixed(steps.fixed)
-    asked.refuse_unmeasured(measured_metrics(lowered.program))
+    budget.refuse_unmeasured(measured_metrics(lowered.program))
     given = Path(calibration) if isinstance(calibration, str | Path) else None
     demand_not_read({**lowered.files(), "--calibration": given, "SOURCE": source}, files_of(out))
     watchers: list[Instrument] = [
-        instruments.Reproducer(Path(f"{out}.failed"), onnx_io.save, [f"--keep '{k}'" for k in keep])
+        observing(lowered, calibration),
+        instruments.Reproducer(Path(f"{out}.failed"), onnx_io.save, [f"--keep '{k}'" for k in keep]),
+        *options.printers(),
+        *(_checks(lowered, budget) if options.check else []),
+        instruments.MeasureCost(),
     ]
-    if print_before:
-        watchers.append(instruments.PrintIR("before"))
-    if print_after or print_after_change:
-        watchers.append(instruments.PrintIR("after" if print_after else "after-change"))
-    watchers += _checks(lowered, asked) if check else []
-    watchers = [observing(lowered, calibration), *watchers, instruments.MeasureCost()]
     outcome = steps.run(lowered.program.sole()[0], watchers)
-    check_expectations(wanted, [Rewritten.of(name, {"model": outcome})])
+    check_expectations(expectations, [Rewritten.of(name, {"model": outcome})])
     with staged_file(out) as path:
         onnx_io.save(outcome.model, path)
     return outcome.reports

@@ -21,7 +21,7 @@ _REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerifiedEngine:
     """The result of `verify` for one engine."""
 
     target: str
@@ -30,7 +30,7 @@ class Verdict:
     note: str = ""
 
 
-def verify(out: str | Path, *, progress: Progress = silent) -> dict[str, Verdict]:
+def verify(out: str | Path, *, progress: Progress = silent) -> dict[str, VerifiedEngine]:
     """Check an output on this machine: its files and their hashes, then every engine against the stored reference.
 
     Returns a verdict for each engine; the caller handles problems (the command line exits with code 1). BadInput if the
@@ -48,13 +48,13 @@ def verify(out: str | Path, *, progress: Progress = silent) -> dict[str, Verdict
     return verdicts
 
 
-def _verify(folder: Path, name: str, manifest: Manifest, broken: Sequence[str]) -> Verdict:
+def _verify(folder: Path, name: str, manifest: Manifest, broken: Sequence[str]) -> VerifiedEngine:
     record = manifest.targets[name]
     changed = tuple(_changed(folder, (name, _REFERENCE), manifest, broken))
     if changed:
-        return Verdict(record.target, None, changed)
+        return VerifiedEngine(record.target, None, changed)
     if not manifest.reference.noise:
-        return Verdict(record.target, None, (f"it was built with --reference none, so it was {NOT_CHECKED}",))
+        return VerifiedEngine(record.target, None, (f"it was built with --reference none, so it was {NOT_CHECKED}",))
     target = manifest.backend(name)
     references = References.load(folder / _REFERENCE, manifest.reference.noise, manifest.reference.origin)
     signatures = {component: recorded.signature() for component, recorded in manifest.signatures.items()}
@@ -72,7 +72,7 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Sequence[str]) 
         opened = check_as_loaders_open(default, place, signatures, references).violations(budgets)
         notes.append(f"loaded without options ({default}): {'; '.join(opened) or 'within the budget'}")
     notes += ["its own measure was not taken again"] if EVALUATION in record.budgets else []
-    return Verdict(record.target, fidelity.comparison(), tuple(problems), "; ".join(notes))
+    return VerifiedEngine(record.target, fidelity.comparison(), tuple(problems), "; ".join(notes))
 
 
 def _changed(folder: Path, parts: Sequence[str], manifest: Manifest, broken: Sequence[str]) -> Iterator[str]:

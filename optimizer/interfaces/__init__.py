@@ -1,1 +1,1 @@
-"""What a pass and a backend implement: everything that third parties import."""
+"""Interfaces of passes and backends: the modules that third parties import."""

@@ -1,14 +1,14 @@
-"""The text that names a thing and its options: `name{option=value other=[a,b]}`, alone or in a list.
+"""Text form of a name with options: `name{option=value other=[a,b]}`, alone or in a list.
 
-Grammar (blanks may stand between any two tokens)::
+Grammar (blanks are allowed between any two tokens)::
 
     specs   = [ spec { "," spec } [ "," ] ]
     spec    = NAME [ "{" { option } "}" ]
     option  = NAME [ "=" value ]                 a bare option means true
     value   = WORD | STRING | "[" [ value { "," value } ] "]"
 
-NAME and WORD are runs of letters, digits and `_ . + : / -`; STRING is a JSON string. Values stay texts here: the
-dataclass that takes the options gives them their types (`build`).
+NAME and WORD are runs of letters, digits and `_ . + : / -`; STRING is a JSON string. Values are texts here: the
+dataclass of the options converts them to its types (`build`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TOKEN = re.compile(r'\s*(?:(?P<word>[A-Za-z0-9_.+:/\-]+)|(?P<string>"(?:[^"\\]|
 
 @dataclass(frozen=True)
 class Spec:
-    """A name, the texts of its options, and where in the source text the name begins (0-based)."""
+    """A name, the texts of its options, and the column of the name in the source text (0-based)."""
 
     name: str
     options: Mapping[str, Value]
@@ -49,7 +49,7 @@ class _Token:
 
 
 def parse(text: str, *, what: str = "pipeline") -> list[Spec]:
-    """Read a list of specs; a UsageError shows the text with a caret under the place that is wrong."""
+    """Read a list of specs; UsageError shows the text with a caret at the error."""
     return _Parser(text, what).specs()
 
 
@@ -62,7 +62,7 @@ def parse_one(text: str, *, what: str) -> Spec:
 
 
 def format_spec(name: str, options: Mapping[str, object]) -> str:
-    """The text that `parse` reads back to the same name and options."""
+    """The text from which `parse` reads the same name and options."""
     inner = " ".join(f"{key}={format_value(value)}" for key, value in options.items())
     return f"{name}{{{inner}}}" if inner else name
 
@@ -78,7 +78,7 @@ def format_value(value: object) -> str:
 
 
 def format_dataclass(name: str, owner: Any) -> str:
-    """The text of a dataclass of options; options that have their default are left out."""
+    """The text of a dataclass of options, without options that have their default."""
     changed = {
         option.name: value
         for option in dataclasses.fields(owner)
@@ -93,7 +93,7 @@ def point_at(text: str, column: int) -> str:
 
 
 def build(cls: type[T], options: Mapping[str, Any], *, owner: str) -> T:
-    """Make a dataclass of option texts; UsageError names each option that does not fit and what it takes."""
+    """Create a dataclass from option texts; UsageError with each invalid option and the accepted values."""
     from pydantic import ValidationError
 
     try:
@@ -106,7 +106,7 @@ def build(cls: type[T], options: Mapping[str, Any], *, owner: str) -> T:
 def schema(cls: type[Any]) -> dict[str, Any]:
     """JSON schema of the fields of a dataclass of options: type, bounds, default, documentation.
 
-    Of a field that a base class has, the documentation stands there.
+    Documentation of an inherited field is taken from the base class.
     """
     found = dict(_adapter(cls).json_schema().get("properties", {}))
     for base in [base for base in cls.__mro__[1:] if dataclasses.is_dataclass(base) and found]:
@@ -116,7 +116,7 @@ def schema(cls: type[Any]) -> dict[str, Any]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or what there is, for the end of an error message."""
+    """` (did you mean 'x'?)`, or the list of names, for the end of an error message."""
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if near:
@@ -130,6 +130,7 @@ _ADAPTERS: dict[type[Any], Any] = {}
 def _adapter(cls: type[Any]) -> Any:
     from pydantic import TypeAdapter
 
+    # Building a TypeAdapter takes milliseconds, and a pipeline text is parsed often.
     if cls not in _ADAPTERS:
         _ADAPTERS[cls] = TypeAdapter(cls)
     return _ADAPTERS[cls]
@@ -143,7 +144,7 @@ def _explain(cls: type[Any], fault: Mapping[str, Any]) -> str:
 
 
 class _Parser:
-    """Recursive descent over the grammar above, one method a rule."""
+    """Recursive descent parser of the grammar above, one method per rule."""
 
     def __init__(self, text: str, what: str) -> None:
         self.text = text
@@ -169,6 +170,7 @@ class _Parser:
 
     def _option(self, options: dict[str, Value]) -> None:
         key = self._take("word", "an option or '}'")
+        # Options are written as on the command line; fields are Python names.
         name = key.text.replace("-", "_")
         if name in options:
             raise self._error(f"option {key.text!r} is given twice", key)
@@ -206,6 +208,7 @@ class _Parser:
         while column < len(text):
             match = _TOKEN.match(text, column)
             if match is None:
+                # The token pattern skips blanks; the caret must point behind them.
                 column += len(text[column:]) - len(text[column:].lstrip())
                 raise self._error(f"unexpected character {text[column]!r}", _Token("?", text[column], column))
             kind = match.lastgroup or ""
@@ -241,4 +244,4 @@ OPTIONS_CONFIG: dict[str, Any] = {
     "extra": "forbid",
     "use_attribute_docstrings": True,
 }
-"""How pydantic reads the fields of a pass or backend: the docstring under a field documents the option."""
+"""Configuration of pydantic for fields of passes and backends: the docstring under a field documents the option."""

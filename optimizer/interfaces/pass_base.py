@@ -1,7 +1,7 @@
-"""What a pass is, and what it reports.
+"""Passes and their reports.
 
-A pass is a frozen dataclass whose fields are its options. There is no second schema: names, types, bounds, defaults
-and documentation are read off the class, and its text form is derived from it both ways.
+A pass is a frozen dataclass whose fields are its options. There is no second schema: names, types, bounds, defaults and
+documentation are read from the class, and its text form is derived in both directions.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from planish.optimizer.ir.graph import location_of
 
 @dataclass(frozen=True)
 class Refusal:
-    """A place where a rewrite could have applied and did not: what stood in the way, and the culprit."""
+    """A site that a rewrite refused: the reason, and the culprit."""
 
     site: str
-    """The node that the rewrite is about, as `graph.location_of` describes it."""
+    """The node of the site, as described by `graph.location_of`."""
     reason: str
     culprit: str = ""
-    """The value or node that differed from what the rewrite needs."""
+    """The value or node that violates a condition of the rewrite."""
     near: bool = False
-    """Whether only part of the pattern stands there: a near miss, which an exporter's change may have caused."""
+    """True if only the core of the pattern matches: a near miss, which a changed exporter may cause."""
 
     @classmethod
     def at(cls, node: ir.Node, reason: str, culprit: ir.Value | ir.Node | None = None, *, near: bool = False) -> Self:
@@ -40,20 +40,21 @@ class Refusal:
 
 @dataclass(frozen=True)
 class TuningQuery:
-    """Which value of an option is fastest: to be answered by timing small graphs (`timing/tuning_table.py`)."""
+    """A query for the fastest value of an option, answered by timing small graphs (`timing/tuning_table.py`)."""
 
     option: str
     values: tuple[Any, ...]
-    """The first is taken where nothing is measured, and unless another is clearly faster."""
+    """Values of the option. The first is the default without measurements, and unless another is clearly faster."""
     about: str
-    """The sizes on which the answer depends, as text."""
+    """The sizes on which the latency depends, as text."""
     graph: Callable[[], ir.Model]
-    """Makes the graph, all sizes fixed; the pass with each value of the option writes one form of it."""
+    """Function that creates the graph, with static sizes; the pass rewrites it with each value of the option."""
 
 
 @dataclass(frozen=True)
 class StatisticRequest:
-    """An activation that a pass wants to have seen before it runs: afterwards `seen(value, what)` has it."""
+    """A request for a statistic of an activation. It is collected before the pass runs; read it with
+    `statistic_of(value, what)`."""
 
     value: ir.Value
     what: type[Observer]
@@ -63,21 +64,22 @@ _left: ContextVar[list[int] | None] = ContextVar("sites that may still be rewrit
 
 
 def admitted() -> bool:
-    """Whether a pass may rewrite one more site: always, except while `bisect` looks for the site that does harm.
+    """True if a pass may rewrite one more site: always, except while `bisect` searches for the harmful site.
 
-    A pass that goes from site to site asks right before each rewrite, and leaves the site as it is if the answer is no.
+    A pass with sites calls this before each rewrite, and skips the site if it is False.
     """
     left = _left.get()
     if left is None:
         return True
+    # Counted below zero: bisect reads the number of further sites from it.
     left[0] -= 1
     return left[0] >= 0
 
 
 @contextmanager
 def at_most(sites: int) -> Iterator[list[int]]:
-    """Inside, passes rewrite only their first ``sites`` sites; the list holds how many more they could have had, as a
-    negative number."""
+    """Limit passes in the block to ``sites`` rewrites; the list holds the number of rewrites left, negative beyond the
+    limit."""
     left = [sites]
     token = _left.set(left)
     try:
@@ -88,45 +90,45 @@ def at_most(sites: int) -> Iterator[list[int]]:
 
 @dataclass
 class PassResult(ir.passes.PassResult):
-    """What a pass did: the model, whether it changed, where it fired, where it refused and what it found out."""
+    """Result of a pass: the model, a change flag, the rewritten sites, the refusals, and facts."""
 
     sites: list[str] = field(default_factory=list)
-    """One entry per rewritten place."""
+    """One entry per rewritten site."""
     refusals: list[Refusal] = field(default_factory=list)
     facts: dict[str, float | int | str] = field(default_factory=dict)
-    """Figures of interest; deterministic ones only, for they go into the manifest."""
+    """Deterministic figures, which are written to the manifest."""
 
 
 @dataclass(frozen=True)
 class Pass(ir.passes.InPlacePass):
-    """One step of a pipeline: changes a model in place and says honestly whether it did.
+    """One step of a pipeline. It changes a model in place and reports the change.
 
-    A subclass is a frozen dataclass with a ``name`` (a kebab-case verb phrase); each field is an option with a type,
-    a default and a docstring of its own. Passes do no input or output.
+    A subclass is a frozen dataclass with a ``name`` (a kebab-case verb phrase); each field is an option with a type, a
+    default and a docstring of its own. Passes do no input or output.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = OPTIONS_CONFIG
     name: ClassVar[str]
     exact: ClassVar[bool] = True
-    """Whether the rewrite keeps every output up to rounding; a pass that does not is held against the fidelity that was
-    asked for instead of the noise floor."""
+    """True if the rewrite keeps every output up to rounding errors. Other passes are checked against the accuracy
+    budget instead of the noise floor."""
 
     @property
     def fixed(self) -> Mapping[str, int]:
-        """Axes that have only this size after the pass, by name; an engine is asked for no other."""
+        """Static sizes of axes after the pass, by name."""
         return {}
 
     def tuning_queries(self, model: ir.Model, sizes: Mapping[str, int]) -> Sequence[TuningQuery]:
-        """What the pass wants to know of its target before it runs on ``model``, whose axes will have these sizes."""
+        """Queries that are answered before the pass runs on ``model``, for these sizes of its axes."""
         return ()
 
     def statistics(self, model: ir.Model) -> Sequence[StatisticRequest]:
-        """What the pass wants to have seen of activations of ``model`` before it runs on it."""
+        """Statistics of activations of ``model`` that are collected before the pass runs on it."""
         return ()
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether what the pass does may depend on its target, or on what was seen."""
+        """True if the result may depend on the target or on calibration data."""
         return type(self).tuning_queries is not Pass.tuning_queries or type(self).statistics is not Pass.statistics
 
     @property
@@ -135,13 +137,13 @@ class Pass(ir.passes.InPlacePass):
         return type(self).statistics is not Pass.statistics
 
     def consume(self, model: ir.Model) -> None:
-        """Use statistics just collected; called after each group of requests, before large observers are dropped."""
+        """Use the collected statistics. Called after each group of requests, before large observers are dropped."""
 
     def __str__(self) -> str:
-        """The text form; options that have their default are left out."""
+        """The text form, without options that have their default."""
         return option_text.format_dataclass(self.name, self)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Make the pass from option texts; UsageError names the option, what it got and what it takes."""
+        """Create the pass from option texts; UsageError with the option, the given text and the accepted values."""
         return option_text.build(cls, options, owner=f"pass {cls.name}")

@@ -1,4 +1,4 @@
-"""Rewrite passes: a pattern, a check that gives its reason, and a replacement."""
+"""Rewrite passes: a pattern, a check with reasons, and a replacement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Match = TypeVar("Match")
 
 
 class Refused(Exception):
-    """What a check raises when a site cannot be rewritten: the reason, and the value or node in the way."""
+    """Raised by a check for a site that cannot be rewritten: the reason, and the culprit."""
 
     def __init__(self, reason: str, culprit: ir.Value | ir.Node | None = None) -> None:
         super().__init__(reason)
@@ -24,38 +24,39 @@ class Refused(Exception):
 
 
 class NearMiss(Refused):
-    """What a pattern raises when it finds the heart of the computation, but not what belongs around it."""
+    """Raised by a pattern that matches the core of the computation only."""
 
 
 @dataclass(frozen=True)
 class RewritePass(Pass, Generic[Match]):
-    """Replaces each match by what `rewrite` builds; nodes that nothing reads any more are removed."""
+    """Replaces each match by the nodes of `rewrite`, and removes unused nodes."""
 
     root: ClassVar[str]
-    """The operator that the pattern is found by."""
+    """The operator at which the pattern starts."""
     since: ClassVar[int]
-    """The first opset that has the operator that is written."""
+    """The first opset with the operator that is written."""
 
     @abc.abstractmethod
     def pattern(self, node: ir.Node) -> Match | None:
-        """What stands around ``node``, or None if it is not this computation; NearMiss if it almost is."""
+        """The match at ``node``, or None; NearMiss if only the core of the computation matches."""
 
     @abc.abstractmethod
     def check(self, match: Match) -> None:
-        """Raise Declined if the match must stay as it is."""
+        """Raise Refused if the match must stay."""
 
     @abc.abstractmethod
     def rewrite(self, match: Match) -> tuple[ir.Value, list[ir.Node]]:
-        """The value to replace, and the nodes that replace it; the last one's first output takes its place."""
+        """The value to replace, and the new nodes; the first output of the last node replaces it."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Visit every node of every graph once; functions stay as they are, for they have opsets of their own."""
+        """Visit every node of every graph once. Functions are skipped, since they have opsets of their own."""
         sites: list[str] = []
         refusals: list[Refusal] = []
         for graph in model.graphs():
             for node in [node for node in graph if node.op_type == self.root and node.domain == ""]:
                 location = location_of(node)
                 try:
+                    # An earlier rewrite may have removed the node.
                     if node.graph is graph and self._fire(model, graph, node):
                         sites.append(location)
                 except Refused as declined:
@@ -64,10 +65,11 @@ class RewritePass(Pass, Generic[Match]):
         return PassResult(model, bool(sites), sites=sites, refusals=refusals)
 
     def _fire(self, model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node) -> bool:
-        """Whether the computation stood at this node and was replaced."""
+        """Match and replace at one node; True if it was replaced."""
         match = self.pattern(node)
         if match is None:
             return False
+        # After the pattern: models of older opsets report refusals only for matching sites.
         self._check_opset(model)
         self.check(match)
         if not admitted():
@@ -81,9 +83,9 @@ class RewritePass(Pass, Generic[Match]):
 
 
 def replace(graph: ir.Graph | ir.Function, old: ir.Value, nodes: list[ir.Node]) -> None:
-    """Put ``nodes`` before the producer of ``old``, let their last output replace it, remove what died.
+    """Insert ``nodes`` before the producer of ``old``, replace ``old`` by their last output, and remove unused nodes.
 
-    A computation may begin in ``graph`` and end in a branch inside it: the producer's own graph is changed.
+    A computation may begin in ``graph`` and end in a subgraph: the graph of the producer is changed.
     """
     producer = old.producer()
     if producer is None:
@@ -92,6 +94,7 @@ def replace(graph: ir.Graph | ir.Function, old: ir.Value, nodes: list[ir.Node]) 
     new = nodes[-1].outputs[0]
     _inherit(producer, nodes)
     graph.insert_before(producer, nodes)
+    # Consumers outside of the graph find the value by its name.
     name = old.name
     new.shape, new.type = old.shape, old.type
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
@@ -100,7 +103,7 @@ def replace(graph: ir.Graph | ir.Function, old: ir.Value, nodes: list[ir.Node]) 
 
 
 def _inherit(source: ir.Node, nodes: list[ir.Node]) -> None:
-    """Give new nodes names of their own and the source location of what they replace."""
+    """Set unique names of new nodes, and the source location of the replaced node."""
     for index, node in enumerate(nodes):
         node.name = f"{source.name or source.outputs[0].name}_{node.op_type}_{index}"
         copy_location(source, node)

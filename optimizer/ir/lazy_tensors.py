@@ -14,14 +14,14 @@ from planish.optimizer.ir.graph import sizes_of
 Read = Callable[[], np.ndarray]
 
 
-class Recipe:
+class LazyArray:
     """A function that computes an array. While the last array is referenced, it is returned again."""
 
     def __init__(self, read: Read, dtype: ir.DataType, origin: object = None) -> None:
         self._read = read
         self._dtype = dtype
         self.origin = origin
-        """The identity of the content: equal origins mean equal arrays. Passes may derive a better recipe from it."""
+        """The identity of the content: equal origins mean equal arrays. Passes may derive a better reader from it."""
         self._last: weakref.ref[np.ndarray] | None = None
 
     def __call__(self) -> ir.TensorProtocol:
@@ -61,7 +61,7 @@ def lazy(
     ``strips`` gives the same values piece by piece in memory order. With it, the tensor is written to a file without
     ever being whole in memory.
     """
-    tensor = _Streamed(Recipe(read, dtype, origin), dtype, ir.Shape(shape), cache=False, name=name)
+    tensor = _Streamed(LazyArray(read, dtype, origin), dtype, ir.Shape(shape), cache=False, name=name)
     # cache=False above: onnx_ir would otherwise keep every weight that was ever read.
     tensor.strips = strips
     return tensor
@@ -74,8 +74,8 @@ def origin_of(tensor: ir.TensorProtocol | None) -> object:
     """
     if isinstance(tensor, ir.ExternalTensor):
         return (str(tensor.path), tensor.offset, tensor.length)
-    recipe = getattr(tensor, "_func", None)
-    return recipe.origin if isinstance(recipe, Recipe) else None
+    lazy_array = getattr(tensor, "_func", None)
+    return lazy_array.origin if isinstance(lazy_array, LazyArray) else None
 
 
 @runtime_checkable

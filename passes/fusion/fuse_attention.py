@@ -28,7 +28,7 @@ _RANK = 4
 
 
 @dataclass(frozen=True)
-class Scaled:
+class ScaledValue:
     """A value without its constant factors, and their product."""
 
     value: ir.Value
@@ -240,7 +240,7 @@ def _terms(value: ir.Value) -> list[ir.Value]:
     return [term for operand in operands for term in _terms(operand)] if operands else [value]
 
 
-def _unscaled(value: ir.Value) -> Scaled:
+def _unscaled(value: ir.Value) -> ScaledValue:
     """Remove factors and divisors that are numbers from a value with no other readers."""
     factor = 1.0
     while (node := producer_of(value, "Mul", "Div")) is not None:
@@ -252,17 +252,17 @@ def _unscaled(value: ir.Value) -> Scaled:
             value, factor = right, factor * number
         else:
             break
-    return Scaled(value, factor)
+    return ScaledValue(value, factor)
 
 
-def _uncapped(value: ir.Value) -> tuple[Scaled, float]:
+def _uncapped(value: ir.Value) -> tuple[ScaledValue, float]:
     """The source x · scale of cap · tanh(x · scale / cap), and the cap; without a cap the value itself, and 0."""
     outer = _unscaled(value)
     tangent = producer_of(outer.value, "Tanh")
     if tangent is None or tangent.inputs[0] is None:
         return outer, 0.0
     inner = _unscaled(tangent.inputs[0])
-    return Scaled(inner.value, inner.factor * outer.factor), outer.factor
+    return ScaledValue(inner.value, inner.factor * outer.factor), outer.factor
 
 
 def _turned_key(value: ir.Value) -> Turned | None:

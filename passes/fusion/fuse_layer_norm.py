@@ -30,7 +30,7 @@ from planish.passes.fusion._match import (
 
 
 @dataclass(frozen=True)
-class LayerNorm:
+class LayerNormMatch:
     """A match: operands, the final value, and the two means, which must be over the last axis."""
 
     x: ir.Value
@@ -42,14 +42,14 @@ class LayerNorm:
 
 
 @dataclass(frozen=True)
-class FuseLayerNorm(RewritePass[LayerNorm]):
+class FuseLayerNorm(RewritePass[LayerNormMatch]):
     """Fuse (x - mean) / √(variance + ε) · scale [+ bias] over the last axis."""
 
     name: ClassVar[str] = "fuse-layer-norm"
     root: ClassVar[str] = "Sqrt"
     since: ClassVar[int] = 17
 
-    def pattern(self, node: ir.Node) -> LayerNorm | None:
+    def pattern(self, node: ir.Node) -> LayerNormMatch | None:
         """Match from the square root: inside for the variance of x, outside for scale and bias."""
         for variance, epsilon in with_constant(producer_of(node.inputs[0], "Add")):
             outer = producer_of(variance, "ReduceMean")
@@ -63,10 +63,10 @@ class FuseLayerNorm(RewritePass[LayerNorm]):
                 affine = _affine(quotient[1])
                 if affine is None:
                     raise NearMiss("its quotient has no constant scale", quotient[1])
-                return LayerNorm(inner.inputs[0], affine[0], affine[1], epsilon, (inner, outer), affine[2])
+                return LayerNormMatch(inner.inputs[0], affine[0], affine[1], epsilon, (inner, outer), affine[2])
         return None
 
-    def check(self, match: LayerNorm) -> None:
+    def check(self, match: LayerNormMatch) -> None:
         """Check for means over the last axis that keep it, and scale and bias of rank one."""
         for mean in match.means:
             check_mean(mean, match.x)
@@ -75,7 +75,7 @@ class FuseLayerNorm(RewritePass[LayerNorm]):
             if value is not None:
                 check_vector(name, value, match.x)
 
-    def rewrite(self, match: LayerNorm) -> tuple[ir.Value, list[ir.Node]]:
+    def rewrite(self, match: LayerNormMatch) -> tuple[ir.Value, list[ir.Node]]:
         """Build one node."""
         inputs = [match.x, match.scale] + ([match.bias] if match.bias is not None else [])
         return match.result, [ir.node("LayerNormalization", inputs, {"axis": -1, "epsilon": match.epsilon})]

@@ -30,7 +30,7 @@ _PLAIN = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 
 
 @dataclass(frozen=True)
-class Product:
+class GemmMatch:
     """A match: the flattened value, the Gemm, and the value with batch and token axes restored."""
 
     x: ir.Value
@@ -39,7 +39,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class UnfuseGemm(RewritePass[Product]):
+class UnfuseGemm(RewritePass[GemmMatch]):
     """Replace a Gemm between a Reshape that merges the leading axes and one that splits them by MatMul and Add.
 
     1. The leading axes are equal on both sides, nothing is transposed or scaled, and the bias is a vector.
@@ -54,14 +54,14 @@ class UnfuseGemm(RewritePass[Product]):
     anywhere: bool = False
     """Case 2: rewrite every Gemm with a constant matrix, for passes that look for MatMuls."""
 
-    def pattern(self, node: ir.Node) -> Product | None:
+    def pattern(self, node: ir.Node) -> GemmMatch | None:
         """Match a Gemm and both reshapes with equal leading axes; or the Gemm alone if requested."""
         between = self._between_reshapes(node)
         if between is not None or not self.anywhere or node.inputs[0] is None:
             return between
-        return Product(node.inputs[0], node, node.outputs[0])
+        return GemmMatch(node.inputs[0], node, node.outputs[0])
 
-    def _between_reshapes(self, node: ir.Node) -> Product | None:
+    def _between_reshapes(self, node: ir.Node) -> GemmMatch | None:
         flatten = producer_of(node.inputs[0], "Reshape")
         part = used_by(node.outputs[0], "Reshape")
         x = None if flatten is None else flatten.inputs[0]
@@ -72,12 +72,12 @@ class UnfuseGemm(RewritePass[Product]):
         kept = len(before) == len(after) > 2 and before[:-1] == after[:-1] and rows is not None
         named = all(isinstance(dim, int) or dim.value is not None for dim in before)
         return (
-            Product(x, node, part.outputs[0])
+            GemmMatch(x, node, part.outputs[0])
             if kept and named and rows is not None and rows[-1] == before[-1]
             else None
         )
 
-    def check(self, match: Product) -> None:
+    def check(self, match: GemmMatch) -> None:
         """Check that transposition and scaling can be done beforehand, and that the bias is a vector."""
         gemm, bias = match.gemm, _bias_of(match.gemm)
         written = {name: gemm.attributes[name].value for name in _PLAIN if name in gemm.attributes}
@@ -92,7 +92,7 @@ class UnfuseGemm(RewritePass[Product]):
         if bias is not None and match.result is not gemm.outputs[0] and rank_of(bias) != 1:
             raise Refused("its third operand has not one entry for each column", bias)
 
-    def rewrite(self, match: Product) -> tuple[ir.Value, list[ir.Node]]:
+    def rewrite(self, match: GemmMatch) -> tuple[ir.Value, list[ir.Node]]:
         """Build the MatMul, and the Add if there is a bias."""
         bias = _bias_of(match.gemm)
         matrix, nodes = _matrix(match.gemm)

@@ -20,7 +20,7 @@ import onnx
 import onnxruntime as ort
 
 from planish.optimizer import optimize
-from planish.optimizer.driver.opt import optimize_file
+from planish.optimizer.driver.opt import OptOptions, optimize_file
 from planish.optimizer.fidelity.inputs import make_inputs
 from planish.optimizer.fidelity.metrics import visible_part
 from planish.optimizer.interfaces import registry
@@ -51,7 +51,7 @@ def case(seed: int, folder: Path) -> str:
                 return "built, not run: nobody knows what it would take"
         else:
             out = folder / "out.onnx"
-            optimize_file(source, out, pipeline=_pipeline(rng))
+            optimize_file(source, out, OptOptions(pipeline=_pipeline(rng)))
     compare(source, out)
     return "equal"
 

@@ -19,7 +19,7 @@ from planish.optimizer.cli.options import parse_shapes
 from planish.optimizer.compilation.options import BuildOptions
 from planish.optimizer.compilation.request import request_of
 from planish.optimizer.driver.bisect import bisect
-from planish.optimizer.driver.opt import optimize_file
+from planish.optimizer.driver.opt import OptOptions, optimize_file
 from planish.optimizer.errors import CheckFailed, UsageError
 from planish.optimizer.fidelity.budget import Budget, measured_metrics, metrics_of
 from planish.optimizer.fidelity.inputs import refuse_other_sizes
@@ -99,7 +99,9 @@ def test_a_budget_that_an_encoder_has_no_metric_for(
 ) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: optimize(encoder, tmp_path / "out", preset="fast", keep=[budget]),
-        lambda: optimize_file(graph, tmp_path / "out.onnx", pipeline="quantize-int8{minimum=1}", keep=[budget]),
+        lambda: optimize_file(
+            graph, tmp_path / "out.onnx", OptOptions(pipeline="quantize-int8{minimum=1}", keep=[budget])
+        ),
         lambda: bisect(graph, "quantize-int8{minimum=1}", tmp_path / "found.onnx", keep=[budget]),
     ]
     for call in calls:
@@ -245,9 +247,9 @@ def test_bisect_needs_a_budget_for_passes_that_are_not_exact(graph: Path, tmp_pa
 
 def test_exact_passes_of_opt_keep_what_was_asked_for(graph: Path, tmp_path: Path) -> None:
     """`--keep` was not looked at where all passes are exact."""
-    optimize_file(graph, tmp_path / "out.onnx", pipeline="eliminate-identities", keep=["max_abs<=0"])
+    optimize_file(graph, tmp_path / "out.onnx", OptOptions(pipeline="eliminate-identities", keep=["max_abs<=0"]))
     with pytest.raises(CheckFailed, match="eliminate-identities moved the outputs: max_abs of y is 0"):
-        optimize_file(graph, tmp_path / "no.onnx", pipeline="eliminate-identities", keep=["max_abs<=-1"])
+        optimize_file(graph, tmp_path / "no.onnx", OptOptions(pipeline="eliminate-identities", keep=["max_abs<=-1"]))
 
 
 def test_a_pipeline_that_fires_nowhere_says_so(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from planish.optimizer import Pass, PassResult, optimize
 from planish.optimizer.driver.bisect import bisect
-from planish.optimizer.driver.opt import optimize_file
+from planish.optimizer.driver.opt import OptOptions, optimize_file
 from planish.optimizer.errors import BadInput, CheckFailed
 from planish.optimizer.interfaces import registry
 from planish.optimizer.interfaces.pass_base import admitted
@@ -114,7 +114,7 @@ def test_the_pass_and_the_site_are_found_and_cut_out(model: Path, tmp_path: Path
     repro = onnx.load(tmp_path / "found.onnx")
     assert len(repro.graph.node) == found.nodes <= 10
     with pytest.raises(CheckFailed, match="add-by-subtracting moved the outputs"):
-        optimize_file(tmp_path / "found.onnx", tmp_path / "after.onnx", pipeline=found.text)
+        optimize_file(tmp_path / "found.onnx", tmp_path / "after.onnx", OptOptions(pipeline=found.text))
 
 
 def test_the_command_line_says_what_was_found(model: Path, tmp_path: Path) -> None:
