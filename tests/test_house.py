@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import statistics
 import subprocess
 import sys
+import tokenize
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -177,3 +180,70 @@ def test_error_classes_carry_the_documented_exit_codes() -> None:
     classes = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.PlanishError)]
     codes = {cls.__name__: cls.exit_code for cls in classes}
     assert set(codes.values()) == {1, 2, 3, 4, 5, 70}, codes
+
+
+def comment_density(folder: str) -> float:
+    """Comment lines per 100 lines of code in a package, without directives of linters and without docstrings."""
+    directive = re.compile(r"#\s*(noqa|type:|fmt:|mypy:|ruff:)")
+    layout = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    comments = code = 0
+    for path in (ROOT / folder).rglob("*.py"):
+        text = path.read_text()
+        written: set[int] = set()
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                comments += directive.match(token.string) is None
+            elif token.type not in layout:
+                written.update(range(token.start[0], token.end[0] + 1))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Expr) and docstring(node) is not None:
+                written -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        code += len(written)
+    return 100 * comments / code
+
+
+def docstring(node: ast.AST) -> str | None:
+    """The text of a docstring of a module, class, function or attribute; None for other statements."""
+    value = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
+    return value if isinstance(value, str) else None
+
+
+@pytest.mark.parametrize("package", ["optimizer", "passes", "backends"])
+def test_comments_say_why_in_two_of_a_hundred_lines(package: str) -> None:
+    assert comment_density(package) >= 2
+
+
+def test_docstrings_of_interfaces_begin_with_a_noun_or_a_verb() -> None:
+    vague = re.compile(r"(What|Whether|Why|Let|How)\b")
+    for path in sorted((ROOT / "optimizer" / "interfaces").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not vague.match((docstring(node) or "").strip()), f"{relative(path)}: {docstring(node)}"
+
+
+SAME_NAME = {"Request"}
+"""The request of a build, and that of OpenVINO, whose class is its own."""
+
+
+def test_public_classes_have_names_of_their_own() -> None:
+    names = Counter(
+        node.name
+        for path in SOURCES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert {name for name, count in names.items() if count > 1} == SAME_NAME
+
+
+MANY_PARAMETERS = {"optimizer/cli/run_command.py command", "optimizer/inference/loading.py __call__"}
+"""Functions whose parameters are the options of a command or of generation."""
+
+
+def test_functions_have_few_parameters() -> None:
+    many = set()
+    for path in SOURCES:
+        for function in functions(path):
+            arguments = function.args
+            names = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)} - {"self", "cls"}
+            if len(names) > 8:
+                many.add(f"{relative(path)} {function.name}")
+    assert many == MANY_PARAMETERS

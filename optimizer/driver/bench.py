@@ -59,6 +59,7 @@ def bench(
     if not entrants:
         raise BadInput("there is no engine to time here", where=", ".join(map(str, models)))
     opened = {registry.backend(entrant.engine.target).name for entrant in entrants}
+    # An option for a runtime that opens nothing here would have no effect, silently.
     idle = [text for text in targets if registry.backend(text).name not in opened]
     if idle:
         advice = f"there are engines of {', '.join(sorted(opened))}"
@@ -76,6 +77,7 @@ def _time(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]], stag
     bounds = {t.name: t.bound for e in entrants for t in e.signature.inputs if t.bound is not None}
     rows = []
     for sizes in shapes:
+        # Equal seeds and bounds: every engine of a timing run gets the same values.
         cases = [sized_case(_bounded(entrant.signature, bounds), sizes) for entrant in entrants]
         with stages.stage(f"timing {entrants[0].component} at {cases[0][1]}"):
             timings = time_against_first([entrant.engine for entrant in entrants], [case for case, _ in cases])

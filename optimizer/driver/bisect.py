@@ -169,6 +169,7 @@ def bisect(source: Path, pipeline: str, repro: Path, *, keep: Sequence[str] = ()
             advice="give --keep METRIC>=X",
         )
     model, trial = Oracle.of(source, asked, steps.fixed)
+    # The reproducer must not replace external data that the model still reads.
     demand_not_read(_weights_of(model), files_of(repro))
     for count in range(1, len(steps.passes) + 1):
         before = model.clone()
@@ -220,6 +221,7 @@ def _blame(search: _Search, attempt: Attempt, repro: Path, keep: Sequence[str]) 
     number, last, runs = search.first_site(attempt)
     good = search.until(number - 1) if number else search.before
     site = None if number == 0 else last.result.sites[-1] if last.result and last.result.sites else f"number {number}"
+    # A pass that raises has no rewritten site to cut around.
     piece = _smallest(search, good) if number and last.result else good
     with staged_file(repro) as path:
         onnx_io.save(piece, path)

@@ -70,12 +70,14 @@ def optimize_file(source: Path, out: Path, options: OptOptions) -> list[PassRepo
     budget = Budget.parse(keep) if keep else presets.budget(options.preset)
     lowered = lower(source).with_fixed(steps.fixed)
     budget.refuse_unmeasured(measured_metrics(lowered.program))
+    # Only files can be overwritten; arrays in memory cannot.
     given = Path(calibration) if isinstance(calibration, str | Path) else None
     demand_not_read({**lowered.files(), "--calibration": given, "SOURCE": source}, files_of(out))
     watchers: list[Instrument] = [
         observing(lowered, calibration),
         instruments.Reproducer(Path(f"{out}.failed"), onnx_io.save, [f"--keep '{k}'" for k in keep]),
         *options.printers(),
+        # Statistics are collected before the checks run, and costs include them.
         *(_checks(lowered, budget) if options.check else []),
         instruments.MeasureCost(),
     ]

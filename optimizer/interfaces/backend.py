@@ -1,4 +1,4 @@
-"""What a backend promises: to emit an engine's files, to open them, and to run arrays through them.
+"""The contract of a backend: it emits an engine's files, opens them, and runs arrays through them.
 
 A backend with its options (`openvino{threads=2}`) is a target. Emitting and opening are apart: the machine that
 builds need not be the machine that runs.
@@ -107,7 +107,7 @@ class Engine(abc.ABC):
 
 
 def _fits(tensor: TensorSpec, shape: tuple[int, ...]) -> bool:
-    """Whether a shape has the rank and the fixed sizes of a tensor."""
+    """True if a shape has the rank and the fixed sizes of a tensor."""
     return len(shape) == len(tensor.shape) and all(
         size == dim for size, dim in zip(shape, tensor.shape, strict=True) if isinstance(dim, int)
     )
@@ -126,7 +126,7 @@ class RequiredPass:
     text: str
     """The pass with its options."""
     promise: str
-    """What it brings about, for a site that refuses it: `kept in 8 bits`."""
+    """The effect of the pass, for a site that refuses it: `kept in 8 bits`."""
     option: str
     """The option that asks for it, as text: `cache=int8`."""
 
@@ -154,7 +154,7 @@ class Backend(abc.ABC):
 
     @property
     def rounds(self) -> bool:
-        """Whether its options make engines compute or keep something in fewer bits than their graphs say."""
+        """True if its options make engines compute or keep something in fewer bits than their graphs say."""
         return False
 
     @property
@@ -174,7 +174,7 @@ class Backend(abc.ABC):
 
     @classmethod
     def path_of(cls, component: str, folder: Path) -> Path:
-        """What to `open` for one component: the folder itself where there is no other, else a file in it."""
+        """The path to `open` for one component: the folder itself where there is no other, else a file in it."""
         return folder if component == "model" else folder / cls.file_of(component)
 
     def with_required_passes(self, program: Program) -> Program:
@@ -204,7 +204,7 @@ class Backend(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def missing(cls) -> str | None:
-        """What keeps this machine from opening engines of this backend, in one line; None if nothing does."""
+        """The reason, in one line, why this machine cannot open engines of this backend; None if it can."""
 
     def as_loaders_open(self) -> Self | None:
         """The target as the ecosystem's loaders open its files when they are given no options.
@@ -226,5 +226,5 @@ class Backend(abc.ABC):
 
     @classmethod
     def interprets(cls) -> bool:
-        """Whether it runs graphs from memory."""
+        """True if it runs graphs from memory."""
         return cls.load is not Backend.load

@@ -64,4 +64,4 @@ CANONICAL = (
 """Cleanup, and raising to canonical operators: what recipes of every target begin with."""
 
 LAST = "remove-unused-nodes"
-"""What recipes of every target end with: other passes leave behind what nothing reads any more."""
+"""Last passes of recipes for every target: they remove unused nodes that other passes left."""

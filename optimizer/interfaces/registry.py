@@ -85,7 +85,7 @@ def backends() -> Iterator[type[Backend]]:
 
 
 def interpreter() -> Backend:
-    """What runs graphs from memory as they are written: the first backend that can."""
+    """The backend that runs graphs from memory as they are written: the first backend that can."""
     return next(cls for cls in backends() if cls.interprets())()
 
 

@@ -110,6 +110,7 @@ class Rewritten:
     def of(cls, target: str, outcomes: Mapping[str, Outcome]) -> Rewritten:
         """The results of pipelines, by component."""
         sites = [PassSites.of(target, name, report) for name, one in outcomes.items() for report in one.reports]
+        # Counted over all components: an expectation is about the whole target.
         canonical = summed(outcome.canonical for outcome in outcomes.values())
         return cls(sites, canonical, summed(operators_of(outcome.model) for outcome in outcomes.values()))
 

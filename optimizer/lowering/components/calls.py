@@ -71,6 +71,7 @@ def next_decoder(module: Any, feeds: Tensors) -> dict[str, Any]:
 def _decode(module: Any, feeds: Tensors, states: Any, cache: Any, *, own_only: bool) -> dict[str, Any]:
     from transformers.modeling_outputs import BaseModelOutput
 
+    # Speech encoders have states of static length and no mask.
     masks = {"attention_mask": feeds["encoder_attention_mask"]} if "encoder_attention_mask" in feeds else {}
     result = module(
         **masks,
@@ -81,6 +82,7 @@ def _decode(module: Any, feeds: Tensors, states: Any, cache: Any, *, own_only: b
         return_dict=True,
     )
     presents = _presents(cache.self_attention_cache, ".decoder")
+    # Keys of the encoder's states do not change in further steps: they are no outputs there.
     crossed = {} if own_only else _presents(cache.cross_attention_cache, ".encoder")
     return {"logits": result.logits} | dict(sorted((presents | crossed).items(), key=_place))
 
