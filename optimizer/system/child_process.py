@@ -124,7 +124,8 @@ class ChildProcess:
         ours, theirs = Pipe()
         log = scratch_file()
         process = subprocess.Popen(
-            [sys.executable, "-m", module, str(theirs.fileno())],
+            # -P: `-m` alone has Python look for modules in the working folder first, where a `numpy.py` may lie.
+            [sys.executable, "-P", "-m", module, str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # what runtimes print there is not for our users
             stderr=log,

@@ -70,6 +70,16 @@ def test_values_and_arrays_go_there_and_back(module: str, capfd: pytest.CaptureF
     assert capfd.readouterr() == ("", "")
 
 
+def test_modules_in_the_working_folder_are_not_imported(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "numpy.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with ChildProcess.start(module, "the process") as child:
+        assert child.request("double", said="x").values == {"said": "xx"}
+
+
 def test_an_error_is_raised_here_as_it_was_there_and_the_process_lives_on(module: str) -> None:
     with ChildProcess.start(module, "the process") as child:
         with pytest.raises(BadInput) as caught:
