@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +15,11 @@ from planish.optimizer.errors import BadInput, UsageError, printable
 from planish.optimizer.system import interrupts
 from planish.optimizer.system.json_files import check_value
 
+if TYPE_CHECKING:
+    from planish.optimizer.inference.task import Task
+
 _SHOWN = 6
+"""Values of an embedding that are printed."""
 _STREAM = "-"
 """Instead of a file: standard input or output."""
 
@@ -40,7 +44,7 @@ _STREAM = "-"
 )
 @click.option(
     "--format",
-    "kind",
+    "line_format",
     type=click.Choice(["txt", "jsonl"]),
     default="txt",
     show_default=True,
@@ -54,9 +58,7 @@ _STREAM = "-"
     "--prompt", metavar="NAME", help="A prompt of the checkpoint's, such as query, before each embedded text."
 )
 @click.option("--logits", is_flag=True, help="Scores as the model's head gives them: no softmax, no sigmoid.")
-@click.option(
-    "--max-new-tokens", "most", type=click.IntRange(min=1), help="Most tokens that an engine writes (64 for texts)."
-)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Most tokens that an engine writes (64 for texts).")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="Sample instead of taking the best.")
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="Sample among this many of the best.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample among the likeliest.")
@@ -69,12 +71,12 @@ def command(
     choices: tuple[str, ...],
     source: Path | None,
     output: Path | None,
-    kind: str,
+    line_format: str,
     batch: int,
     target: str | None,
     prompt: str | None,
     logits: bool,
-    most: int | None,
+    max_new_tokens: int | None,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -83,99 +85,85 @@ def command(
 ) -> None:
     """Ask ENGINE (an output or an engine folder): labels, embeddings, answers, texts, by its task."""
     from planish.optimizer.cli.run_options import refuse_idle
-    from planish.optimizer.inference.requests import Question
-    from planish.optimizer.inference.session import open_task, with_prompt, with_raw_scores
-    from planish.optimizer.inference.speech import SpeechTranscriber
-    from planish.optimizer.inference.text_generation import TextGenerator, with_options
-    from planish.optimizer.inference.vision import ImageTasks
+    from planish.optimizer.inference.answer_options import AnswerOptions
+    from planish.optimizer.inference.session import open_task, with_options
     from planish.optimizer.runtime.generation import Sampling
 
     if (text is None) == (source is None) or (source is None) != (output is None):
         raise UsageError("give either --text, or --input and --output")
     if str(output or _STREAM) == _STREAM:
         refuse_closed_output()
-    for option, asked in (("--text", text), ("--pair", pair), *(("--choice", choice) for choice in choices)):
-        check_value(asked, option)
-    answerer = open_task(engine, target)
-    refuse_idle(click.get_current_context(), answerer)
-    if prompt is not None:
-        answerer = with_prompt(answerer, prompt)
-    if logits:
-        answerer = with_raw_scores(answerer)
-    if text is not None and isinstance(answerer, ImageTasks | SpeechTranscriber):
-        names = " and ".join(tensor.name for tensor in answerer.signature.inputs)
+    for option, value in (("--text", text), ("--pair", pair), *(("--choice", choice) for choice in choices)):
+        check_value(value, option)
+    task = open_task(engine, target)
+    refuse_idle(click.get_current_context(), task)
+    options = AnswerOptions(prompt, logits, max_new_tokens, Sampling(temperature, top_k, top_p, seed))
+    task = with_options(task, options)
+    if text is not None and task.array_names:
+        names = " and ".join(task.array_names)
         raise UsageError(
             f"this engine takes {names}, not texts", where="--text", advice="give --input FILE.npz and --output FILE"
         )
-    if isinstance(answerer, TextGenerator):
-        answerer = with_options(answerer, most, Sampling(temperature, top_k, top_p, seed))
-        if answerer.settings.get("num_beams", 1) != 1:
-            click.echo("planish: note: generation_config.json asks for beam search, which is not done here", err=True)
-        if text is not None and not as_json:
-            _stream(answerer, text)
-            return
+    for note in task.notes:
+        click.echo(f"planish: note: {note}", err=True)
     if text is not None:
-        answer = answerer.answer([Question(text, pair, choices)])[0]
-        if as_json:
-            print_json(answer)
-        else:
-            click.echo("\n".join(_lines(answer)))
+        _answer_text(task, text, pair, choices, as_json)
+    elif source is not None and output is not None:
+        _answer_lines(task, source, output, line_format, batch, as_json)
+
+
+def _answer_text(task: Task, text: str, pair: str | None, choices: tuple[str, ...], as_json: bool) -> None:
+    """Answer one text; show the parts of the answer as they come if the task gives parts."""
+    from planish.optimizer.inference.requests import TextRequest
+
+    parts = None if as_json else task.stream(text)
+    if parts is not None:
+        for part in parts:
+            print(part, end="", flush=True)
         return
-    if source is not None and output is not None:
-        _answer_lines(answerer, source, output, kind, batch, as_json)
+    (answer,) = task.answer([TextRequest(text, pair, choices)])
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo("\n".join(_lines(answer)))
 
 
-def _stream(writer: Any, text: str) -> None:
-    """Show the text as it is written."""
-    import torch
-    from transformers import TextStreamer
-
-    streamer = TextStreamer(writer.tokenizer, skip_special_tokens=True)
-    for tokens in writer.tokens([text]):
-        streamer.put(torch.from_numpy(tokens))
-    streamer.end()
-
-
-def _answer_lines(answerer: Any, source: Path, output: Path, kind: str, batch: int, as_json: bool) -> None:
+def _answer_lines(task: Task, source: Path, output: Path, line_format: str, batch: int, as_json: bool) -> None:
     """Answer a file or standard input, into a file or standard output."""
     from planish.optimizer.inference.answer_files import answer_lines
-    from planish.optimizer.inference.requests import parse_questions
+    from planish.optimizer.inference.requests import parse_texts
     from planish.optimizer.system.scratch import scratch_folder
 
     piped = str(source) == _STREAM
-    if piped and hasattr(answerer, "signature"):
+    if piped and task.array_names:
         raise UsageError("arrays come from a file", where="--input -", advice="give an .npz file")
     if str(output) == _STREAM:
-        objects = kind == "jsonl"
-        given = (
-            parse_questions(sys.stdin.buffer, "standard input", objects=objects)
-            if piped
-            else answerer.questions(source)
-        )
-        for lines in answer_lines(answerer, given, batch):
+        objects = line_format == "jsonl"
+        requests = parse_texts(sys.stdin.buffer, "standard input", objects=objects) if piped else task.requests(source)
+        for lines in answer_lines(task, requests, batch):
             click.echo("".join(lines), nl=False)
             sys.stdout.flush()
         return
     if not piped:
-        count = _answer_file(answerer, source, output, batch)
+        count = _answer_file(task, source, output, batch)
     else:
         with scratch_folder() as folder:  # a file is read twice, a pipe is not
-            copy = folder / f"input.{kind}"
+            copy = folder / f"input.{line_format}"
             copy.write_bytes(sys.stdin.buffer.read())
             try:
-                count = _answer_file(answerer, copy, output, batch)
+                count = _answer_file(task, copy, output, batch)
             except BadInput as error:
                 where = error.where and error.where.replace(str(copy), "standard input")
                 raise BadInput(error.what, where=where, advice=error.advice) from error
     click.echo(json.dumps({"answered": count, "output": str(output)}) if as_json else f"{count} answers: {output}")
 
 
-def _answer_file(answerer: Any, source: Path, output: Path, batch: int) -> int:
+def _answer_file(task: Task, source: Path, output: Path, batch: int) -> int:
     from planish.optimizer.cli.display import progress_bar
     from planish.optimizer.inference.answer_files import answer_file, kept_answers, partial_file
 
-    total = sum(1 for _ in answerer.questions(source))
-    partial = partial_file(answerer, source, output)
+    total = sum(1 for _ in task.requests(source))
+    partial = partial_file(task, source, output)
 
     def keep(done: int) -> None:
         interrupts.keep(f"{done} of {total} answers are kept in {partial}; run again to go on")
@@ -188,7 +176,7 @@ def _answer_file(answerer: Any, source: Path, output: Path, batch: int) -> int:
             keep(done)
             report("answering", done - 1, total)
 
-        return answer_file(answerer, source, output, batch, answered, partial)
+        return answer_file(task, source, output, batch, answered, partial)
 
 
 def _lines(answer: dict[str, Any]) -> list[str]:

@@ -1,1 +1,1 @@
-"""`planish run` and `load`: engines that answer texts, images and recordings."""
+"""`planish run` and `load`: answers of engines to texts, images and recordings."""

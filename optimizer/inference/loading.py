@@ -13,11 +13,10 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from planish.optimizer.errors import UsageError, first_fault, printable
-from planish.optimizer.inference.requests import Question
-from planish.optimizer.inference.session import AnyTask, engine_at, open_task, with_prompt, with_raw_scores
-from planish.optimizer.inference.speech import SpeechTranscriber
-from planish.optimizer.inference.text_generation import TextGenerator, with_options
-from planish.optimizer.inference.vision import ImageTasks, Row, takes_arrays
+from planish.optimizer.inference.answer_options import AnswerOptions, TaskOption
+from planish.optimizer.inference.requests import ArrayRequest, TextRequest
+from planish.optimizer.inference.session import engine_at, open_task, takes_arrays, with_options
+from planish.optimizer.inference.task import Task
 from planish.optimizer.interfaces import registry
 from planish.optimizer.interfaces.backend import Engine
 from planish.optimizer.ir.program import Role
@@ -44,26 +43,26 @@ class LoadedModel:
     def __init__(self, folder: Path, target: str | None) -> None:
         self.folder = folder
         place, self.target = engine_at(folder, target)
-        self._place, self._asked, self._closed = place, target, False
+        self._place, self._target_option, self._closed = place, target, False
         self._output = place.parent if (place.parent / MANIFEST).is_file() else None
         self.manifest = None if self._output is None else Manifest.read(self._output)
         records = {} if self.manifest is None else self.manifest.signatures
         self._signatures = [record.signature() for record in records.values()]
-        self._has_parts = list(records) not in ([], ["model"])
-        self._writes = any(signature.cached for signature in self._signatures)
-        if not self._writes:
+        self._has_components = list(records) not in ([], ["model"])
+        self._generates = any(signature.cached for signature in self._signatures)
+        if not self._generates:
             self.engine  # noqa: B018 - an engine that cannot be opened is told now, not at the first call
 
     @property
     def task(self) -> str:
-        """What it does: `text-classification`, `feature-extraction`, `text-generation`, …"""
-        return self._answerer.task if self.manifest is None else self.manifest.task
+        """The task that it serves: `text-classification`, `feature-extraction`, `text-generation`, …"""
+        return self._task.name if self.manifest is None else self.manifest.task
 
     @functools.cached_property
     def engine(self) -> Engine:
         """The engine itself: `engine.run({name: array})`. UsageError if it has several components."""
         self._refuse_closed()
-        if self._has_parts:
+        if self._has_components:
             raise UsageError("this engine has several components", advice="use model.decoding()")
         return registry.backend(self.target).open(self._place)
 
@@ -76,12 +75,12 @@ class LoadedModel:
         name, first = self._place.name, self.engine  # first: it refuses what no other needs to be opened for
         if self.manifest is None or self._output is None:
             return {name: first}
-        here = [other for other in self.manifest.targets if self.manifest.backend(other).missing() is None]
-        opened = {o: self.manifest.backend(o).open(engine_folder(self._output, o)) for o in here if o != name}
+        runnable = [other for other in self.manifest.targets if self.manifest.backend(other).missing() is None]
+        opened = {o: self.manifest.backend(o).open(engine_folder(self._output, o)) for o in runnable if o != name}
         return {**opened, name: first}
 
     def decoding(self, name: str | None = None) -> Decoding:
-        """The engine, or the one in the folder ``name``, ready to go on with texts token by token."""
+        """The decode loop of the engine, or of the one in the folder ``name``: texts, token by token."""
         self._refuse_closed()
         if self.manifest is None or self._output is None:
             raise UsageError(f"the components are not known without {MANIFEST}", where=self._place)
@@ -112,62 +111,50 @@ class LoadedModel:
         `planish run --json` prints. ``pair`` is the second text (the context of a question), ``choices`` what a
         multiple choice chooses among; for a list of texts both are lists. ``prompt`` names a prompt of a
         sentence-transformers checkpoint, ``logits`` leaves out softmax and sigmoid. ``max_new_tokens`` and
-        ``temperature``, ``top_k``, ``top_p``, ``seed`` are for engines that write. Arrays by name are answered row by
-        row where the engine sees or hears, else they give its outputs. UsageError for what does not apply.
+        ``temperature``, ``top_k``, ``top_p``, ``seed`` are for engines that generate. Arrays by name are answered row
+        by row where the engine takes images or recordings, else they give its outputs. UsageError for an option
+        without effect.
         """
         self._refuse_closed()
         if max_new_tokens is not None and max_new_tokens < 1:
             raise UsageError(f"max_new_tokens: {max_new_tokens} is not at least 1")
         sampling = _checked(Sampling(temperature, top_k, top_p, seed))
+        options = AnswerOptions(prompt, logits, max_new_tokens, sampling)
         if isinstance(asked, Mapping):
             if pair is not None or choices is not None or prompt is not None:
                 raise UsageError("arrays have no second text, no choices and no prompt")
-            return self._of_arrays(asked, logits, max_new_tokens, sampling)
-        answerer = self._with_options(prompt, logits, max_new_tokens, sampling)
-        if isinstance(answerer, ImageTasks | SpeechTranscriber):
-            names = " and ".join(tensor.name for tensor in answerer.signature.inputs)
+            return self._answer_arrays(asked, options)
+        task = with_options(self._task, options)
+        if task.array_names:
+            names = " and ".join(task.array_names)
             raise UsageError(f"this engine takes {names}, not texts", advice="give {name: array}")
         if isinstance(asked, str):
-            return _plain(answerer.answer(_questions([asked], [pair], [choices], answerer.task)))[0]
+            return _plain(task.answer(_text_requests([asked], [pair], [choices], task)))[0]
         pairs, several = ([None] * len(asked) if given is None else list(given) for given in (pair, choices))
-        return _plain(answerer.answer(_questions(asked, pairs, several, answerer.task)))
+        return _plain(task.answer(_text_requests(asked, pairs, several, task)))
 
-    def _of_arrays(self, arrays: Mapping[str, np.ndarray], logits: bool, most: int | None, sampling: Sampling) -> Any:
-        if self._takes_arrays:
-            answerer: Any = self._with_options(None, logits, most, sampling)
+    def _answer_arrays(self, arrays: Mapping[str, np.ndarray], options: AnswerOptions) -> Any:
+        """The answers to rows of arrays where the task takes such, else the outputs of the engine."""
+        if takes_arrays(self._signatures[0].inputs if self._signatures else self.engine.inputs):
+            task = with_options(self._task, options)
             counts = {len(array) for array in arrays.values()}
             if len(counts) != 1:
                 raise UsageError("the arrays have different numbers of rows")
-            rows = [Row({name: array[index] for name, array in arrays.items()}) for index in range(counts.pop())]
-            return _plain(answerer.answer(rows))
-        if logits or most is not None or sampling != Sampling():
+            rows = range(counts.pop())
+            requests = [ArrayRequest({name: array[row] for name, array in arrays.items()}, index=row) for row in rows]
+            return _plain(task.answer(requests))
+        if options != AnswerOptions():
             raise UsageError("options are for texts: arrays give the engine's outputs as they are")
         return self.engine.run(dict(arrays))
 
-    @property
-    def _takes_arrays(self) -> bool:
-        return takes_arrays(self._signatures[0].inputs if self._signatures else self.engine.inputs)
-
     @functools.cached_property
-    def _answerer(self) -> AnyTask:
-        return open_task(self.folder, self._asked, None if self._writes else self.engine)
-
-    def _with_options(self, prompt: str | None, logits: bool, most: int | None, sampling: Sampling) -> AnyTask:
-        answerer = self._answerer
-        if prompt is not None:
-            answerer = with_prompt(answerer, prompt)
-        if logits:
-            answerer = with_raw_scores(answerer)
-        if isinstance(answerer, TextGenerator):
-            return with_options(answerer, most, sampling)
-        if most is not None or sampling != Sampling():
-            raise UsageError("this engine does not go on with a text", advice="leave out max_new_tokens and sampling")
-        return answerer
+    def _task(self) -> Task:
+        return open_task(self.folder, self._target_option, None if self._generates else self.engine)
 
     def close(self) -> None:
-        """Let go of the engines and their memory; what is asked afterwards is a UsageError."""
+        """Close the engines and free their memory; a call afterwards is a UsageError."""
         self._closed = True
-        for name in ("engine", "engines", "_answerer"):
+        for name in ("engine", "engines", "_task"):
             self.__dict__.pop(name, None)
 
     def _refuse_closed(self) -> None:
@@ -198,8 +185,8 @@ class LoadedModel:
         """One line that fits a terminal."""
         task = f"{self.manifest.task}, " if self.manifest is not None else ""
         before, after = printable(f"<planish model: {task}{self.target}, "), ", closed>" if self._closed else ">"
-        place, room = printable(str(self._place)), max(20, _WIDTH - len(before) - len(after))
-        return before + (place if len(place) <= room else f"…{place[-room + 1 :]}") + after
+        place, width = printable(str(self._place)), max(20, _WIDTH - len(before) - len(after))
+        return before + (place if len(place) <= width else f"…{place[-width + 1 :]}") + after
 
     def _repr_html_(self) -> str:
         """A small table for a notebook; names in it may come from anybody, so everything is escaped."""
@@ -211,8 +198,8 @@ class LoadedModel:
         return f"<table>{cells}</table>"
 
 
-def _questions(texts: Sequence[Any], pairs: Sequence[Any], choices: Sequence[Any], task: str) -> list[Question]:
-    """Questions whose parts have the types that they should; UsageError says which has not."""
+def _text_requests(texts: Sequence[Any], pairs: Sequence[Any], choices: Sequence[Any], task: Task) -> list[TextRequest]:
+    """Requests whose parts have the types that they should; UsageError says which has not."""
     if not len(texts) == len(pairs) == len(choices):
         raise UsageError(
             f"{len(texts)} texts, {len(pairs)} second texts, {len(choices)} choices do not belong together"
@@ -221,11 +208,11 @@ def _questions(texts: Sequence[Any], pairs: Sequence[Any], choices: Sequence[Any
         if not isinstance(text, str) or not isinstance(pair, str | None):
             wrong = text if not isinstance(text, str) else pair
             raise UsageError(f"this is no text but a {type(wrong).__name__}", advice="give a str or a list of them")
-        if (several is not None) != (task == "multiple-choice"):
+        if (several is not None) != (TaskOption.CHOICES in task.options):
             raise UsageError("choices are what a multiple choice chooses among, and nothing else has them")
         if several is not None and (isinstance(several, str) or not all(isinstance(choice, str) for choice in several)):
             raise UsageError("choices are a list of texts for each text")
-    return [Question(t, p, tuple(several or ())) for t, p, several in zip(texts, pairs, choices, strict=True)]
+    return [TextRequest(t, p, tuple(several or ())) for t, p, several in zip(texts, pairs, choices, strict=True)]
 
 
 def _plain(answers: list[dict[str, Any]]) -> Any:

@@ -3,75 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from planish.optimizer.errors import BadInput
+from planish.optimizer.inference.requests import read_rows, stacked
+from planish.optimizer.inference.task import Answer
 from planish.optimizer.inference.text_generation import TextGenerator
-from planish.optimizer.inference.vision import read_rows, stacked
-from planish.optimizer.ir.program import Signature
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SpeechTranscriber(TextGenerator):
-    """A writer that hears: its prompts are spectra, and it may be without a tokenizer."""
+    """An encoder-decoder whose prompts are spectra, and which may be without a tokenizer."""
 
-    signature: Signature = field(default_factory=lambda: Signature((), ()))
-    """Of the encoder."""
+    @property
+    def array_names(self) -> tuple[str, ...]:
+        """The inputs of the encoder."""
+        return tuple(tensor.name for tensor in self.signature.inputs)
 
-    def answer(self, questions: Sequence[Any]) -> list[dict[str, Any]]:
-        """The text of each recording, or its tokens up to the one that ends it where there is no tokenizer."""
-        groups = [(group, stacked(self.room.filled(group))) for group in self.room.groups(questions)]
-        tokens = [row for g, a in groups for row in np.stack(list(self.continued(a)), axis=1)[: len(g)]]
-        if self.tokenizer is None:
-            return [{"tokens": [int(token) for token in self.before_end(row)]} for row in tokens]
-        return [{"text": self.decode(row)} for row in tokens]
-
-    def questions(self, path: Path) -> Iterator[Any]:
+    def requests(self, path: Path) -> Iterator[Any]:
         """The recordings of a file."""
         return read_rows(path, self.signature)
 
-    def usual(self) -> int:
-        """As many tokens as there is room for: what is said is to be written to its end."""
-        return self.longest or super().usual()
+    def answer(self, requests: Sequence[Any]) -> list[Answer]:
+        """The text of each recording, or its tokens up to the one that ends it where there is no tokenizer."""
+        rows: list[np.ndarray] = []
+        for batch in self.limits.groups(requests):
+            steps = list(self.generate(stacked(self.limits.filled(batch))))
+            rows += list(np.stack(steps, axis=1)[: len(batch)])
+        if self.tokenizer is None:
+            return [{"tokens": [int(token) for token in self.until_end(row)]} for row in rows]
+        return [{"text": self.decode(row)} for row in rows]
 
-    def opening(self) -> list[list[int]]:
+    def default_length(self) -> int:
+        """As many tokens as there is room for: a recording is transcribed to its end."""
+        return self.longest or super().default_length()
+
+    def forced_tokens(self) -> list[list[int]]:
         """Tokens that the answer begins with, several where the engine chooses: language, task, no timestamps."""
-        return opening(self.settings)
+        return forced_tokens(self.settings)
 
 
-def transcriber(writer: TextGenerator, signature: Signature) -> SpeechTranscriber:
-    """A writer whose encoder has a signature of spectra."""
-    own = {part.name: getattr(writer, part.name) for part in fields(writer)}
-    return SpeechTranscriber(**own, signature=signature)
+def forced_tokens(settings: Mapping[str, Any]) -> list[list[int]]:
+    """Tokens that `generation_config.json` allows at each place behind the start token, as in Whisper's `generate`.
 
-
-def opening(settings: Mapping[str, Any]) -> list[list[int]]:
-    """What `generation_config.json` prescribes for each place after the start token, as Whisper's own `generate` does.
-
-    A language that is not said is chosen among those that the model knows. Timestamps are never asked for. BadInput if
-    the language or the task that is said is not among those that are known.
+    The engine chooses a language that is not given among those that the model has. Timestamps are never asked for.
+    BadInput if the given language or task is not one of the model's.
     """
     languages, tasks = settings.get("lang_to_id", {}), settings.get("task_to_id", {})
-    said, task = settings.get("language"), settings.get("task")
-    forced = [] if said or task else [[token] for _, token in settings.get("forced_decoder_ids", [])]
-    wanted = [[_known(languages, _language_token(said), "language")]] if said else forced[:1]
-    if languages and wanted in ([], [[None]]):
-        wanted = [sorted(languages.values())]
-    chosen = task or ("transcribe" if said and tasks else None)
-    wanted += [[_known(tasks, chosen, "task")]] if chosen else forced[1:]
-    silent = settings.get("no_timestamps_token_id")
-    wanted += [[silent]] if silent is not None and wanted[-1:] != [[silent]] else []
-    return [tokens for tokens in wanted if tokens != [None]]
+    language, task = settings.get("language"), settings.get("task")
+    forced = [] if language or task else [[token] for _, token in settings.get("forced_decoder_ids", [])]
+    allowed = [[_token_of(_language_token(language), languages, "language")]] if language else forced[:1]
+    if languages and allowed in ([], [[None]]):
+        allowed = [sorted(languages.values())]
+    task = task or ("transcribe" if language and tasks else None)
+    allowed += [[_token_of(task, tasks, "task")]] if task else forced[1:]
+    no_timestamps = settings.get("no_timestamps_token_id")
+    allowed += [[no_timestamps]] if no_timestamps is not None and allowed[-1:] != [[no_timestamps]] else []
+    return [tokens for tokens in allowed if tokens != [None]]
 
 
-def _known(table: Mapping[str, int], name: str, what: str) -> int:
+def _token_of(name: str, table: Mapping[str, int], kind: str) -> int:
     if name not in table:
         raise BadInput(
-            f"generation_config.json asks for the {what} {name!r}, which is not among its {', '.join(table) or 'none'}"
+            f"generation_config.json asks for the {kind} {name!r}, which is not among its {', '.join(table) or 'none'}"
         )
     return int(table[name])
 

@@ -3,102 +3,149 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planish.optimizer.errors import BadInput, first_fault, in_one_line
-from planish.optimizer.inference.requests import read_questions
-from planish.optimizer.ir.program import Arrays
-from planish.optimizer.output.manifest import Manifest
+from planish.optimizer.inference.answer_options import TaskOption
+from planish.optimizer.inference.requests import read_texts
+from planish.optimizer.inference.task import Answer, OpenedFolder, Task
+from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.program import Arrays, Signature
 from planish.optimizer.runtime.batching import BatchLimits
-from planish.optimizer.runtime.generation import Decoding, Sampling
+from planish.optimizer.runtime.generation import Decoding
 from planish.optimizer.runtime.tokenization import encode
 from planish.optimizer.system.json_files import read_object
 
-MOST = 64
+DEFAULT_LENGTH = 64
 """New tokens when nothing else is asked for."""
 
 
-class Prompted(Protocol):
-    """Anything that asks with a text."""
+@dataclass(kw_only=True)
+class TextGenerator(Task):
+    """Opened components with their tokenizer and the checkpoint's settings for generation.
 
-    @property
-    def text(self) -> str:
-        """The prompt."""
-
-
-@dataclass
-class TextGenerator:
-    """Opened components with their tokenizer and the checkpoint's settings for generation."""
+    ``longest`` counts the tokens of prompt and answer together (of each of them, for an encoder-decoder).
+    """
 
     decoding: Decoding
     tokenizer: Any
-    task: str
-    folder: Path
+    signature: Signature
+    """Of the component that reads the prompt."""
     settings: Mapping[str, Any]
     """`generation_config.json`, on top of `config.json`."""
-    longest: int | None
-    """Most tokens of prompt and answer together (of each of them, for an encoder-decoder)."""
-    most: int = MOST
-    sampling: Sampling = field(default_factory=Sampling)
-    room: BatchLimits = field(default_factory=BatchLimits)
+
+    @classmethod
+    def open(cls, folder: OpenedFolder) -> Self:
+        """A program whose decoder has a cache."""
+        place = folder.folder
+        settings = read_settings(place / "config.json") | read_settings(place / "generation_config.json")
+        lengths = [signature.axes["sequence"] for signature in folder.signatures if "sequence" in signature.axes]
+        components = [] if folder.manifest is None else folder.manifest.signatures
+        return cls(
+            name=folder.task,
+            folder=place,
+            longest=lengths[0].maximum if lengths else None,
+            decoding=Decoding.of(registry.backend(folder.target), place, components),
+            tokenizer=folder.tokenizer,
+            signature=folder.signatures[0],
+            settings=settings,
+        )
 
     @property
-    def answers(self) -> bool:
-        """Whether the answer is a text of its own (encoder-decoder) instead of the prompt's continuation."""
+    def options(self) -> frozenset[TaskOption]:
+        """Those of sampling and length."""
+        return frozenset({TaskOption.GENERATION})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The settings of the checkpoint that have no effect here."""
+        if self.settings.get("num_beams", 1) == 1:
+            return ()
+        return ("generation_config.json asks for beam search, which is not done here",)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens of an answer: asked for by the user, else by the checkpoint, else the default."""
+        return self.asked.max_new_tokens or int(self.settings.get("max_new_tokens") or self.default_length())
+
+    @property
+    def limits(self) -> BatchLimits:
+        """The number of prompts that run together; their lengths are not padded to a size of the engine."""
+        return BatchLimits(BatchLimits.of(self.signature).texts)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """True if the answer is a text of its own instead of the prompt's continuation."""
         return bool(self.settings.get("is_encoder_decoder"))
 
-    def answer(self, questions: Sequence[Prompted]) -> list[dict[str, Any]]:
-        """The text written for each prompt; as many as the engine takes at once run as one padded batch."""
-        groups = self.room.groups([question.text for question in questions])
-        return [{"text": self.decode(row)} for group in groups for row in np.stack(list(self.tokens(group)), axis=1)]
-
-    def questions(self, path: Path) -> Iterator[Any]:
+    def requests(self, path: Path) -> Iterator[Any]:
         """The prompts of a file."""
-        return read_questions(path)
+        return read_texts(path)
+
+    def answer(self, requests: Sequence[Any]) -> list[Answer]:
+        """The text written for each prompt; as many as the engine takes at once run as one padded batch."""
+        batches = self.limits.groups([request.text for request in requests])
+        return [{"text": self.decode(row)} for texts in batches for row in np.stack(list(self.tokens(texts)), axis=1)]
+
+    def stream(self, text: str) -> Iterator[str]:
+        """The parts of the text, each as soon as no later token can change it; the last one ends its line."""
+        import torch
+        from transformers import TextStreamer
+
+        parts: list[str] = []
+        streamer = TextStreamer(self.tokenizer, skip_special_tokens=True)
+        streamer.on_finalized_text = lambda part, stream_end=False: parts.append(part + "\n" * stream_end)
+        for tokens in self.tokens([text]):
+            streamer.put(torch.from_numpy(tokens))
+            yield from parts
+            parts.clear()
+        streamer.end()
+        yield from parts
 
     def tokens(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         """Tokens step by step, shape (batch,). BadInput if a prompt is empty or leaves no room for an answer."""
-        steps = self.continued(self._encode(self.room.filled(texts)))
+        steps = self.generate(self._encode(self.limits.filled(texts)))
         return (tokens[: len(texts)] for tokens in steps)
 
-    def continued(self, prompt: Arrays) -> Iterator[np.ndarray]:
+    def generate(self, prompt: Arrays) -> Iterator[np.ndarray]:
         """Tokens step by step behind a prompt of arrays, those that the answer must begin with among them."""
         first = next(iter(prompt.values()))
-        before = 1 if self.answers else first.shape[1]
-        forced = self.opening()
-        room = None if self.longest is None else self.longest - (0 if self.answers else before)
-        most = self.most + len(forced)
+        before = 1 if self.is_encoder_decoder else first.shape[1]
+        forced = self.forced_tokens()
+        most = self.max_new_tokens + len(forced)
+        if self.longest is not None:
+            most = min(most, self.longest - (0 if self.is_encoder_decoder else before))
         return self.decoding.generate(
             prompt,
             start_tokens=self._start(len(first)),
-            most=most if room is None else min(most, room),
+            most=most,
             ends=self._ends(),
-            sampling=self.sampling,
+            sampling=self.asked.sampling,
             adjust=self._adjust(before, forced),
         )
 
-    def usual(self) -> int:
+    def default_length(self) -> int:
         """New tokens when nothing else is asked for, by the user or the checkpoint."""
-        return MOST
+        return DEFAULT_LENGTH
 
-    def opening(self) -> list[list[int]]:
+    def forced_tokens(self) -> list[list[int]]:
         """The tokens of which each of the answer's first must be one; texts begin as the scores say."""
         return []
 
     def _encode(self, texts: Sequence[str]) -> Arrays:
-        self.tokenizer.padding_side = "right" if self.answers else "left"
+        self.tokenizer.padding_side = "right" if self.is_encoder_decoder else "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         encoded = encode(self.tokenizer, self.folder, list(texts), padding=len(texts) > 1, return_tensors="np")
         longest = encoded["input_ids"].shape[1]
         if not min(np.asarray(encoded["attention_mask"]).sum(axis=1), default=0):
             raise BadInput("the prompt is empty", advice="give a text of at least one token")
-        if self.longest is not None and longest > self.longest - (not self.answers):
+        if self.longest is not None and longest > self.longest - (not self.is_encoder_decoder):
             raise BadInput(
                 f"the prompt has {longest} tokens, the model takes {self.longest}", advice="shorten the prompt"
             )
@@ -106,7 +153,7 @@ class TextGenerator:
 
     def _start(self, count: int) -> np.ndarray | None:
         first = self.settings.get("decoder_start_token_id", self.settings.get("bos_token_id"))
-        return np.full((count, 1), first, np.int64) if self.answers else None
+        return np.full((count, 1), first, np.int64) if self.is_encoder_decoder else None
 
     def _ends(self) -> frozenset[int]:
         end = self.settings.get("eos_token_id")
@@ -114,9 +161,9 @@ class TextGenerator:
 
     def decode(self, tokens: np.ndarray) -> str:
         """The text of one row of tokens, up to the one that ends it."""
-        return str(self.tokenizer.decode(self.before_end(tokens), skip_special_tokens=True))
+        return str(self.tokenizer.decode(self.until_end(tokens), skip_special_tokens=True))
 
-    def before_end(self, tokens: np.ndarray) -> np.ndarray:
+    def until_end(self, tokens: np.ndarray) -> np.ndarray:
         """The tokens of one row before the first that ends it."""
         ends = np.flatnonzero(np.isin(tokens, list(self._ends())))
         return tokens[: ends[0]] if len(ends) else tokens
@@ -124,17 +171,18 @@ class TextGenerator:
     def _adjust(
         self, before: int, forced: Sequence[Sequence[int]]
     ) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
-        """What the checkpoint's settings do to scores before a token is chosen, by the processors of transformers.
+        """A function that changes scores before a token is chosen, by the checkpoint's settings; None for none.
 
-        The first tokens are the likeliest of those that they must be; ``before`` tokens stand in front of them.
+        The processors are those of transformers. The first tokens are the likeliest of those that they must be;
+        ``before`` tokens stand in front of them.
         """
         import torch
 
         try:
-            found = processors(self.settings, self.most, before + len(forced))
+            score_processors = processors(self.settings, self.max_new_tokens, before + len(forced))
         except (ValueError, TypeError) as error:
             raise self._refused(error) from error
-        if not found and not forced:
+        if not score_processors and not forced:
             return None
 
         def adjust(tokens: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -143,7 +191,7 @@ class TextGenerator:
                 if place < len(forced):
                     return best_of(scores, forced[place])
                 adjusted = torch.from_numpy(np.array(scores))
-                for processor in found:
+                for processor in score_processors:
                     adjusted = processor(torch.from_numpy(np.array(tokens)), adjusted)
             except (IndexError, RuntimeError, ValueError) as error:  # a token that the vocabulary does not have
                 raise self._refused(error) from error
@@ -152,8 +200,8 @@ class TextGenerator:
         return adjust
 
     def _refused(self, error: Exception) -> BadInput:
-        what = f"what it says of scores cannot be done ({in_one_line(error)})"
-        return BadInput(what, where=self.folder / "generation_config.json")
+        fault = f"what it says of scores cannot be done ({in_one_line(error)})"
+        return BadInput(fault, where=self.folder / "generation_config.json")
 
 
 def best_of(scores: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
@@ -186,26 +234,8 @@ def processors(settings: Mapping[str, Any], most: int, begin: int) -> list[Any]:
     ]
 
 
-def open_writer(folder: Path, target: str, manifest: Manifest, tokenizer: Any) -> TextGenerator:
-    """Open an engine folder of a program that generates."""
-    from planish.optimizer.interfaces import registry
-
-    settings = read_settings(folder / "config.json") | read_settings(folder / "generation_config.json")
-    signatures = [record.signature() for record in manifest.signatures.values()]
-    lengths = [signature.axes["sequence"] for signature in signatures if "sequence" in signature.axes]
-    decoding = Decoding.of(registry.backend(target), folder, manifest.signatures)
-    longest = lengths[0].maximum if lengths else None
-    room = BatchLimits(BatchLimits.of(signatures[0]).texts)
-    return TextGenerator(decoding, tokenizer, manifest.task, folder, settings, longest, room=room)
-
-
-def with_options(writer: TextGenerator, most: int | None, sampling: Sampling) -> TextGenerator:
-    """The writer with what was asked for."""
-    return replace(writer, most=most or int(writer.settings.get("max_new_tokens") or writer.usual()), sampling=sampling)
-
-
 class _Settings(BaseModel):
-    """What is read of `config.json` and `generation_config.json`: by its type here, or BadInput."""
+    """The settings read from `config.json` and `generation_config.json`; one of another type is BadInput."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     begin_suppress_tokens: list[int] | None = None

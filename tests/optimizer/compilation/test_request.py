@@ -322,7 +322,7 @@ def test_options_of_run_that_do_not_apply(name: str) -> None:
     task, arguments, message = RUN[name]
     answerer = object.__new__(TextGenerator if task is None else TextTasks)
     if task is not None:
-        answerer.task = task  # type: ignore[attr-defined]
+        answerer.name = task
     context = command.make_context("run", ["engine", "--text", "x", *arguments])
     if message is None:
         refuse_idle(context, answerer)

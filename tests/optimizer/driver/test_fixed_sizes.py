@@ -12,9 +12,10 @@ from planish.optimizer.calibration.data import Samples
 from planish.optimizer.compilation.result import Result
 from planish.optimizer.errors import UsageError
 from planish.optimizer.fidelity.reference import References
-from planish.optimizer.inference.requests import Question
-from planish.optimizer.inference.session import AnyTask, open_task
-from planish.optimizer.inference.text_generation import TextGenerator, with_options
+from planish.optimizer.inference.answer_options import AnswerOptions
+from planish.optimizer.inference.requests import TextRequest
+from planish.optimizer.inference.session import open_task, with_options
+from planish.optimizer.inference.text_generation import TextGenerator
 from planish.optimizer.lowering.checkpoint.tokenizer import load_tokenizer
 from planish.optimizer.output.manifest import Manifest
 from tests.clocks import all_faster
@@ -36,14 +37,14 @@ def test_only_this_size_is_taken_and_the_answers_are_the_same(tiny: Path, tmp_pa
         short = [text for text in TEXTS if len(text) < 30]
         found, wanted = (answers(folder / target, short) for folder in (fixed.folder, free.folder))
         np.testing.assert_allclose(found, wanted, atol=1e-5)
-    (cut,) = open_task(fixed.folder / "onnxruntime").answer([Question(TEXTS[3])])
+    (cut,) = open_task(fixed.folder / "onnxruntime").answer([TextRequest(TEXTS[3])])
     assert cut["truncated"] is True
     assert fixed.manifest.requested["fixed"] == "batch=2,sequence=16"
 
 
 def answers(folder: Path, texts: list[str]) -> list[list[float]]:
     """The probabilities of each class, by the name of the class."""
-    found = open_task(folder).answer([Question(text) for text in texts])
+    found = open_task(folder).answer([TextRequest(text) for text in texts])
     return [[answer["scores"][name] for name in sorted(answer["scores"])] for answer in found]
 
 
@@ -66,14 +67,14 @@ def references(result: Result) -> References:
 
 @pytest.mark.breadth
 def test_a_decoder_of_two_texts_writes_what_one_of_any_number_does(tmp_path: Path) -> None:
-    prompts = [Question(text) for text in ("Return a list of", "The file is closed when", "Raise")]
+    prompts = [TextRequest(text) for text in ("Return a list of", "The file is closed when", "Raise")]
     written = {}
     for name, fix in (("free", None), ("fixed", {"batch": 2})):
         optimize(MODELS / "writer", tmp_path / name, targets=TARGETS, fix=fix, clock=all_faster)
         for target in TARGETS:
-            writer: AnyTask = open_task(tmp_path / name / target)
+            writer = open_task(tmp_path / name / target)
             assert isinstance(writer, TextGenerator)
-            written[name, target] = with_options(writer, 12, writer.sampling).answer(prompts)
+            written[name, target] = with_options(writer, AnswerOptions(max_new_tokens=12)).answer(prompts)
     assert written["fixed", "onnxruntime"] == written["free", "onnxruntime"]
     assert written["fixed", "openvino"] == written["free", "onnxruntime"]
 

@@ -18,7 +18,7 @@ import pytest
 import planish.optimizer
 from planish.optimizer import LoadedModel, load, optimize
 from planish.optimizer.errors import BadInput, UsageError
-from planish.optimizer.inference.requests import Question
+from planish.optimizer.inference.requests import TextRequest
 from planish.optimizer.inference.session import open_task
 from planish.optimizer.inference.text_tasks import TextTasks
 from planish.optimizer.runtime.tokenization import LightTokenizer
@@ -55,11 +55,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def test_texts_are_answered_as_run_answers_them(built: Built) -> None:
     out = built("labels")
     model = load(out)
-    (expected,) = open_task(out).answer([Question("w1 w2")])
+    (expected,) = open_task(out).answer([TextRequest("w1 w2")])
     assert model("w1 w2") == expected
     assert [answer["label"] for answer in model(["w1 w2", "w3"])] == [expected["label"], model("w3")["label"]]
     assert sum(model("w1", logits=True)["scores"].values()) != pytest.approx(1.0)
-    assert model("w1", "w2") == open_task(out).answer([Question("w1", "w2")])[0]
+    assert model("w1", "w2") == open_task(out).answer([TextRequest("w1", "w2")])[0]
     assert model.task == "text-classification"
     ids = np.array([[2, 5, 3]])
     np.testing.assert_array_equal(model({"input_ids": ids})["logits"], model.engine.run({"input_ids": ids})["logits"])
@@ -74,8 +74,8 @@ def test_threads_share_a_model(light: bool, built: Built, tmp_path: Path) -> Non
     if not light:  # without a manifest nothing is known of the tokenizer: transformers' is taken
         folder = Path(shutil.copytree(folder, tmp_path / "engine"))
     model = load(folder)
-    assert isinstance(model._answerer, TextTasks)
-    assert isinstance(model._answerer.tokenizer, LightTokenizer) == light
+    assert isinstance(model._task, TextTasks)
+    assert isinstance(model._task.tokenizer, LightTokenizer) == light
     asked = ["w1", " ".join(["w2"] * 400), ["w3", "w4 w5"], [" ".join(["w6"] * 300), "w7"]] * 25
     expected = [model(texts) for texts in asked[:4]]
     assert [expected[1].get("truncated"), expected[3][0].get("truncated")] == [True, True]

@@ -12,9 +12,10 @@ import pytest
 from planish.optimizer import optimize
 from planish.optimizer.errors import BadInput
 from planish.optimizer.inference.answer_files import answer_file
-from planish.optimizer.inference.requests import Question
-from planish.optimizer.inference.session import open_task
-from planish.optimizer.inference.text_generation import TextGenerator, processors, with_options
+from planish.optimizer.inference.answer_options import AnswerOptions
+from planish.optimizer.inference.requests import TextRequest
+from planish.optimizer.inference.session import open_task, with_options
+from planish.optimizer.inference.text_generation import TextGenerator, processors
 from planish.optimizer.runtime.generation import Sampling
 from tests.clocks import all_faster
 from tests.conftest import Planish
@@ -36,7 +37,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def writer_of(folder: Path, target: str, most: int = 24, sampling: Sampling | None = None) -> TextGenerator:
     found = open_task(folder / target)
     assert isinstance(found, TextGenerator)
-    return with_options(found, most, sampling or Sampling())
+    return with_options(found, AnswerOptions(max_new_tokens=most, sampling=sampling or Sampling()))
 
 
 def pytorch(name: str, texts: list[str], most: int) -> list[str]:
@@ -59,13 +60,13 @@ def pytorch(name: str, texts: list[str], most: int) -> list[str]:
 @pytest.mark.parametrize("name", ["writer", "translator"])
 def test_texts_are_those_of_pytorch(name: str, target: str, outputs: dict[str, Path]) -> None:
     texts = PROMPTS if name == "writer" else [text for text, _ in pairs(held_out=True)[:20]]
-    written = writer_of(outputs[name], target, 40).answer([Question(text) for text in texts])
+    written = writer_of(outputs[name], target, 40).answer([TextRequest(text) for text in texts])
     assert [answer["text"] for answer in written] == pytorch(name, texts, 40)
 
 
 def test_the_translator_translates_what_it_has_not_seen(outputs: dict[str, Path]) -> None:
     asked = pairs(held_out=True)[:100]
-    written = writer_of(outputs["translator"], "onnxruntime", 60).answer([Question(text) for text, _ in asked])
+    written = writer_of(outputs["translator"], "onnxruntime", 60).answer([TextRequest(text) for text, _ in asked])
     right = [answer["text"] == wanted for answer, (_, wanted) in zip(written, asked, strict=True)]
     assert np.mean(right) >= 0.95
 
@@ -79,7 +80,7 @@ def test_run_writes_as_it_goes(outputs: dict[str, Path], planish: Planish) -> No
 
 
 def test_sampling_depends_on_its_seed_alone(outputs: dict[str, Path]) -> None:
-    question = [Question(PROMPTS[0])]
+    question = [TextRequest(PROMPTS[0])]
     texts = {
         seed: [
             writer_of(outputs["writer"], "onnxruntime", 24, Sampling(1.2, seed=seed)).answer(question)[0]["text"]
@@ -107,7 +108,7 @@ def test_prompts_that_cannot_be_continued(text: str, says: str, outputs: dict[st
     assert done.returncode == 3, done.stderr
     assert says in done.stderr.splitlines()[-1]
     with pytest.raises(BadInput):
-        writer_of(outputs["writer"], "onnxruntime").answer([Question(text)])
+        writer_of(outputs["writer"], "onnxruntime").answer([TextRequest(text)])
 
 
 def test_an_answer_ends_where_the_context_does(outputs: dict[str, Path]) -> None:

@@ -18,10 +18,11 @@ import pytest
 from planish.optimizer import optimize
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.inference.answer_files import answer_file, answer_lines, partial_file
-from planish.optimizer.inference.requests import Question, read_questions
-from planish.optimizer.inference.session import open_task, with_raw_scores
+from planish.optimizer.inference.answer_options import AnswerOptions
+from planish.optimizer.inference.postprocessing import classes
+from planish.optimizer.inference.requests import TextRequest, read_texts
+from planish.optimizer.inference.session import open_task, with_options
 from planish.optimizer.inference.text_tasks import TextTasks
-from planish.optimizer.inference.vision import classes
 from planish.optimizer.interfaces.backend import Engine
 from planish.optimizer.ir.program import Arrays, TensorSpec
 from planish.optimizer.system import interrupts
@@ -36,18 +37,18 @@ Made = Callable[[str], tuple[TextTasks, Path]]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Task -> an answerer and its checkpoint; each is built once, and nothing is timed."""
+    """Name of a task -> the opened task and its checkpoint; each is built once, and nothing is timed."""
     built: dict[str, tuple[TextTasks, Path]] = {}
 
-    def make(task: str) -> tuple[TextTasks, Path]:
-        if task not in built:
-            folder = tmp_path_factory.mktemp(task)
-            checkpoint = with_tokenizer(build(Species("bert", task), folder / "checkpoint"))
+    def make(name: str) -> tuple[TextTasks, Path]:
+        if name not in built:
+            folder = tmp_path_factory.mktemp(name)
+            checkpoint = with_tokenizer(build(Species("bert", name), folder / "checkpoint"))
             optimize(checkpoint, folder / "out", clock=all_equal)
-            answerer = open_task(folder / "out")
-            assert isinstance(answerer, TextTasks)
-            built[task] = answerer, checkpoint
-        return built[task]
+            task = open_task(folder / "out")
+            assert isinstance(task, TextTasks)
+            built[name] = task, checkpoint
+        return built[name]
 
     return make
 
@@ -66,8 +67,8 @@ def original(checkpoint: Path, task: str, *texts: Any) -> tuple[Any, Any]:
 
 
 def test_labels(made: Made) -> None:
-    answerer, checkpoint = made("text-classification")
-    (answer,) = answerer.answer([Question("w1 w2 w3")])
+    task, checkpoint = made("text-classification")
+    (answer,) = task.answer([TextRequest("w1 w2 w3")])
     scores = original(checkpoint, "text-classification", "w1 w2 w3")[1].logits.softmax(-1)[0]
     assert answer["label"] == f"LABEL_{int(scores.argmax())}"
     for index, score in enumerate(scores.tolist()):
@@ -91,16 +92,16 @@ def test_scores_are_those_of_the_pipelines_of_transformers(config: dict[str, Any
 
     checkpoint = with_tokenizer(build(Species("bert", "text-classification", config), tmp_path / "checkpoint"))
     optimize(checkpoint, tmp_path / "out", clock=all_equal)
-    answerer = open_task(tmp_path / "out")
+    task = open_task(tmp_path / "out")
     asked = pipeline("text-classification", str(checkpoint), top_k=None)
     pairs = [("w1 w2", "w3 w4"), ("w1 w2", "w50 w60 w70")]
     for text, pair in pairs:
-        (answer,) = answerer.answer([Question(text, pair)])
+        (answer,) = task.answer([TextRequest(text, pair)])
         expected = {part["label"]: part["score"] for part in asked({"text": text, "text_pair": pair})}
         assert answer["scores"] == pytest.approx(expected, abs=1e-5)
         assert answer["score"] == max(answer["scores"].values())
         assert answer["label"] == max(expected, key=lambda name: expected[name])
-        (raw,) = with_raw_scores(answerer).answer([Question(text, pair)])
+        (raw,) = with_options(task, AnswerOptions(logits=True)).answer([TextRequest(text, pair)])
         logits = original(checkpoint, "text-classification", [text], [pair])[1].logits[0].tolist()
         assert raw["scores"] == pytest.approx({f"LABEL_{index}": logit for index, logit in enumerate(logits)}, abs=1e-5)
 
@@ -116,20 +117,18 @@ def test_scores_of_images_go_by_the_same_rules() -> None:
 
 
 def test_logits_of_tags_and_choices_and_of_nothing_else(made: Made) -> None:
-    answerer, checkpoint = made("token-classification")
-    (answer,) = with_raw_scores(answerer).answer([Question("w1 w2")])
+    task, checkpoint = made("token-classification")
+    (answer,) = with_options(task, AnswerOptions(logits=True)).answer([TextRequest("w1 w2")])
     logits = original(checkpoint, "token-classification", "w1 w2")[1].logits[0, 1:-1]
     assert [token["score"] for token in answer["tokens"]] == pytest.approx(logits.max(-1).values.tolist(), abs=1e-5)
     with pytest.raises(UsageError, match="answers of task 'fill-mask' have no logits"):
-        with_raw_scores(made("fill-mask")[0])
+        with_options(made("fill-mask")[0], AnswerOptions(logits=True))
 
 
 def test_a_padded_batch_answers_as_single_texts_do(made: Made) -> None:
-    answerer, _ = made("text-classification")
-    questions = [Question("w1"), Question("w2 w3 w4 w5 w6"), Question("w7 w8")]
-    for one, many in zip(
-        [answerer.answer([question])[0] for question in questions], answerer.answer(questions), strict=True
-    ):
+    task, _ = made("text-classification")
+    questions = [TextRequest("w1"), TextRequest("w2 w3 w4 w5 w6"), TextRequest("w7 w8")]
+    for one, many in zip([task.answer([question])[0] for question in questions], task.answer(questions), strict=True):
         assert one["scores"] == pytest.approx(many["scores"], abs=1e-5)
 
 
@@ -137,11 +136,17 @@ def test_a_text_without_a_second_one_is_no_pair(made: Made) -> None:
     """Whatever else is asked with it; an empty second text is none, as in the pipelines of transformers."""
     from transformers import pipeline
 
-    answerer, checkpoint = made("text-classification")
-    questions = [Question("w1"), Question("w1", "w3 w4"), Question("w1", ""), Question("w2"), Question("w1", "w5")]
-    together = answerer.answer(questions)
+    task, checkpoint = made("text-classification")
+    questions = [
+        TextRequest("w1"),
+        TextRequest("w1", "w3 w4"),
+        TextRequest("w1", ""),
+        TextRequest("w2"),
+        TextRequest("w1", "w5"),
+    ]
+    together = task.answer(questions)
     for question, answer in zip(questions, together, strict=True):
-        assert answer["scores"] == pytest.approx(answerer.answer([question])[0]["scores"], abs=1e-6)
+        assert answer["scores"] == pytest.approx(task.answer([question])[0]["scores"], abs=1e-6)
     assert together[2]["scores"] == pytest.approx(together[0]["scores"], abs=1e-6)
     assert together[1]["scores"] != pytest.approx(together[0]["scores"], abs=1e-6)
     asked = pipeline("text-classification", str(checkpoint), top_k=None)
@@ -152,12 +157,12 @@ def test_a_text_without_a_second_one_is_no_pair(made: Made) -> None:
 def test_second_texts_have_several_names(tmp_path: Path) -> None:
     keys = ("pair", "text_pair", "context")
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": "a", key: "b"}) + "\n" for key in keys))
-    assert [question.pair for question in read_questions(tmp_path / "texts.jsonl")] == ["b"] * len(keys)
+    assert [question.pair for question in read_texts(tmp_path / "texts.jsonl")] == ["b"] * len(keys)
 
 
 def test_tagged_words(made: Made) -> None:
-    answerer, checkpoint = made("token-classification")
-    (answer,) = answerer.answer([Question("w1 w2 w3")])
+    task, checkpoint = made("token-classification")
+    (answer,) = task.answer([TextRequest("w1 w2 w3")])
     best = original(checkpoint, "token-classification", "w1 w2 w3")[1].logits[0].argmax(-1).tolist()
     assert [token["word"] for token in answer["tokens"]] == ["w1", "w2", "w3"]
     assert [token["label"] for token in answer["tokens"]] == [f"LABEL_{index}" for index in best[1:-1]]
@@ -165,9 +170,9 @@ def test_tagged_words(made: Made) -> None:
 
 
 def test_spans_lie_in_the_context(made: Made) -> None:
-    answerer, checkpoint = made("question-answering")
+    task, checkpoint = made("question-answering")
     context = "w4 w5 w6 w7"
-    (answer,) = answerer.answer([Question("w1 w2", context)])
+    (answer,) = task.answer([TextRequest("w1 w2", context)])
     encoded, outputs = original(checkpoint, "question-answering", "w1 w2", context)
     inside = [index for index, part in enumerate(encoded.sequence_ids(0)) if part == 1]
     start, end = outputs.start_logits[0].softmax(-1), outputs.end_logits[0].softmax(-1)
@@ -177,31 +182,31 @@ def test_spans_lie_in_the_context(made: Made) -> None:
     assert answer["score"] == pytest.approx(score, abs=1e-6)
     assert context[answer["start"] : answer["end"]] == answer["answer"]
     with pytest.raises(BadInput, match="a question needs a context"):
-        answerer.answer([Question("w1 w2")])
+        task.answer([TextRequest("w1 w2")])
 
 
 def test_words_for_the_mask(made: Made) -> None:
-    answerer, checkpoint = made("fill-mask")
-    (answer,) = answerer.answer([Question("w1 [MASK] w3")])
+    task, checkpoint = made("fill-mask")
+    (answer,) = task.answer([TextRequest("w1 [MASK] w3")])
     scores = original(checkpoint, "fill-mask", "w1 [MASK] w3")[1].logits[0, 2].softmax(-1)
     (found,) = answer["masks"]
     assert [word["score"] for word in found] == pytest.approx(sorted(scores.tolist(), reverse=True)[:5], abs=1e-6)
     with pytest.raises(BadInput, match=r"has no \[MASK\] to fill"):
-        answerer.answer([Question("w1 w2")])
+        task.answer([TextRequest("w1 w2")])
 
 
 def test_the_best_choice(made: Made) -> None:
-    answerer, checkpoint = made("multiple-choice")
+    task, checkpoint = made("multiple-choice")
     choices = ("w4", "w5 w6", "w7 w8 w9")
-    (answer,) = answerer.answer([Question("w1 w2", None, choices)])
+    (answer,) = task.answer([TextRequest("w1 w2", None, choices)])
     scores = original(checkpoint, "multiple-choice", ["w1 w2"] * 3, list(choices))[1].logits[0].softmax(-1)
     assert answer["scores"] == pytest.approx(scores.tolist(), abs=1e-5)
     assert answer["text"] == choices[int(scores.argmax())]
 
 
 def test_texts_beyond_the_limit_are_cut_and_that_is_said(made: Made) -> None:
-    answerer, _ = made("text-classification")
-    short, long = answerer.answer([Question("w1"), Question(" ".join(["w2"] * 100))])
+    task, _ = made("text-classification")
+    short, long = task.answer([TextRequest("w1"), TextRequest(" ".join(["w2"] * 100))])
     assert "truncated" not in short
     assert long["truncated"] is True
 
@@ -213,7 +218,7 @@ def test_embeddings_of_the_real_checkpoint(minilm: Path, tmp_path: Path, monkeyp
 
     optimize(minilm, tmp_path / "out", clock=all_equal)
     texts = ["A cat sits on the mat.", "Compilers turn one text into another, step by step."]
-    found = np.array([a["embedding"] for a in open_task(tmp_path / "out").answer([Question(t) for t in texts])])
+    found = np.array([a["embedding"] for a in open_task(tmp_path / "out").answer([TextRequest(t) for t in texts])])
     encoded = AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt")
     with torch.inference_mode():
         states = AutoModel.from_pretrained(minilm).eval()(**encoded).last_hidden_state
@@ -223,25 +228,25 @@ def test_embeddings_of_the_real_checkpoint(minilm: Path, tmp_path: Path, monkeyp
 
 
 def test_a_file_is_answered_in_order_and_goes_on_where_it_stopped(made: Made, tmp_path: Path) -> None:
-    answerer, _ = made("text-classification")
+    task, _ = made("text-classification")
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": f"w{index} w{index + 1}"}) + "\n" for index in range(9)))
-    assert answer_file(answerer, source, tmp_path / "whole.jsonl", batch=4) == 9
+    assert answer_file(task, source, tmp_path / "whole.jsonl", batch=4) == 9
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = [json.loads(line) for line in whole.splitlines()]
     assert [line["index"] for line in lines] == list(range(9))
-    assert lines[5]["scores"] == pytest.approx(answerer.answer([Question("w5 w6")])[0]["scores"], abs=1e-5)
+    assert lines[5]["scores"] == pytest.approx(task.answer([TextRequest("w5 w6")])[0]["scores"], abs=1e-5)
 
     def stop(done: int) -> None:
         if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answer_file(answerer, source, tmp_path / "again.jsonl", 4, stop)
+        answer_file(task, source, tmp_path / "again.jsonl", 4, stop)
     assert not (tmp_path / "again.jsonl").exists()
     (partial,) = tmp_path.glob(".again.jsonl.*.partial")
     partial.write_bytes(partial.read_bytes() + b'{"index": 4, "la')  # as if killed in the middle of a line
-    assert answer_file(answerer, source, tmp_path / "again.jsonl", 4) == 5
+    assert answer_file(task, source, tmp_path / "again.jsonl", 4) == 5
     assert (tmp_path / "again.jsonl").read_bytes() == whole
     assert not partial.exists()
 
@@ -262,23 +267,23 @@ def test_a_file_is_answered_in_order_and_goes_on_where_it_stopped(made: Made, tm
     ],
 )
 def test_bad_files(content: str | bytes, message: str, made: Made, tmp_path: Path) -> None:
-    answerer, _ = made("text-classification")
+    task, _ = made("text-classification")
     (tmp_path / "texts.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     files = ["--input", tmp_path / "texts.jsonl", "--output", tmp_path / "answers.jsonl"]
-    code, said = run("run", answerer.folder.parent, *files)
+    code, said = run("run", task.folder.parent, *files)
     assert (code, message in said) == (3, True), said
     assert not (tmp_path / "answers.jsonl").exists()
 
 
 def test_a_mark_of_utf_8_and_ends_of_lines_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_bytes("w1 w2\r\n\r\nw3\r\n".encode("utf-8-sig"))
-    assert [question.text for question in read_questions(tmp_path / "texts.txt")] == ["w1 w2", "w3"]
+    assert [question.text for question in read_texts(tmp_path / "texts.txt")] == ["w1 w2", "w3"]
 
 
 def test_ids_come_back(made: Made, tmp_path: Path) -> None:
-    answerer, _ = made("text-classification")
+    task, _ = made("text-classification")
     (tmp_path / "texts.jsonl").write_text('{"text": "w1", "id": "a-1"}\n{"text": "w2"}\n{"id": [7], "text": "w3"}\n')
-    answer_file(answerer, tmp_path / "texts.jsonl", tmp_path / "answers.jsonl", 2)
+    answer_file(task, tmp_path / "texts.jsonl", tmp_path / "answers.jsonl", 2)
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [(line["index"], line.get("id")) for line in lines] == [(0, "a-1"), (1, None), (2, [7])]
 
@@ -286,18 +291,18 @@ def test_ids_come_back(made: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_an_index_is_that_of_the_line(kind: str, made: Made, tmp_path: Path) -> None:
     """Blank lines ask nothing, but whoever lays the answers beside the lines counts them."""
-    answerer, _ = made("text-classification")
+    task, _ = made("text-classification")
     texts = ["", "w1", "", " \t", "w2", "w3", "", "w4", ""]
     lines = [text if kind == "txt" or not text.strip() else json.dumps({"text": text}) for text in texts]
     source, output = tmp_path / f"texts.{kind}", tmp_path / "answers.jsonl"
     source.write_text("\n".join(lines))
-    partial = partial_file(answerer, source, output)
-    partial.write_text("".join(next(answer_lines(answerer, answerer.questions(source), 2))))  # as if interrupted then
-    assert answer_file(answerer, source, output, 2) == 2
+    partial = partial_file(task, source, output)
+    partial.write_text("".join(next(answer_lines(task, task.requests(source), 2))))  # as if interrupted then
+    assert answer_file(task, source, output, 2) == 2
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [answer["index"] for answer in answers] == [1, 4, 5, 7]
     for answer in answers:
-        assert answer["scores"] == pytest.approx(answerer.answer([Question(texts[answer["index"]])])[0]["scores"])
+        assert answer["scores"] == pytest.approx(task.answer([TextRequest(texts[answer["index"]])])[0]["scores"])
 
 
 def test_standard_input_and_output(made: Made, tmp_path: Path, planish: Planish) -> None:
@@ -372,13 +377,13 @@ def test_answers_of_another_engine_are_not_gone_on_with(changed: str, made: Made
     out = Path(shutil.copytree(made("text-classification")[0].folder.parent, tmp_path / "out"))
     if changed != "planish.json":
         (out / "planish.json").unlink()
-    answerer = open_task(out / "onnxruntime")
+    task = open_task(out / "onnxruntime")
     (tmp_path / "texts.txt").write_text("w1\n")
     files = tmp_path / "texts.txt", tmp_path / "answers.jsonl"
-    before = partial_file(answerer, *files)
-    assert partial_file(answerer, *files) == before
+    before = partial_file(task, *files)
+    assert partial_file(task, *files) == before
     (out / changed).write_bytes((out / changed).read_bytes() + b"\n")
-    assert partial_file(answerer, *files) != before
+    assert partial_file(task, *files) != before
 
 
 class Projecting(Engine):
@@ -397,32 +402,32 @@ class Projecting(Engine):
 
 
 def test_encoders_with_a_projection_of_their_own(made: Made) -> None:
-    answerer = replace(made("text-classification")[0], task="feature-extraction")
+    task = replace(made("text-classification")[0], name="feature-extraction")
     for name in ("pooler_output", "text_embeds"):
-        first, second = replace(answerer, engine=Projecting(name, 2)).answer([Question("w1"), Question("w2 w3")])
+        first, second = replace(task, engine=Projecting(name, 2)).answer([TextRequest("w1"), TextRequest("w2 w3")])
         assert first["embedding"] == [first["embedding"][1] * place for place in range(4)]
         assert second["embedding"][1] > first["embedding"][1] > 0
     with pytest.raises(BadInput, match=r"needs an output pooler_output of shape \(batch, size\)"):
-        replace(answerer, engine=Projecting("pooler_output", 3)).answer([Question("w1")])
+        replace(task, engine=Projecting("pooler_output", 3)).answer([TextRequest("w1")])
     with pytest.raises(BadInput, match="needs an output last_hidden_state"):
-        replace(answerer, engine=Projecting("logits", 2)).answer([Question("w1")])
+        replace(task, engine=Projecting("logits", 2)).answer([TextRequest("w1")])
 
 
 def test_what_stands_there_is_not_overwritten(made: Made, tmp_path: Path) -> None:
-    answerer, _ = made("text-classification")
+    task, _ = made("text-classification")
     (tmp_path / "texts.txt").write_text("w1\n")
     (tmp_path / "answers.jsonl").write_text("precious")
     with pytest.raises(BadInput, match="this file exists"):
-        answer_file(answerer, tmp_path / "texts.txt", tmp_path / "answers.jsonl")
+        answer_file(task, tmp_path / "texts.txt", tmp_path / "answers.jsonl")
     assert (tmp_path / "answers.jsonl").read_text() == "precious"
 
 
 def test_the_command(made: Made, planish: Planish) -> None:
-    answerer, _ = made("text-classification")
-    out = answerer.folder.parent
+    task, _ = made("text-classification")
+    out = task.folder.parent
     done = planish("run", out, "--text", "w1 w2", "--json")
     assert json.loads(done.stdout)["scores"] == pytest.approx(
-        answerer.answer([Question("w1 w2")])[0]["scores"], abs=1e-5
+        task.answer([TextRequest("w1 w2")])[0]["scores"], abs=1e-5
     )
     shown = planish("run", out / "onnxruntime", "--text", "w1 w2").stdout
     assert shown.startswith("label: LABEL_")

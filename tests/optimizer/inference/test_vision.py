@@ -14,15 +14,15 @@ from planish.optimizer import optimize
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fidelity.inputs import make_inputs, make_prompts
 from planish.optimizer.inference.answer_files import answer_file
-from planish.optimizer.inference.session import open_task
-from planish.optimizer.inference.speech import SpeechTranscriber, opening
-from planish.optimizer.inference.text_generation import best_of, with_options
+from planish.optimizer.inference.answer_options import AnswerOptions
+from planish.optimizer.inference.session import open_task, with_options
+from planish.optimizer.inference.speech import SpeechTranscriber, forced_tokens
+from planish.optimizer.inference.text_generation import best_of
 from planish.optimizer.inference.vision import ImageTasks
 from planish.optimizer.ir.program import Axis, Role
 from planish.optimizer.lowering import lower
 from planish.optimizer.lowering.checkpoint.sequence_limits import limit_axes
 from planish.optimizer.lowering.components.tasks import TASKS
-from planish.optimizer.runtime.generation import Sampling
 from tests.clocks import all_equal, all_faster
 from tests.conftest import Planish, with_tokenizer
 from tests.zoo import GENERATORS, IMAGES, Species, build
@@ -80,10 +80,10 @@ def test_labels_of_images(vit: Path, tmp_path: Path) -> None:
     import torch
 
     pixels = drawn(5, 3, 30, 24)
-    answerer = open_task(vit / "out")
-    assert isinstance(answerer, ImageTasks)
+    task = open_task(vit / "out")
+    assert isinstance(task, ImageTasks)
     assert (vit / "out" / "openvino" / "preprocessor_config.json").read_text() == PROCESSOR
-    count = answer_file(answerer, file_of(tmp_path, pixel_values=pixels), tmp_path / "out.jsonl", batch=2)
+    count = answer_file(task, file_of(tmp_path, pixel_values=pixels), tmp_path / "out.jsonl", batch=2)
     with torch.inference_mode():
         scores = pytorch(vit / "checkpoint", "image-classification")(torch.from_numpy(pixels)).logits.softmax(-1)
     found = lines(tmp_path / "out.jsonl")
@@ -99,8 +99,8 @@ def test_embeddings_of_images_are_the_mean_over_their_places(name: str, tmp_path
 
     folder = made(seen(name), tmp_path)
     pixels = drawn(2, 3, 30, 24) if name.startswith("vit") else drawn(2, 3, 40, 40)
-    answerer = open_task(folder / "out" / "openvino")
-    answer_file(answerer, file_of(tmp_path, pixel_values=pixels), tmp_path / "out.jsonl")
+    task = open_task(folder / "out" / "openvino")
+    answer_file(task, file_of(tmp_path, pixel_values=pixels), tmp_path / "out.jsonl")
     with torch.inference_mode():
         hidden = pytorch(folder / "checkpoint", "feature-extraction")(torch.from_numpy(pixels)).last_hidden_state
     wanted = hidden.mean(1) if hidden.ndim == 3 else hidden.mean((2, 3))
@@ -139,13 +139,13 @@ def test_engines_take_what_they_are_made_for(
         (tmp_path / "in.txt").write_text("a cat\n")
         done = planish("run", folder / "out", "--input", tmp_path / "in.txt", "--output", tmp_path / "no.jsonl")
         assert (done.returncode, f"takes {name}, not texts" in done.stderr) == (3, True), done.stderr
-    answerer = open_task(vit / "out")
+    task = open_task(vit / "out")
     with pytest.raises(BadInput, match="it has no array 'pixel_values'; it has \\['input_ids'\\]"):
-        list(answerer.questions(file_of(tmp_path, input_ids=np.ones((1, 4)))))
+        list(task.requests(file_of(tmp_path, input_ids=np.ones((1, 4)))))
     assert not (tmp_path / "no.jsonl").exists()
     optimize(tiny, tmp_path / "text", clock=all_equal)
     with pytest.raises(BadInput, match="takes texts, not arrays"):
-        list(open_task(tmp_path / "text").questions(file_of(tmp_path, input_ids=np.ones((1, 4)))))
+        list(open_task(tmp_path / "text").requests(file_of(tmp_path, input_ids=np.ones((1, 4)))))
 
 
 def greedy(checkpoint: Path, features: np.ndarray, begin: list[int], most: int) -> list[list[int]]:
@@ -169,26 +169,26 @@ def greedy(checkpoint: Path, features: np.ndarray, begin: list[int], most: int) 
 @pytest.mark.parametrize("target", TARGETS)
 def test_tokens_of_recordings(target: str, whisper: Path, tmp_path: Path) -> None:
     features = drawn(3, 10, 26)
-    answerer = open_task(whisper / "out" / target)
-    assert isinstance(answerer, SpeechTranscriber)
-    answerer = with_options(answerer, 12, Sampling())
-    answer_file(answerer, file_of(tmp_path, input_features=features), tmp_path / "out.jsonl", batch=2)
+    task = open_task(whisper / "out" / target)
+    assert isinstance(task, SpeechTranscriber)
+    task = with_options(task, AnswerOptions(max_new_tokens=12))
+    answer_file(task, file_of(tmp_path, input_features=features), tmp_path / "out.jsonl", batch=2)
     wanted = greedy(whisper / "checkpoint", features, [2], 12)
     assert [line["tokens"] for line in lines(tmp_path / "out.jsonl")] == wanted
     assert len({tuple(row) for row in wanted}) > 1
 
 
 def test_answers_begin_as_the_checkpoint_says_and_end_where_its_table_does(whisper: Path) -> None:
-    answerer = open_task(whisper / "out" / "onnxruntime")
-    assert isinstance(answerer, SpeechTranscriber)
-    answerer.settings = {
-        **answerer.settings, "lang_to_id": {"<|en|>": 7, "<|de|>": 9}, "task_to_id": {"transcribe": 11},
+    task = open_task(whisper / "out" / "onnxruntime")
+    assert isinstance(task, SpeechTranscriber)
+    task.settings = {
+        **task.settings, "lang_to_id": {"<|en|>": 7, "<|de|>": 9}, "task_to_id": {"transcribe": 11},
         "task": "transcribe", "no_timestamps_token_id": 13, "suppress_tokens": [7, 9, 11, 13], "eos_token_id": 98,
     }  # fmt: skip
-    assert with_options(answerer, None, Sampling()).most == 48
+    assert with_options(task, AnswerOptions()).max_new_tokens == 48
     prompt = {"input_features": drawn(2, 10, 26)}
-    tokens = np.stack(list(with_options(answerer, 500, Sampling()).continued(prompt)), axis=1)
-    scores = answerer.decoding.start(prompt, np.full((2, 1), 2))
+    tokens = np.stack(list(with_options(task, AnswerOptions(max_new_tokens=500)).generate(prompt)), axis=1)
+    scores = task.decoding.start(prompt, np.full((2, 1), 2))
     assert tokens[:, 0].tolist() == np.where(scores[:, 7] >= scores[:, 9], 7, 9).tolist()
     assert tokens[:, 1:3].tolist() == [[11, 13]] * 2
     assert not np.isin(tokens[:, 3:], [7, 9, 11, 13]).any()
@@ -229,8 +229,8 @@ LANGUAGES = {"lang_to_id": {"<|en|>": 7, "<|de|>": 9}, "task_to_id": {"transcrib
         ({"forced_decoder_ids": [[1, None], [2, 11]]}, [[11]]),
     ],
 )
-def test_openings(settings: dict[str, Any], wanted: list[list[int]], whisper: Path) -> None:
-    assert opening(settings) == wanted
+def test_forced_tokens(settings: dict[str, Any], wanted: list[list[int]], whisper: Path) -> None:
+    assert forced_tokens(settings) == wanted
     if any(len(tokens) > 1 for tokens in wanted) or not wanted:
         return
     import torch
@@ -244,7 +244,7 @@ def test_openings(settings: dict[str, Any], wanted: list[list[int]], whisper: Pa
 
 def test_unknown_languages_are_refused() -> None:
     with pytest.raises(BadInput, match=r"asks for the language '<\|fr\|>', which is not among its <\|en\|>, <\|de\|>"):
-        opening({**LANGUAGES, "language": "french"})
+        forced_tokens({**LANGUAGES, "language": "french"})
 
 
 def test_the_likeliest_of_several() -> None:

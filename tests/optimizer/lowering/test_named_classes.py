@@ -13,7 +13,7 @@ import pytest
 
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fidelity.inputs import make_inputs
-from planish.optimizer.inference.vision import projected
+from planish.optimizer.inference.postprocessing import projected
 from planish.optimizer.interfaces import registry
 from planish.optimizer.lowering import Lowered, lower
 

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from planish.optimizer import optimize
 from planish.optimizer.errors import BadInput, UsageError
-from planish.optimizer.inference.requests import Question
-from planish.optimizer.inference.session import open_task, with_prompt
+from planish.optimizer.inference.answer_options import AnswerOptions
+from planish.optimizer.inference.requests import TextRequest
+from planish.optimizer.inference.session import open_task, with_options
 from planish.optimizer.inference.text_tasks import TextTasks
 from planish.optimizer.lowering.checkpoint.checkpoint import companions_in, open_checkpoint
 from planish.optimizer.runtime.sentence_modules import SentenceModules, read_modules
@@ -232,16 +233,16 @@ def expected_embedding(folder: Path, text: str, prompt_tokens: int = 0) -> np.nd
 
 def test_an_output_embeds_as_its_checkpoint_does(sentences: tuple[Path, Path]) -> None:
     folder, out = sentences
-    answerer = open_task(out)
-    assert isinstance(answerer, TextTasks)
-    short, long = answerer.answer([Question("w5 W6 w7"), Question(" ".join(["w3"] * 20))])
+    task = open_task(out)
+    assert isinstance(task, TextTasks)
+    short, long = task.answer([TextRequest("w5 W6 w7"), TextRequest(" ".join(["w3"] * 20))])
     np.testing.assert_allclose(short["embedding"], expected_embedding(folder, "w5 w6 w7"), atol=1e-5)
     np.testing.assert_allclose(long["embedding"], expected_embedding(folder, " ".join(["w3"] * 20)), atol=1e-5)
     assert (long.get("truncated"), short.get("truncated")) == (True, None)
-    (asked,) = with_prompt(answerer, "query").answer([Question("w5 w6")])
+    (asked,) = with_options(task, AnswerOptions(prompt="query")).answer([TextRequest("w5 w6")])
     np.testing.assert_allclose(asked["embedding"], expected_embedding(folder, "w1 w2: w5 w6", 4), atol=1e-5)
     with pytest.raises(UsageError, match="no prompt 'document'; there are: query, plain"):
-        with_prompt(answerer, "document")
+        with_options(task, AnswerOptions(prompt="document"))
 
 
 def test_the_modules_travel_with_the_engine(sentences: tuple[Path, Path]) -> None:

@@ -68,9 +68,9 @@ def test_run_needs_neither_torch_nor_transformers(tiny: Path, tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
-    answerer = open_task(tmp_path / "out")
-    assert isinstance(answerer, TextTasks)
-    assert isinstance(answerer.tokenizer, LightTokenizer)
+    task = open_task(tmp_path / "out")
+    assert isinstance(task, TextTasks)
+    assert isinstance(task.tokenizer, LightTokenizer)
     config = tmp_path / "out" / "onnxruntime" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 4}))  # no longer what was built
     changed = open_task(tmp_path / "out")
