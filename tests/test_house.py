@@ -109,7 +109,7 @@ def test_backends_have_the_same_members(name: str) -> None:
 MODELS = {"torch", "transformers", "optimum", "peft", "accelerate"}
 IMPORT_MODELS = ("optimizer/lowering/", "optimizer/inference/")
 """Rooms that import PyTorch and what builds upon it."""
-ALSO_IMPORT_MODELS = {"backends/tensorrt/target.py", "optimizer/cli/run_command.py"}
+ALSO_IMPORT_MODELS = {"backends/tensorrt/target.py"}
 """The first asks for a GPU, and may import no room that does; the second shows a text as it is written."""
 
 

@@ -126,7 +126,7 @@ def test_made_up_data_are_told(source: str, origin: str, tiny: Path, tmp_path: P
     folder = tiny if source == "tiny" else MODELS / source
     built = optimize(
         folder, tmp_path / "out", pipeline=STATIC, keep=["cosine>=0.1"], shapes=[{"sequence": 8}],
-        progress=lambda stage, *_: told.append(stage),
+        progress=lambda stage, *_: told.append(stage), clock=each_faster,
     )  # fmt: skip
     assert built.notes == [f"calibrated on inputs {origin}, which are not like yours: give --calibration"]
     assert built.manifest.reference.calibrated_on == origin

@@ -104,7 +104,7 @@ def test_what_is_told_of_a_pass_fits(width: int, command: Planish, monkeypatch: 
 def test_pictures_and_rules_keep_their_form_on_a_narrow_terminal() -> None:
     text = told(entry_called(registry.PASSES, "fold-constants"), 60)
     assert re.search(r"^Before:  a = Constant .*\n {9}\S", text, re.MULTILINE)
-    assert re.search(r"^2\. A larger result .*\n {3}\S.*\n3\. Constants", text, re.MULTILINE)
+    assert re.search(r"^2\. A larger result .*\n {3}\S.*\n3\. `*Constant`* nodes", text, re.MULTILINE)
 
 
 def completed(*words: str) -> set[str]:
