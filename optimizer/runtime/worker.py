@@ -146,5 +146,6 @@ def _time(engine: Any, inputs: Arrays, calls: int, seconds: float) -> list[float
     return spent
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Hold an engine in this process, and answer requests for it."""
     serve(_EngineServer().answer)

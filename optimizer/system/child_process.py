@@ -1,8 +1,8 @@
 """Child processes that work for this one, and the messages that both exchange.
 
-A child is a module of ours, started by `python -m`, or a fork of this process. It is connected by a socket of its own,
-so nothing that a runtime prints can mix with a message. A message is a name, plain values and arrays. Errors of ours
-are messages too: what the child raises for the user is raised again here.
+A child runs a module of ours in a Python of its own, or is a fork of this process. It is connected by a socket of its
+own, so nothing that a runtime prints can mix with a message. A message is a name, plain values and arrays. Errors of
+ours are messages too: what the child raises for the user is raised again here.
 
 A child ends with the block in which it was entered, and with the process that started it.
 """
@@ -28,8 +28,10 @@ import numpy as np
 from planish.optimizer import errors
 from planish.optimizer.errors import InternalError, OutOfResources, PlanishError
 from planish.optimizer.system import interrupts
+from planish.optimizer.system.child_main import end_with
 from planish.optimizer.system.scratch import scratch_file
 
+_CHILD_MAIN = "planish.optimizer.system.child_main"
 _ERROR = "error"
 """The name of a message that holds an error."""
 _LAST_LINE = 300
@@ -117,7 +119,7 @@ class ChildProcess:
     def start(
         cls, module: str, subject: str, *, where: object = None, environment: Mapping[str, str] | None = None
     ) -> Self:
-        """Start `python -m module`, which serves by `serve` or takes `parent_channel`.
+        """Start a process that calls ``module.main``, which serves by `serve` or takes `parent_channel`.
 
         ``subject`` and ``where`` name the process in errors. ``environment`` replaces the variables of this process.
         """
@@ -125,7 +127,7 @@ class ChildProcess:
         log = scratch_file()
         process = subprocess.Popen(
             # -P: `-m` alone has Python look for modules in the working folder first, where a `numpy.py` may lie.
-            [sys.executable, "-P", "-m", module, str(theirs.fileno())],
+            [sys.executable, "-P", "-m", _CHILD_MAIN, module, str(theirs.fileno()), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # what runtimes print there is not for our users
             stderr=log,
@@ -145,10 +147,11 @@ class ChildProcess:
         log = scratch_file()
         # An exception of a signal must not leave this function twice, in both processes.
         with interrupts.uninterrupted():
+            parent = os.getpid()
             pid = os.fork()
             if pid == 0:
                 ours.close()
-                _work_and_exit(work, Channel(theirs), log)
+                _work_and_exit(work, Channel(theirs), log, parent)
             child = cls(_Fork(pid), Channel(ours), log, subject, where)
         theirs.close()
         return child
@@ -265,14 +268,14 @@ class _Fork:
         return self._code
 
 
-def _work_and_exit(work: Callable[[Channel], None], channel: Channel, log: IO[bytes]) -> NoReturn:
+def _work_and_exit(work: Callable[[Channel], None], channel: Channel, log: IO[bytes], parent: int) -> NoReturn:
     """In a fork: work, and leave without what a process does at its end, which is the parent's to do."""
     code = 1
     try:
         faulthandler.disable()  # its descriptor is the parent's
         for number in (1, 2):
             os.dup2(log.fileno(), number)
-        interrupts.end_with_parent()
+        end_with(parent)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.ENDING)  # `fork` has blocked them
         with channel.sending_errors():
             work(channel)
@@ -286,9 +289,8 @@ def _work_and_exit(work: Callable[[Channel], None], channel: Channel, log: IO[by
 
 
 def parent_channel() -> Channel:
-    """The connection to the process that started this one by `ChildProcess.start`; this one ends with it."""
-    interrupts.end_with_parent()
-    return Channel(Connection(int(sys.argv[1])))
+    """The connection to the process that started this one by `ChildProcess.start`."""
+    return Channel(Connection(int(sys.argv[2])))
 
 
 def serve(answer: Callable[[Message], Message]) -> None:

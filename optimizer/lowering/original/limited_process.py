@@ -46,7 +46,6 @@ _IMPORT_SECONDS = 120.0
 """For importing ONNX Runtime, which takes one on an idle machine."""
 _BYTES_A_SECOND = 1 << 20
 """Weights and values that are surely worked through in a second, on a slow and busy machine."""
-_POLL_SECONDS = 0.002
 _WEIGHT_COPIES = 8
 _VALUE_COPIES = 4
 """How often a value is held at once: by the runtime, in its answer, by us, and while it is compared."""
@@ -332,7 +331,3 @@ def _alike(wanted: np.ndarray, given: np.ndarray) -> bool:
 def announce(path: Path, note: str) -> None:
     """Say aloud that the runtime does not know how to optimize the file."""
     logging.getLogger("planish").warning("planish: note: %s: %s; compared without them", path, note)
-
-
-if __name__ == "__main__":
-    main()

@@ -295,5 +295,6 @@ class _OriginalServer:
         return Message("answered", {"has_precise": all(name in (answers.precise or {}) for name in cases)})
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Hold an original in this process, and answer requests for it."""
     serve(_OriginalServer().answer)

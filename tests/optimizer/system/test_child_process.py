@@ -41,7 +41,8 @@ def answer(request):
             signal.signal(request.values["signal"], signal.SIG_DFL)  # behind a shell's `&` SIGINT is ignored
         os.kill(os.getpid(), request.values["signal"])
 
-serve(answer)
+def main():
+    serve(answer)
 """
 
 
@@ -51,6 +52,14 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "served_for_a_test.py").write_text(SERVED)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     return "served_for_a_test"
+
+
+def wait_for_end(pid: int) -> None:
+    """Until the process has ended, 30 s at most."""
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_values_and_arrays_go_there_and_back(module: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -154,10 +163,29 @@ time.sleep(600)
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         parent.kill()
-    deadline = time.monotonic() + 30
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_end(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_process_that_is_still_importing_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    (tmp_path / "slow_to_import.py").write_text(
+        f"import os, time; open({str(begun)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    )
+    script = """
+import time
+from planish.optimizer.system.child_process import ChildProcess
+child = ChildProcess.start("slow_to_import", "the process")
+time.sleep(600)
+"""
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}) as parent:
+        deadline = time.monotonic() + 60
+        while not (begun.is_file() and begun.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        parent.kill()
+    wait_for_end(int(begun.read_text()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has forks that are safe")
