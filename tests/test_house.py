@@ -110,7 +110,7 @@ MODELS = {"torch", "transformers", "optimum", "peft", "accelerate"}
 IMPORT_MODELS = ("optimizer/lowering/", "optimizer/inference/")
 """Rooms that import PyTorch and what builds upon it."""
 ALSO_IMPORT_MODELS = {"backends/tensorrt/target.py"}
-"""The first asks for a GPU, and may import no room that does; the second shows a text as it is written."""
+"""It asks for a GPU, and may import no room that does."""
 
 
 def imported(nodes: Iterable[ast.AST]) -> Iterator[str]:
