@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planish.backends.openvino.engine import Request, RequestPool
+from planish.backends.openvino.engine import InferRequest, RequestPool
 from planish.backends.openvino.target import PROPERTIES, OpenVino
 from planish.optimizer import Pipeline, optimize, verify
 from planish.optimizer.cli.display import print_result
@@ -161,7 +161,7 @@ def test_threads_reach_the_runtime(folder: Path) -> None:
 
 def test_the_package_that_reports_usage_is_never_loaded(folder: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from planish.optimizer import registry; "
+        "import sys; from pathlib import Path; from planish.optimizer.interfaces import registry; "
         f"registry.backend('openvino').open(Path({str(folder)!r})); "
         "print([name for name in sys.modules if name.startswith('openvino_telemetry')])"
     )
@@ -190,7 +190,7 @@ class Watched:
     def __init__(self, pool: RequestPool, name: str, used: list[str]) -> None:
         self.pool, self.name, self.used = pool, name, used
 
-    def take(self) -> Request:
+    def take(self) -> InferRequest:
         self.used.append(self.name)
         return self.pool.take()
 
