@@ -41,7 +41,7 @@ class Places:
     """The output: each target gets a folder in it."""
     scratch: Path
     reproducers: Path
-    """What reproduces a pass that failed."""
+    """Models and commands that reproduce a failed pass."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Job:
     """The user's own inputs."""
     expected: Sequence[Expectation]
     """How often passes must fire and operators must occur, whatever is shipped."""
+    libraries: Mapping[str, str]
+    """Versions of the libraries that decide what comes out, for the manifest."""
     places: Places
     stages: Stages
     clock: Clock

@@ -17,7 +17,6 @@ from planish.optimizer.compilation.result import Result
 from planish.optimizer.compilation.verdicts import NOT_CHECKED, OFFLOADED
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fidelity.reference import References
-from planish.optimizer.interfaces import registry
 from planish.optimizer.lowering import Lowered
 from planish.optimizer.output import manifest as records
 from planish.optimizer.output.lock import LOCK, Lock
@@ -25,11 +24,11 @@ from planish.optimizer.output.manifest import Manifest
 from planish.optimizer.output.report import write_report
 from planish.optimizer.output.sites import write_sites
 from planish.optimizer.runtime.tokenization import LIGHT_TASKS, TokenizerRecord, light_record
-from planish.optimizer.system.machine import instruction_set, library_version, library_versions
+from planish.optimizer.system.machine import instruction_set, library_version
 from planish.optimizer.system.staging import MEASUREMENTS
 
 NOTHING = "nothing"
-"""What passes were calibrated on that saw no activations."""
+"""The origin of calibration data where no pass used statistics."""
 
 
 _PASSES = {
@@ -82,7 +81,7 @@ def target_record(built: BuiltEngine, folder: Path) -> records.TargetRecord:
 
 
 def loader_record(built: BuiltEngine) -> records.LoaderRecord | None:
-    """What a loader that is given no options gets of an engine, where that differs from what was checked."""
+    """The fidelity of an engine that a loader opens without options, where that differs from what was checked."""
     fidelity, target = built.as_loaders_open, built.target.as_loaders_open()
     if fidelity is None or target is None:
         return None
@@ -149,7 +148,7 @@ def write_output(job: Job, built: Sequence[BuiltEngine]) -> Result:
     (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
     manifest = Manifest(
         planish=library_version("planish"),
-        libraries=library_versions(registry.libraries()),
+        libraries=dict(job.libraries),
         instruction_set=instruction_set(),
         source=records.source_record(lowered.program),
         task=lowered.program.task,

@@ -23,6 +23,7 @@ from planish.optimizer.compilation.result import Result
 from planish.optimizer.compilation.transform import Transformer
 from planish.optimizer.compilation.write_output import write_output
 from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.interfaces import registry
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.lowering.checkpoint.checkpoint import sha256
 from planish.optimizer.output.lock import LOCK, Lock
@@ -31,6 +32,7 @@ from planish.optimizer.system import interrupts
 from planish.optimizer.system.garbage import collecting_seldom
 from planish.optimizer.system.interrupts import holding_interrupts
 from planish.optimizer.system.links import file_in
+from planish.optimizer.system.machine import library_versions
 from planish.optimizer.system.scratch import scratch_folder, temporary
 from planish.optimizer.system.staging import demand_apart, staged_file, staged_folder
 
@@ -48,6 +50,7 @@ def optimize(source: str | Path | Any, out: str | Path, options: BuildOptions | 
     request, expected = _request(options, data), [Expectation.parse(text) for text in options.expect]
     checks, lock = Checks(options.reference), _read_lock(source, options, request, data)
     _refuse_absent(expected, request, checks, lock)
+    libraries = library_versions(registry.libraries())  # a backend of others that does not import is told of now
     stages = Stages(options.progress, _count_stages(request, checks, lock))
     demand_apart(Path(out), *_files_of(source, options))
     with staged_folder(Path(out)) as folder, scratch_folder() as scratch, collecting_seldom() as settle:
@@ -67,6 +70,7 @@ def optimize(source: str | Path | Any, out: str | Path, options: BuildOptions | 
             batches=calibration_batches(lowered, data, inputs, references),
             data=data,
             expected=expected,
+            libraries=libraries,
             places=Places(folder, scratch, Path(f"{out}.failed")),
             stages=stages,
             clock=options.clock,

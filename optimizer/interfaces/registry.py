@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planish.optimizer.errors import BadInput, UsageError
+from planish.optimizer.errors import BadInput, UsageError, in_one_line
 from planish.optimizer.interfaces import option_text
 
 if TYPE_CHECKING:
@@ -38,9 +38,23 @@ class Entry:
     distribution: str
 
     def load(self) -> Any:
-        """Import the module and return the class."""
+        """Import the module and return the class; UsageError names the distribution if that fails."""
         module, _, name = self.path.partition(":")
-        return getattr(importlib.import_module(module), name)
+        try:
+            loaded = importlib.import_module(module)
+        except ImportError as error:
+            raise self._broken(in_one_line(error)) from error
+        if not hasattr(loaded, name):
+            raise self._broken(f"{module} has no {name}")
+        return getattr(loaded, name)
+
+    def _broken(self, reason: str) -> UsageError:
+        """A distribution of others must not look like a bug of ours: every build reads the table of backends."""
+        return UsageError(
+            f"{self.path} cannot be imported ({reason})",
+            where=f"distribution {self.distribution}",
+            advice=f"mend {self.distribution}, or uninstall it",
+        )
 
 
 @functools.cache
