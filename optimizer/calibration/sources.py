@@ -54,16 +54,15 @@ def calibration_batches(
     }
     first, signature = next(iter(signatures.items()))
     if data is not None:
-        # Without reference inputs nobody has validated the data yet; fail before the model is lowered further.
-        if not inputs:  # nobody has looked at them yet
+        if not inputs:  # without reference inputs the data have not been checked against the signature yet
             data.reference(signature, tokenizer_of(lowered))
         batches[first] = functools.partial(_given, data, signature, tokenizer_of(lowered), reference_inputs[first][-1])
     if lowered.program.generates and references is not None:
-        rehearsal = SelfGeneratedData(lowered.program.components, registry.interpreter().load)
+        generated = SelfGeneratedData(lowered.program.components, registry.interpreter().load)
         if signature.cached and data is None:
-            batches[first] = functools.partial(rehearsal.texts, signature)
+            batches[first] = functools.partial(generated.texts, signature)
         for name in [name for name in signatures if name != first]:
-            batches[name] = functools.partial(_overheard, rehearsal, name, batches[first], references)
+            batches[name] = functools.partial(_inputs_during_generation, generated, name, batches[first], references)
     return batches
 
 
@@ -86,10 +85,10 @@ def origin_of_data(lowered: Lowered, data: Samples | None) -> str:
     return GIVEN if data is not None else "written by the model itself" if writes else "made from the signature"
 
 
-def _overheard(
-    rehearsal: SelfGeneratedData,
+def _inputs_during_generation(
+    generated: SelfGeneratedData,
     name: str,
     prompts: Callable[[], Iterable[Arrays]],
     references: Callable[[], References],
 ) -> Iterable[Arrays]:
-    return rehearsal.parts(name, prompts(), references().continuations[0].start[0])
+    return generated.parts(name, prompts(), references().continuations[0].start[0])

@@ -75,30 +75,30 @@ def build_engine(job: Job, target: Backend, transformer: Transformer, locked: Se
     """Build the engine of one target; ``locked`` is the selection of a lock, if there is one."""
     begun = job.stages.done
     plain = PlainEngine(job, target)
-    profile, notes = _profile_of(job, target, locked)
-    candidates, more = _candidates(job, plain, transformer, locked, profile)
+    profile, profile_notes = _profile_of(job, target, locked)
+    candidates, attempt_notes = _candidates(job, plain, transformer, locked, profile)
     selected = _select(job, plain, candidates, locked)
     engine = _ship(job, plain, selected)
     job.stages.done = begun + count_stages(may_measure=locked is None and job.checks is Checks.FULL)
-    selection, rewritten = selected.selection, Rewritten.of(target.name, engine.candidate.outcomes)
+    chosen, rewritten = selected.selection, Rewritten.of(target.name, engine.candidate.outcomes)
     check_expectations(job.expected, [rewritten])
-    optimized = selection.shipped == "optimized"
-    if not selection.products:
+    optimized = chosen.shipped == "optimized"
+    if not chosen.products:
         products = products_of([emitted.candidate for emitted in candidates], engine.candidate if optimized else None)
-        selection = selection.model_copy(update={"products": products})
+        chosen = chosen.model_copy(update={"products": products})
     if not optimized:
         rewritten = replace(rewritten, shipped=summed(map(operators_of, job.program.components.values())))
     rolled_back = [note for emitted in candidates for part in emitted.candidate.parts.values() for note in part.notes]
     return BuiltEngine(
         target=target,
         candidate=engine.candidate,
-        selection=selection,
+        selection=chosen,
         verdict=engine.verdict,
         timings=selected.timings,
         rewritten=rewritten,
         as_loaders_open=judge_as_loaders_open(job, target, engine.place),
         tunings={} if profile is None else {host_of(target): profile.described()},
-        notes=(*notes, *more, *dict.fromkeys(rolled_back), *selected.notes),
+        notes=(*profile_notes, *attempt_notes, *dict.fromkeys(rolled_back), *selected.notes),
     )
 
 

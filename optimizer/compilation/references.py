@@ -105,12 +105,7 @@ def file_reference(lowered: Lowered) -> Reference:
     signature = lowered.program.sole()[1]
     inputs = quick(make_inputs(signature))
     (component,) = lowered.program.components
-    answers = lowered.original.answer({component: inputs}, 1)
-    outputs = answers.outputs[component]
-    precise = None if answers.precise is None else answers.precise[component]
-    few = len(precise or [])
-    noise = noise_floor(signature, inputs[:few], outputs[:few], precise)
-    return Reference(tuple(inputs), tuple(outputs), noise, lowered.original.description)
+    return _reference(lowered, component, inputs, lowered.original.answer({component: inputs}, _PRECISE_CASES))
 
 
 def refuse_random(lowered: Lowered, engine: Engine, inputs: Sequence[Case]) -> None:
