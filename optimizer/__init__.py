@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
+    from planish.optimizer.compilation.options import BuildOptions
     from planish.optimizer.compilation.progress import Progress
     from planish.optimizer.compilation.result import Result
     from planish.optimizer.driver.bench import bench
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Backend": "interfaces.backend",
     "Budget": "fidelity.budget",
+    "BuildOptions": "compilation.options",
     "Comparison": "fidelity.metrics",
     "Decoding": "runtime.generation",
     "Engine": "interfaces.backend",
@@ -55,6 +57,7 @@ _HOMES = {
 __all__ = [
     "Backend",
     "Budget",
+    "BuildOptions",
     "Comparison",
     "Decoding",
     "Engine",
