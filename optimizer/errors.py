@@ -1,4 +1,4 @@
-"""What can go wrong, as one small tree.
+"""Errors of Planish, as one small tree.
 
 Every error says *what* happened, *where*, and *what to do*; it prints as one line and carries the exit code that
 the command line returns for it.
@@ -41,7 +41,7 @@ def _shown(text: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an exception of a library says, without its line breaks, and not more than its beginning."""
+    """The beginning of an exception's message, without line breaks."""
     return " ".join(str(error).split())[:_SAID]
 
 
@@ -139,11 +139,11 @@ def decode(data: Mapping[str, str | None]) -> PlanishError:
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHORT_WRITE = re.compile(r"^\d+ requested and \d+ written$")
-"""What numpy says, and gives no number for, when it could write only a part of an array."""
+"""The message of numpy, which has no error number, when it could write only a part of an array."""
 
 
 def is_no_room(error: OSError) -> bool:
-    """Whether an error means that a disk, a quota or a limit on files is used up."""
+    """True if an error means that a disk, a quota or a limit on files is used up."""
     return error.errno in _NO_ROOM or (error.errno is None and _SHORT_WRITE.match(str(error)) is not None)
 
 
@@ -155,7 +155,7 @@ _TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
 def of_system(error: OSError, writing: Path | None = None) -> PlanishError | None:
-    """What an error of the operating system means for the user; None if it names no file, and is a bug of ours.
+    """The error for the user that an error of the system means; None if it names no file, and is a bug of ours.
 
     ``writing`` is what the user asked us to write: errors of files beneath it, or beside it under a hidden name, are
     told as its own.
@@ -191,7 +191,7 @@ def of_exception(error: BaseException) -> PlanishError | None:
 
 
 def _belongs(path: Path, destination: Path) -> bool:
-    """Whether a path is that of a destination, of a part of it, of a folder above it or of its hidden neighbours."""
+    """True for the path of a destination, of a part of it, of a folder above it or of its hidden neighbours."""
     place = Path(os.path.abspath(destination)) if os.path.isabs(path) else destination  # noqa: PTH100, PTH117
     hidden = place.parent / f".{place.name}."
     return (

@@ -155,7 +155,7 @@ def test_importing_the_package_imports_no_library() -> None:
 
 def test_files_are_short() -> None:
     for path in TESTED:
-        limit = 300 if path in PASS_FILES else 500
+        limit = 300 if path in PASS_FILES else 400 if path in SOURCES else 500
         assert len(path.read_text().splitlines()) <= limit, relative(path)
 
 
@@ -213,15 +213,11 @@ def test_comments_say_why_in_two_of_a_hundred_lines(package: str) -> None:
     assert comment_density(package) >= 2
 
 
-def test_docstrings_of_interfaces_begin_with_a_noun_or_a_verb() -> None:
-    vague = re.compile(r"(What|Whether|Why|Let|How)\b")
-    for path in sorted((ROOT / "optimizer" / "interfaces").glob("*.py")):
+def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
+    for path in SOURCES:
+        vague = re.compile(r"(What|Whether|Why|Let" + (r"|How)\b" if path.parent.name == "interfaces" else r")\b"))
         for node in ast.walk(ast.parse(path.read_text())):
             assert not vague.match((docstring(node) or "").strip()), f"{relative(path)}: {docstring(node)}"
-
-
-SAME_NAME = {"Request"}
-"""The request of a build, and that of OpenVINO, whose class is its own."""
 
 
 def test_public_classes_have_names_of_their_own() -> None:
@@ -231,7 +227,7 @@ def test_public_classes_have_names_of_their_own() -> None:
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
-    assert {name for name, count in names.items() if count > 1} == SAME_NAME
+    assert {name for name, count in names.items() if count > 1} == set()
 
 
 MANY_PARAMETERS = {"optimizer/cli/run_command.py command", "optimizer/inference/loading.py __call__"}

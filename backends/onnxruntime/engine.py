@@ -75,7 +75,7 @@ def ort_value_of(ort: Any, tensor: ir.TensorProtocol) -> Any:
 
 
 def _spec(port: Any) -> TensorSpec:
-    """What the runtime says of one input or output; its type reads `tensor(int64)`."""
+    """The description of one input or output by the runtime, whose type reads `tensor(int64)`."""
     short = port.type.removeprefix("tensor(").removesuffix(")")
     dtype = ir.DataType[{"float": "FLOAT", "double": "DOUBLE"}.get(short, short.upper())]
     shape = tuple(dim if isinstance(dim, int | str) else f"dim_{index}" for index, dim in enumerate(port.shape))

@@ -58,7 +58,7 @@ class OnnxRuntime(Backend):
 
     @property
     def required_passes(self) -> tuple[RequiredPass, ...]:
-        """What keeps the cache in 8 bits, in the plain lowering as well: components hand it to each other."""
+        """The pass that stores the cache in 8 bits, in the plain lowering as well: components exchange it."""
         return (RequiredPass("quantize-cache", "kept in 8 bits", "cache=int8"),) if self.cache == "int8" else ()
 
     def emit(self, program: Program, folder: Path) -> None:

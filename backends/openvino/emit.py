@@ -39,7 +39,7 @@ def make_stateful(ov: Any, model: Any, cache: str) -> None:
 
 
 def _start_empty(ops: Any, model: Any) -> None:
-    """Let each variable begin with as many rows as there are texts, and no tokens."""
+    """Initialize each variable with as many rows as there are texts, and no tokens."""
     shape = ops.shape_of(model.input("input_ids"), output_type="i64")
     batch = ops.gather(shape, ops.constant([0]), ops.constant(0))
     for operator in model.get_ops():

@@ -49,7 +49,7 @@ MOST_BUCKETS = 64
 """Each is another copy of the model in memory."""
 
 
-class Request:
+class InferRequest:
     """An inference request and its variables, taken from a pool; back it goes when nobody holds it any more."""
 
     def __init__(self, idle: deque[Any], infer_request: Any) -> None:
@@ -71,20 +71,20 @@ class RequestPool:
         self.compiled = compiled
         self._idle: deque[Any] = deque([compiled.create_infer_request()])
 
-    def take(self) -> Request:
+    def take(self) -> InferRequest:
         """A request that nobody else uses."""
         try:
             infer_request = self._idle.pop()  # atomic, unlike a look at the length before it
         except IndexError:
             infer_request = self.compiled.create_infer_request()
-        return Request(self._idle, infer_request)
+        return InferRequest(self._idle, infer_request)
 
 
 @dataclass(frozen=True)
 class HeldCache:
     """A cache inside the variables of a request, which it keeps from others, and the rows that the next step reads."""
 
-    request: Request
+    request: InferRequest
     step: int
     rows: np.ndarray
 
@@ -147,12 +147,12 @@ class OpenVinoEngine(Engine):
         }
         return outputs | presents
 
-    def _request_for(self, feeds: Arrays) -> Request:
+    def _request_for(self, feeds: Arrays) -> InferRequest:
         """A request of the model that was compiled for just this size, if there is one."""
         sizes = {array.shape for array in feeds.values()} if self._buckets else set()
         return self._buckets.get(sizes.pop(), self._pool).take() if len(sizes) == 1 else self._pool.take()
 
-    def _stateless(self, request: Request, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _stateless(self, request: InferRequest, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Put the cache that is among the inputs into the variables; the inputs that remain."""
         if not self._variables:
             return dict(feeds)
@@ -171,7 +171,7 @@ class OpenVinoEngine(Engine):
         return {tensor.name: np.array(results[index]) for index, tensor in enumerate(self.outputs)}
 
 
-def _infer(request: Request, feeds: Mapping[str, np.ndarray]) -> Any:
+def _infer(request: InferRequest, feeds: Mapping[str, np.ndarray]) -> Any:
     """Outputs by number, in memory that the next call of this request writes to."""
     try:
         return request.infer_request.infer(dict(feeds), share_inputs=True, share_outputs=True)

@@ -14,7 +14,7 @@ LOGGER = logging.getLogger("planish")
 
 
 class Progress(Protocol):
-    """What `optimize`, `verify` and `bench` call as each of their stages begins, in their own thread.
+    """A function that `optimize`, `verify` and `bench` call as each of their stages begins, in their own thread.
 
     The name of the stage, how many are done and how many there are in all, which stays the same. A stage may be told
     several times, by what is done in it; one that turns out to be needless is never told. An exception that it raises

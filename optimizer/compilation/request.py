@@ -1,4 +1,4 @@
-"""What was asked for, checked before anything is done."""
+"""The request of a build, checked before anything is done."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Request:
     pipelines: Mapping[str, Pipeline]
     """By the name of the target."""
     asked: Budget
-    """What `--keep` says; without it, the default of the preset."""
+    """The budget of `--keep`; without it, the default of the preset."""
     shapes: tuple[Mapping[str, int], ...]
     extras: Mapping[str, Pipeline]
     """Passes that are tried behind the pipelines of each target, by its name, and kept where that is faster."""
@@ -45,7 +45,7 @@ class Request:
     evaluation: Evaluation | None
     """The user's own measure of an engine."""
     last_logits: bool
-    """Whether a decoder gives the scores behind the last token alone."""
+    """True if a decoder gives the scores behind the last token only."""
     profile: Path | None
     """Where is kept what the targets run fast; passes keep their usual options without."""
 
@@ -63,12 +63,12 @@ class Request:
         return what | fixed | last | own | {"budget": str(self.asked)}
 
     def instead(self, target: Backend, *, writes: bool) -> list[Pipeline]:
-        """What is tried instead of a target's pipeline, for a program that writes token by token or does not."""
+        """Pipelines that are tried instead of a target's own; ``writes`` is true for a program that generates."""
         return [*self.alternatives.get(target.name, ()), *(self.stepping.get(target.name, ()) if writes else ())]
 
     @property
     def beginning(self) -> tuple[Pass, ...]:
-        """What all pipelines begin with, up to the first pass that asks the target or wants to see activations."""
+        """The common beginning of all pipelines, up to the first pass that asks for timings or statistics."""
         others = [one for known in (self.alternatives, self.stepping) for group in known.values() for one in group]
         every = [pipeline.passes for pipeline in (*self.pipelines.values(), *others)]
         alike = itertools.takewhile(lambda steps: len(set(map(str, steps))) == 1, zip(*every, strict=False))
@@ -106,7 +106,7 @@ class Request:
 
     @property
     def observes(self) -> bool:
-        """Whether any pass that may run wants to have seen activations."""
+        """True if a pass that may run requests statistics of activations."""
         return any(step.observes for target in self.targets for step in self.passes_for(target))
 
     def check_fits(self, program: Program) -> None:
@@ -191,7 +191,7 @@ def _pipelines_for(
 
 
 def _extras(targets: Sequence[Backend], preset: str | None) -> dict[str, Pipeline]:
-    """What is tried behind the pipelines of each target: where several texts are timed at once, some are padded."""
+    """Passes that are tried behind the pipelines of each target, for several texts of which some are padded."""
     tried = _tried(targets, preset, When.PADDED, ())
     return {name: Pipeline(tuple(step for one in own for step in one.passes)) for name, own in tried.items()}
 
@@ -199,6 +199,6 @@ def _extras(targets: Sequence[Backend], preset: str | None) -> dict[str, Pipelin
 def _tried(
     targets: Sequence[Backend], preset: str | None, when: When, first: Sequence[str]
 ) -> dict[str, list[Pipeline]]:
-    """What a preset, if there is one, tries of each target's recipes in one case, each behind ``first``."""
+    """The recipes that a preset, if there is one, tries for each target in one case, each behind ``first``."""
     found = {t.name: presets.recipes(preset, t.name, when) if preset is not None else () for t in targets}
     return {name: [Pipeline.parse(",".join([*first, *recipe.passes])) for recipe in own] for name, own in found.items()}

@@ -23,7 +23,7 @@ class Result:
     manifest: Manifest
     measurements: Mapping[str, Any]
     notes: list[str] = field(default_factory=list)
-    """What to read after the build: an exact pass that was undone, and how to reproduce it."""
+    """Notes to read after the build: an exact pass that was rolled back, and how to reproduce it."""
 
     @functools.cached_property
     def engines(self) -> dict[str, Engine]:

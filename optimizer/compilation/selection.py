@@ -157,7 +157,7 @@ def faster(timed: Timed, *, apart: bool) -> list[str]:
 
 
 def is_faster(timings: Mapping[str, Timing]) -> bool:
-    """Whether an engine is measurably faster than the plain lowering, over all shapes together."""
+    """True if an engine is measurably faster than the plain lowering, over all shapes together."""
     return _low(timings) > 1
 
 
@@ -171,7 +171,7 @@ def _low(timings: Mapping[str, Timing]) -> float:
 
 
 def reason(components: Sequence[str], won: Sequence[str]) -> str:
-    """Why an engine is shipped, whose components ``won`` are faster than the plain lowering."""
+    """The reason for shipping an engine whose components ``won`` are faster than the plain lowering."""
     if not won:
         return "not measurably faster than the plain lowering"
     plain = [name for name in components if name not in won]

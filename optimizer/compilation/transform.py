@@ -30,7 +30,7 @@ from planish.optimizer.timing.tuning_table import Profile
 
 @dataclass(frozen=True)
 class Freedom:
-    """What passes of a target may decide."""
+    """The decisions that passes of a target may make."""
 
     free: bool
     """False for passes of a lock or of `--pipeline`."""
@@ -130,7 +130,7 @@ class Transformer:
         return Calibrate(self._job.program.signatures[component], self._job.batches[component], load, say)
 
     def _select(self, component: str, freedom: Freedom) -> SelectMatMuls | None:
-        """What chooses the MatMuls to quantize, if the outputs of the component have a budget and can be compared."""
+        """The choice of MatMuls to quantize, if the outputs of the component have a budget and can be compared."""
         signature = self._job.program.signatures[component]
         steering, references = self._job.request.steering(signature), self._job.references
         if references is None or self._job.checks is not Checks.FULL or not steering.clauses:

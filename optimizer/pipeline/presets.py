@@ -16,7 +16,7 @@ from planish.optimizer.interfaces.recipe import CANONICAL, LAST, Recipe, When
 PRESETS = ("exact", "fast", "small")
 
 BUDGETS: Mapping[str, str] = {"fast": "cosine>=0.99", "small": "cosine>=0.99"}
-"""What passes that are not exact may cost when nothing else is asked for."""
+"""The accuracy budget of a preset where `--keep` gives none."""
 
 SHARED = (
     Recipe((*CANONICAL, LAST), why="for targets whose backend brings no recipe of its own"),
@@ -29,11 +29,11 @@ SHARED = (
 """The recipes that every preset has for every target, unless its backend has another for the same case."""
 
 SPECIALIZE = "specialize-shapes"
-"""What every pipeline begins with when sizes are fixed; they are its options."""
+"""The first pass of every pipeline where sizes are fixed; they are its options."""
 
 
 def recipes(preset: str, target: str, when: When) -> tuple[Recipe, ...]:
-    """What a preset tries in one case for a target named without options; UsageError if there is no such preset."""
+    """Recipes of a preset in one case, for a target named without options; UsageError if there is no such preset."""
     if preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}{option_text.did_you_mean(preset, PRESETS)}")
     known = target in registry.table(registry.BACKENDS)

@@ -43,8 +43,8 @@ def fitted(found: Mapping[str, Any], signature: Signature, where: Path | str) ->
 
 
 def implied_arrays(found: Mapping[str, Any], signature: Signature) -> dict[str, np.ndarray]:
-    """What follows from token ids, shape (texts, tokens), and is not there: a mask of ones, segments of zeros, and
-    behind nothing an empty cache and positions that count what the mask shows."""
+    """Missing inputs that follow from token ids, shape (texts, tokens): a mask of ones, segments of zeros, an empty
+    cache, and positions that count the tokens of the mask."""
     ids = next((np.asarray(found[t.name]) for t in signature.inputs if t.role is Role.TOKENS and t.name in found), None)
     if ids is None or ids.ndim != 2 or any(t.role is Role.CACHE and t.name in found for t in signature.inputs):
         return {}

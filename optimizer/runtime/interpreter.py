@@ -13,7 +13,7 @@ from planish.optimizer.ir import onnx_io
 
 
 def runner_of(target: Backend, mapped: bool = False) -> Backend:
-    """What runs an engine of ``target`` here: its own runtime, else the checking backend; ``mapped`` if it can."""
+    """The backend that runs an engine of ``target`` here: itself, or the interpreter; ``mapped`` if it can."""
     runner = target if target.missing() is None else registry.interpreter()
     return (runner.mapped() or runner) if mapped else runner
 

@@ -94,7 +94,7 @@ class Worker:
         self.child.pause()
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Continue a stopped process."""
         self.child.resume()
 
 

@@ -14,7 +14,7 @@ from planish.optimizer.system import interrupts
 
 
 def end_with(parent: int) -> None:
-    """Let this process end when ``parent``, which started it, ends; at once if it has ended already."""
+    """End this process when ``parent``, which started it, ends; at once if it has ended already."""
     interrupts.end_with_parent()
     if os.getppid() != parent:  # it ended before the system was asked to take us along
         os._exit(1)

@@ -44,7 +44,7 @@ class Message:
 
     name: str
     values: Mapping[str, Any] = field(default_factory=dict)
-    """What JSON can hold."""
+    """Values that JSON can hold."""
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -229,7 +229,7 @@ class ChildProcess:
             self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Continue it."""
         if hasattr(signal, "SIGCONT"):
             self._process.send_signal(signal.SIGCONT)
 

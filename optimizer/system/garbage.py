@@ -28,7 +28,7 @@ class _State:
 
 @contextmanager
 def collecting_seldom() -> Iterator[Callable[[], None]]:
-    """Let the collector run seldom, until the function that is given is called or the block ends.
+    """Run the collector seldom, until the function that is given is called or the block ends.
 
     That function has everything that is there left out of further collections. Behind the block thresholds and objects
     are treated as before: a caller whose own objects are frozen keeps them so.

@@ -83,7 +83,7 @@ def check_missing_runtime(subject: Subject) -> None:
 
 @contextmanager
 def _hidden(distribution: str) -> Iterator[None]:
-    """Let the modules of a distribution be impossible to import, as where it is not installed."""
+    """Block the import of a distribution's modules, as where it is not installed."""
     needed = [Requirement(text) for text in metadata.requires("planish") or []]
     if any(one.name == distribution and (one.marker is None or one.marker.evaluate({"extra": ""})) for one in needed):
         raise NotApplicable(f"planish itself needs {distribution}: it is always there")

@@ -24,7 +24,7 @@ from planish.optimizer.ir.lazy_tensors import Turnable, origin_of
 
 @dataclass(frozen=True)
 class ShareTransposedWeights(Pass):
-    """Let MatMuls read a transposed embedding instead of a second copy of it, from ``minimum`` elements on."""
+    """Replace the second copy of an embedding that MatMuls read by its transpose, from ``minimum`` elements on."""
 
     name: ClassVar[str] = "share-transposed-weights"
 

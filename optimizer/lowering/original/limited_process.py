@@ -54,10 +54,10 @@ _FREE_BYTES = 3 << 30
 _CHANGED = 1e-2
 """Relative difference that another order of summation does not explain."""
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "std::bad_array_new_length")
-"""What ONNX Runtime 1.31 says, in an error of no other kind, when memory ran out."""
+"""The message of ONNX Runtime 1.31, in an error of no other kind, when memory ran out."""
 _INPUTS, _OUTPUTS, _REORDERED = "inputs.safetensors", "outputs.safetensors", "reordered.safetensors"
 _OPENED, _ANSWERED, _FINISHED = "opened", "answered", "finished"
-"""What the process tells: the runtime has opened the graph; the outputs are written; so are those with the runtime's
+"""Messages of the process: the runtime has opened the graph; the outputs are written; so are those with the runtime's
 optimizations, or a note says why not."""
 _SUBJECT = "the process that runs this file"
 _ADVICE = "leave the comparison out (--no-check, --reference none), or give it smaller axes"
@@ -70,7 +70,7 @@ class Run:
     outputs: list[dict[str, np.ndarray]]
     reordered: list[dict[str, np.ndarray]] | None
     note: str | None = None
-    """Why the runtime's optimizations are not to be trusted with this file."""
+    """The reason not to trust the runtime's optimizations with this file."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,17 @@ class Size:
     """Bytes of its largest value."""
     work: int
     complete: bool
-    """Whether the size of every value is known, and no node holds a graph."""
+    """True if the size of every value is known, and no node holds a graph."""
 
     @property
     def small(self) -> bool:
-        """Whether a run is surely short and takes little memory."""
+        """True if a run is surely short and takes little memory."""
         return self.complete and self.bytes <= SMALL_BYTES and self.work <= SMALL_WORK
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the process of a file gets."""
+    """The limits of the process of a file."""
 
     memory: int
     """Bytes beyond what it has when it begins."""

@@ -22,7 +22,7 @@ class Turnstile:
         self._ready: list[int] = []
         """Calls that can run, in order; the first of them does."""
         self._waiting: dict[int, Hashable] = {}
-        """What each of the others waits for."""
+        """The weight that each of the other calls waits for."""
         self._own = threading.local()
 
     def together(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:
@@ -51,7 +51,7 @@ class Turnstile:
         return [results[index] for index in range(len(calls))]
 
     def wait_for(self, what: Hashable) -> None:
-        """Let the other calls go on until ``what`` is next; at once for a call that is alone."""
+        """Run the other calls until ``what`` is next; returns at once for a call that is alone."""
         index: Any = getattr(self._own, "index", None)
         if index is None:
             return
