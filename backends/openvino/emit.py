@@ -63,6 +63,40 @@ def drop_guards(model: Any, names: Set[str | None]) -> None:
     model.validate_nodes_and_infer_types()
 
 
+_KEYS_RANK = 4
+"""Keys and values: (batch, heads, tokens, size of a head)."""
+_TOKENS = 2
+_ATTENTION = frozenset({"ScaledDotProductAttention", "MatMul", "Multiply", "Transpose"})
+"""Operators that read keys and values in an attention, written as one operator or out of several."""
+
+
+def separate_attention_inputs(model: Any) -> None:
+    """Put a Reshape to the same shape behind each graph input of rank 4 that an attention reads.
+
+    In bfloat16 the CPU plugin keeps a graph input in float32 up to the attention and converts everything else before
+    it, so two attentions differ in the types of their operands. It generates code for each of them, but remembers the
+    shapes of equal attentions only once: with equal sizes the second one gets those of its previous call. It then fails
+    ("SetLoadStoreScalar expects static shapes") or computes with the wrong lengths. Behind an operator, operands of all
+    attentions are converted alike. Seen in OpenVINO 2026.4.1 with AVX512-BF16: the decoder of an encoder-decoder, whose
+    attention to the encoder reads inputs, had logits off by 150 % without an error.
+    """
+    from openvino import opset13 as ops
+
+    for port in model.inputs:
+        shape = port.get_partial_shape()
+        if not port.get_element_type().is_real() or shape.rank.is_dynamic or len(shape) != _KEYS_RANK:
+            continue
+        readers = [reader for reader in port.get_target_inputs() if reader.get_node().get_type_name() in _ATTENTION]
+        if readers:
+            # Zeros copy a size from the input. The runtime removes a Reshape that only copies.
+            target = [0 if size.is_dynamic else size.get_length() for size in shape]
+            target[_TOKENS] = -1
+            same = ops.reshape(port, ops.constant(np.array(target, np.int64)), special_zero=True)
+            for reader in readers:
+                reader.replace_source_output(same.output(0))
+    model.validate_nodes_and_infer_types()
+
+
 def import_quietly() -> Any:
     """Import openvino without the usage report that its package sends on import.
 

@@ -13,7 +13,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Le, MaxLen
 
-from planish.backends.openvino.emit import drop_guards, give_stable_names, import_quietly, make_stateful
+from planish.backends.openvino.emit import (
+    drop_guards,
+    give_stable_names,
+    import_quietly,
+    make_stateful,
+    separate_attention_inputs,
+)
 from planish.backends.openvino.engine import MOST_BUCKETS, PAGE, OpenVinoEngine, Size, of_size
 from planish.backends.openvino.presets import PRESETS
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime, in_one_line
@@ -79,6 +85,8 @@ class OpenVino(Backend):
                     drop_guards(converted, {n.name for n in model.graph if FINITE_MASK in n.metadata_props})
                     if len(program.components) == 1 and program.signatures[name].cached:
                         make_stateful(ov, converted, self.cache)
+                    else:
+                        separate_attention_inputs(converted)
                 except RuntimeError as error:
                     raise CheckFailed(f"OpenVINO cannot convert the graph: {in_one_line(error)}") from error
                 give_stable_names(converted)

@@ -19,7 +19,9 @@ from planish.optimizer.errors import BadInput, CheckFailed, InternalError, Missi
 from planish.optimizer.fidelity.engine_check import check_as_loaders_open
 from planish.optimizer.fidelity.reference import References
 from planish.optimizer.interfaces import registry
+from planish.optimizer.ir.kv_cache import PAST
 from planish.optimizer.ir.program import Program
+from planish.optimizer.lowering import lower
 from planish.optimizer.output.lock import LOCK, Lock
 from planish.optimizer.output.manifest import Manifest
 from tests.backends.conftest import contents
@@ -221,3 +223,23 @@ def test_a_cache_of_grouped_heads_is_kept_by_one_kernel_and_nothing_is_guarded(t
     ]
     assert kinds.count("ScaledDotProductAttention") == 2
     assert "Softmax" not in kinds  # which stands where the kernel was not made
+
+
+def test_a_plain_load_computes_attention_to_inputs_with_the_lengths_of_each_call(tmp_path: Path) -> None:
+    """Attention of a T5 decoder to its encoder and to itself have different operands, and here equal lengths."""
+    program = lower(Path(__file__).parents[1] / "data" / "models" / "translator").program
+    name = "decoder_with_past_model"
+    signature = program.signatures[name]
+    registry.backend("openvino").emit(program, tmp_path)
+    file = tmp_path / f"openvino_{name}.xml"
+    plain = registry.backend("openvino{precision=default}").open(file)
+    exact = registry.backend("openvino").open(file)
+    random = np.random.default_rng(0)
+    for batch, tokens, past, encoded in [(1, 1, 3, 9), (2, 9, 5, 11), (1, 1, 15, 16), (1, 1, 8, 9), (3, 9, 0, 9)]:
+        sizes = {"batch": batch, "sequence": tokens, PAST: past, "encoder_sequence": encoded}
+        shapes = {tensor.name: signature.shape_of(tensor, sizes) for tensor in signature.inputs}
+        feeds: dict[str, Any] = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        feeds["input_ids"] = random.integers(4, 30, (batch, tokens))
+        feeds["encoder_attention_mask"] = np.ones((batch, encoded), np.int64)
+        wanted, found = exact.run(feeds)["logits"], plain.run(feeds)["logits"]
+        np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max(), rtol=0)
