@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,57 @@ from typing import Any
 import pytest
 
 from planish.optimizer.lowering import Lowered, lower
+from planish.optimizer.lowering.export import torch_export
+from tests.traces import Traces, write_archive
 from tests.zoo import Species, build
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub shall fail, not wait
+COLLECTED = Path(__file__).parents[1] / "build" / "traces"
 TINY = Species("bert", "text-classification")
+
+
+TRACES = pytest.StashKey[Traces]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="Rewrite the [out] blocks of the golden tests.")
+    parser.addoption("--update-traces", action="store_true", help="Write the archive of traces anew from this run.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    update = COLLECTED if config.getoption("--update-traces") else None
+    if update is not None and not _is_worker(config):
+        shutil.rmtree(update, ignore_errors=True)
+        update.mkdir(parents=True)
+    config.stash[TRACES] = Traces(update)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _is_worker(session.config):
+        session.config.workeroutput["missing traces"] = session.config.stash[TRACES].missing  # type: ignore[attr-defined]
+    elif session.config.getoption("--update-traces"):
+        write_archive(COLLECTED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[TRACES].missing += (
+        node.workeroutput.get("missing traces", []) if hasattr(node, "workeroutput") else []
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    missing = config.stash[TRACES].missing
+    if missing and not config.getoption("--update-traces"):
+        counted = ", ".join(f"{name} {count}" for name, count in Counter(missing).most_common(9))
+        terminalreporter.write_line(
+            f"traced because tests/data/traces.zip does not hold them: {len(missing)} ({counted}); "
+            "`pytest --update-traces` with all tests writes it anew"
+        )
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,9 +79,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _lowered_once() -> Iterator[None]:
-    """Builds inside a test's own process lower a checkpoint once, and ask its original there, where PyTorch is loaded
-    already: a process for each original, as users get it, takes seconds, and the tests of the command line have it."""
+def _lowered_once(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Builds inside a test's own process take stored traces, lower a checkpoint once, and ask its original there, where
+    PyTorch is loaded already: a process for each original, as users get it, takes seconds, and the tests of the command
+    line have it. Tests of lowering trace (`tests/optimizer/lowering/conftest.py`)."""
     known: dict[tuple[Any, ...], Lowered] = {}
 
     def here(source: Any, *arguments: Any, background: bool, **options: Any) -> Lowered:
@@ -52,6 +97,7 @@ def _lowered_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("planish.optimizer.driver.optimize.lower", here)
+        patch.setattr(torch_export, "export", pytestconfig.stash[TRACES].export)
         yield
 
 

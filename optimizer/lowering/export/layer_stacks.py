@@ -123,14 +123,15 @@ def _kinds(root: Any, layers: Any) -> list[_Kind]:
     return [
         _Kind(
             tuple((name, type(module).__qualname__) for name, module in layer.named_modules()),
-            tuple(sorted(_facts(module).items(), key=lambda item: item[0]) for module in layer.modules()),
+            tuple(sorted(facts_of(module).items(), key=lambda item: item[0]) for module in layer.modules()),
             tuple(repr(items[index]) for items in listed),
         )
         for index, layer in enumerate(layers)
     ]
 
 
-def _facts(module: Any) -> dict[str, object]:
+def facts_of(module: Any) -> dict[str, object]:
+    """Properties of one module that affect the trace: settings, shapes of its parameters, contents of its buffers."""
     simple = {
         key: repr(value)
         for key, value in vars(module).items()
