@@ -88,9 +88,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert "://" in target or (page.parent / target).exists(), target
 
 
-def test_the_tables_of_passes_and_targets_are_current(planish: Planish, request: pytest.FixtureRequest) -> None:
+def test_the_tables_of_passes_and_targets_are_current(command: Planish, request: pytest.FixtureRequest) -> None:
     page = ROOT / "docs" / "passes.md"
-    tables = {name: f"\n{planish(name, '--markdown').stdout.strip()}\n\n" for name in ("passes", "backends")}
+    tables = {name: f"\n{command(name, '--markdown').stdout.strip()}\n\n" for name in ("passes", "backends")}
     tables["backends"] = without_last_column(tables["backends"])  # what runs on this machine is not for a page
     if request.config.getoption("--update-golden"):
         page.write_text(

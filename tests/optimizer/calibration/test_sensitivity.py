@@ -137,7 +137,7 @@ def test_a_budget_with_a_share_of_its_error() -> None:
 
 @pytest.mark.slow
 def test_a_preset_keeps_what_it_can_and_the_lock_says_what(
-    tiny: Path, tmp_path: Path, planish: Planish, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, command: Planish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OnnxRuntime, "presets", {"fast": (Recipe(("quantize-int8{minimum=1}",)),)})
     shape = [{"sequence": 8}]
@@ -158,6 +158,6 @@ def test_a_preset_keeps_what_it_can_and_the_lock_says_what(
         tiny, tmp_path / "again", preset="fast", keep=keep, shapes=shape, lock=tmp_path / "lock", clock=all_faster
     )
     assert again.manifest.targets == built.manifest.targets
-    said = planish("explain", tmp_path / "out", "--pass", "quantize-int8").stdout
+    said = command("explain", tmp_path / "out", "--pass", "quantize-int8").stdout
     assert f"quantizes {sum(one.rounded for one in products)} of {len(products)} MatMuls" in " ".join(said.split())
     assert "signal over noise" in said

@@ -79,7 +79,7 @@ def test_a_decoder_of_two_texts_writes_what_one_of_any_number_does(tmp_path: Pat
     assert written["fixed", "openvino"] == written["free", "onnxruntime"]
 
 
-def test_what_cannot_be_fixed(tiny: Path, tmp_path: Path, planish: Planish) -> None:
+def test_what_cannot_be_fixed(tiny: Path, tmp_path: Path, command: Planish) -> None:
     for fix, words in (
         ({"height": 3}, r"no input has an axis 'height'.*there are: batch, sequence"),
         ({"sequence": 1000}, r"sequence=1000.*the model takes 1 to 48"),
@@ -88,7 +88,7 @@ def test_what_cannot_be_fixed(tiny: Path, tmp_path: Path, planish: Planish) -> N
             optimize(tiny, tmp_path / "out", fix=fix)
     with pytest.raises(UsageError, match="this axis changes with every token"):
         optimize(MODELS / "writer", tmp_path / "out", fix={"sequence": 8})
-    done = planish("optimize", tiny, "-o", tmp_path / "out", "--fix", "sequence=long")
+    done = command("optimize", tiny, "-o", tmp_path / "out", "--fix", "sequence=long")
     assert done.returncode == 2 and "cannot read the sizes 'sequence=long'" in done.stderr
     assert not (tmp_path / "out").exists()
 

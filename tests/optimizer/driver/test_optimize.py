@@ -142,22 +142,22 @@ def test_a_locked_build_gives_the_same_bytes_elsewhere(
     ],
 )
 def test_a_lock_fits_one_request_only(
-    change: list[str], message: str, built: Path, tiny: Path, tmp_path: Path, planish: Planish
+    change: list[str], message: str, built: Path, tiny: Path, tmp_path: Path, command: Planish
 ) -> None:
     targets = [] if "--target" in change else ["--target", "onnxruntime", "--target", "openvino"]
     preset = [] if "--preset" in change else ["--preset", "fast"]
     lock = ["--lock", built / "tiny.lock"]
-    done = planish("optimize", tiny, "-o", tmp_path / "out", *targets, *preset, *change, *lock)
+    done = command("optimize", tiny, "-o", tmp_path / "out", *targets, *preset, *change, *lock)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verify_notices_a_changed_file(built: Path, tmp_path: Path, planish: Planish) -> None:
+def test_verify_notices_a_changed_file(built: Path, tmp_path: Path, planish: Planish, command: Planish) -> None:
     out = shutil.copytree(built / "out", tmp_path / "out")
     assert planish("verify", out).returncode == 0
     model = out / "onnxruntime" / "model.onnx"
     model.write_bytes(model.read_bytes() + b"\0")
-    done = planish("verify", out)
+    done = command("verify", out)
     assert done.returncode == 1
     assert "onnxruntime: onnxruntime/model.onnx is not the file that was written" in done.stderr
     assert "openvino" in done.stdout
@@ -378,8 +378,8 @@ def test_a_full_disk_is_known_however_it_is_told(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_not_checked_says_so_everywhere(tiny: Path, tmp_path: Path, planish: Planish) -> None:
-    done = planish("optimize", tiny, "-o", tmp_path / "out", "--reference", "none", "--pipeline", "fold-constants")
+def test_what_was_not_checked_says_so_everywhere(tiny: Path, tmp_path: Path, command: Planish) -> None:
+    done = command("optimize", tiny, "-o", tmp_path / "out", "--reference", "none", "--pipeline", "fold-constants")
     assert done.returncode == 0, done.stderr
     assert "NOT CHECKED" in done.stdout
     manifest = Manifest.read(tmp_path / "out")

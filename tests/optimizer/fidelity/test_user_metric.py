@@ -60,7 +60,7 @@ def test_budgets_of_a_score() -> None:
 
 @pytest.mark.slow
 def test_an_engine_that_scores_too_low_is_not_shipped(
-    tiny: Path, tmp_path: Path, planish: Planish, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, command: Planish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "score.py"
     script.write_text(
@@ -74,9 +74,9 @@ def test_an_engine_that_scores_too_low_is_not_shipped(
     with pytest.raises(CheckFailed, match="score_ratio of engine is 2, the budget asks score<=1x"):
         optimize(tiny, tmp_path / "refused", keep=["score<=1x"], **options, clock=all_faster)
     assert not (tmp_path / "refused").exists()
-    assert "its own measure was not taken again" in planish("verify", tmp_path / "kept").stdout
+    assert "its own measure was not taken again" in command("verify", tmp_path / "kept").stdout
     with pytest.raises(UsageError, match="are not judged"):
         optimize(tiny, tmp_path / "refused", reference="none", **options, clock=all_faster)
-    usage = planish("optimize", tiny, "-o", tmp_path / "no", "--keep", "score>=1")
+    usage = command("optimize", tiny, "-o", tmp_path / "no", "--keep", "score>=1")
     assert usage.returncode == 2
     assert "give --evaluate" in usage.stderr

@@ -71,11 +71,11 @@ def test_the_translator_translates_what_it_has_not_seen(outputs: dict[str, Path]
     assert np.mean(right) >= 0.95
 
 
-def test_run_writes_as_it_goes(outputs: dict[str, Path], planish: Planish) -> None:
+def test_run_writes_as_it_goes(outputs: dict[str, Path], command: Planish) -> None:
     text, wanted = pairs(held_out=True)[0]
-    done = planish("run", outputs["translator"] / "onnxruntime", "--text", text)
+    done = command("run", outputs["translator"] / "onnxruntime", "--text", text)
     assert (done.returncode, done.stdout.strip()) == (0, wanted)
-    done = planish("run", outputs["writer"], "--text", PROMPTS[0], "--max-new-tokens", 12, "--json")
+    done = command("run", outputs["writer"], "--text", PROMPTS[0], "--max-new-tokens", 12, "--json")
     assert json.loads(done.stdout) == {"text": pytorch("writer", PROMPTS[:1], 12)[0]}
 
 
@@ -103,8 +103,8 @@ def test_a_file_of_prompts_runs_in_batches(outputs: dict[str, Path], tmp_path: P
     ("text", "says"),
     [("", "the prompt is empty"), ("word " * 300, r"tokens, the model takes 256; shorten the prompt")],
 )
-def test_prompts_that_cannot_be_continued(text: str, says: str, outputs: dict[str, Path], planish: Planish) -> None:
-    done = planish("run", outputs["writer"], "--text", text)
+def test_prompts_that_cannot_be_continued(text: str, says: str, outputs: dict[str, Path], command: Planish) -> None:
+    done = command("run", outputs["writer"], "--text", text)
     assert done.returncode == 3, done.stderr
     assert says in done.stderr.splitlines()[-1]
     with pytest.raises(BadInput):

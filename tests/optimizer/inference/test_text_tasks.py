@@ -422,15 +422,15 @@ def test_what_stands_there_is_not_overwritten(made: Made, tmp_path: Path) -> Non
     assert (tmp_path / "answers.jsonl").read_text() == "precious"
 
 
-def test_the_command(made: Made, planish: Planish) -> None:
+def test_the_command(made: Made, command: Planish) -> None:
     task, _ = made("text-classification")
     out = task.folder.parent
-    done = planish("run", out, "--text", "w1 w2", "--json")
+    done = command("run", out, "--text", "w1 w2", "--json")
     assert json.loads(done.stdout)["scores"] == pytest.approx(
         task.answer([TextRequest("w1 w2")])[0]["scores"], abs=1e-5
     )
-    shown = planish("run", out / "onnxruntime", "--text", "w1 w2").stdout
+    shown = command("run", out / "onnxruntime", "--text", "w1 w2").stdout
     assert shown.startswith("label: LABEL_")
-    refused = planish("run", out, "--text", "w1", "--target", "openvino")
+    refused = command("run", out, "--text", "w1", "--target", "openvino")
     assert (refused.returncode, "there is no engine for 'openvino' here" in refused.stderr) == (3, True)
-    assert planish("run", out).returncode == 2
+    assert command("run", out).returncode == 2

@@ -119,10 +119,10 @@ MISFITS: Mapping[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_arrays_that_do_not_fit(name: str, vit: Path, tmp_path: Path, planish: Planish) -> None:
+def test_arrays_that_do_not_fit(name: str, vit: Path, tmp_path: Path, command: Planish) -> None:
     change, says = MISFITS[name]
     source = file_of(tmp_path, pixel_values=change(drawn(2, 3, 30, 24)))
-    done = planish("run", vit / "out", "--input", source, "--output", tmp_path / "out.jsonl")
+    done = command("run", vit / "out", "--input", source, "--output", tmp_path / "out.jsonl")
     assert done.returncode == 3, done.stderr
     assert says in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("planish: error: ")]) == 1
@@ -130,14 +130,14 @@ def test_arrays_that_do_not_fit(name: str, vit: Path, tmp_path: Path, planish: P
 
 
 def test_engines_take_what_they_are_made_for(
-    vit: Path, whisper: Path, tiny: Path, tmp_path: Path, planish: Planish
+    vit: Path, whisper: Path, tiny: Path, tmp_path: Path, command: Planish
 ) -> None:
     for folder, name in ((vit, "pixel_values"), (whisper, "input_features")):
-        done = planish("run", folder / "out", "--text", "a cat")
+        done = command("run", folder / "out", "--text", "a cat")
         assert done.returncode == 2
         assert f"this engine takes {name}, not texts; give --input" in done.stderr.splitlines()[-1]
         (tmp_path / "in.txt").write_text("a cat\n")
-        done = planish("run", folder / "out", "--input", tmp_path / "in.txt", "--output", tmp_path / "no.jsonl")
+        done = command("run", folder / "out", "--input", tmp_path / "in.txt", "--output", tmp_path / "no.jsonl")
         assert (done.returncode, f"takes {name}, not texts" in done.stderr) == (3, True), done.stderr
     task = open_task(vit / "out")
     with pytest.raises(BadInput, match="it has no array 'pixel_values'; it has \\['input_ids'\\]"):
@@ -196,12 +196,12 @@ def test_answers_begin_as_the_checkpoint_says_and_end_where_its_table_does(whisp
 
 
 @pytest.mark.breadth
-def test_a_recording_becomes_text_where_there_is_a_tokenizer(tmp_path: Path, planish: Planish) -> None:
+def test_a_recording_becomes_text_where_there_is_a_tokenizer(tmp_path: Path, command: Planish) -> None:
     folder = made(WHISPER, tmp_path, tokenizer=True)
     features = drawn(2, 10, 26)
     source = file_of(tmp_path, input_features=features)
     options = ["--input", source, "--output", tmp_path / "out.jsonl", "--max-new-tokens", 9]
-    done = planish("run", folder / "out", *options)
+    done = command("run", folder / "out", *options)
     assert done.returncode == 0, done.stderr
     from transformers import AutoTokenizer
 

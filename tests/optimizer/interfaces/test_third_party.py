@@ -43,10 +43,10 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     registry.table.cache_clear()
 
 
-def test_its_passes_and_backends_are_found_by_name(installed: Path, planish: Planish) -> None:
+def test_its_passes_and_backends_are_found_by_name(installed: Path, command: Planish) -> None:
     assert str(Pipeline.parse("negate-twice{pairs=2},fold-constants")) == "negate-twice{pairs=2},fold-constants"
     assert str(registry.backend("evaluator{verbose=1}")) == "evaluator{verbose=1}"
-    listed = json.loads(planish("passes", "--json").stdout)
+    listed = json.loads(command("passes", "--json").stdout)
     assert {"negate-twice": "planish-example", "fold-constants": "planish"}.items() <= {
         entry["name"]: entry["from"] for entry in listed
     }.items()
@@ -106,9 +106,9 @@ def test_a_wrong_pass_is_caught_named_undone_and_reproduced(
 
 @pytest.mark.slow
 def test_a_wrong_pass_of_an_explicit_pipeline_ends_the_run(
-    installed: Path, tiny: Path, tmp_path: Path, planish: Planish
+    installed: Path, tiny: Path, tmp_path: Path, command: Planish
 ) -> None:
-    done = planish("optimize", tiny, "-o", tmp_path / "out", "--pipeline", "fold-constants,negate-gelu")
+    done = command("optimize", tiny, "-o", tmp_path / "out", "--pipeline", "fold-constants,negate-gelu")
     assert done.returncode == 1
     assert "negate-gelu moved the outputs" in done.stderr
     assert "reproduce with: planish opt" in done.stderr

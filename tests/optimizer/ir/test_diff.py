@@ -72,11 +72,11 @@ def test_folders_are_compared_by_name(files: tuple[Path, Path], planish: Planish
     assert "nothing differs" in planish("diff", one, one).stdout
 
 
-def test_what_cannot_be_compared(files: tuple[Path, Path], tmp_path: Path, planish: Planish) -> None:
+def test_what_cannot_be_compared(files: tuple[Path, Path], tmp_path: Path, command: Planish) -> None:
     with pytest.raises(BadInput, match=r"there is no \.onnx file in this folder"):
         (tmp_path / "empty").mkdir()
         compare_files(tmp_path / "empty", files[0])
     onnx.save(onnx.load(files[0]), files[0].parent / "encoder.onnx")
-    done = planish("diff", files[0].parent, files[1].parent)
+    done = command("diff", files[0].parent, files[1].parent)
     assert (done.returncode, done.stderr.count("\n")) == (3, 1)
-    assert planish("diff", tmp_path / "absent.onnx", files[0]).returncode == 3
+    assert command("diff", tmp_path / "absent.onnx", files[0]).returncode == 3

@@ -131,12 +131,12 @@ def test_an_adapter_for_another_base_is_refused(pair: tuple[Path, Path], tmp_pat
     ],
 )
 def test_what_is_not_supported_is_refused(
-    changes: dict[str, object], says: str, pair: tuple[Path, Path], tmp_path: Path, planish: Planish
+    changes: dict[str, object], says: str, pair: tuple[Path, Path], tmp_path: Path, command: Planish
 ) -> None:
     made = copied(pair, tmp_path)
     edited(made, **changes)
     options = ("--task", "text-generation", "--adapter", made)
-    done = planish("optimize", pair[0], "-o", tmp_path / "out", *options)
+    done = command("optimize", pair[0], "-o", tmp_path / "out", *options)
     assert done.returncode == 3, done.stderr
     assert says in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()

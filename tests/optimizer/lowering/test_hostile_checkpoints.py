@@ -152,12 +152,12 @@ def test_the_process_of_the_original_says_what_it_cannot_read(tmp_path: Path, pl
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_an_original_that_gives_no_finite_number(checkpoint: Path, tmp_path: Path, planish: Planish) -> None:
+def test_an_original_that_gives_no_finite_number(checkpoint: Path, tmp_path: Path, command: Planish) -> None:
     """Engines that give none either would be equal to it."""
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["classifier.bias"] = torch.full_like(tensors["classifier.bias"], float("nan"))
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    done = planish("optimize", checkpoint, "-o", tmp_path / "out", "--pipeline", "fold-constants")
+    done = command("optimize", checkpoint, "-o", tmp_path / "out", "--pipeline", "fold-constants")
     assert done.returncode == BAD_INPUT, done.stderr
     assert "the original gives no finite number for 'logits'" in done.stderr.splitlines()[-1]
     assert "reproduce" not in done.stderr

@@ -184,8 +184,8 @@ def test_what_cannot_fit_stops_before_it_is_killed(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_takes_it_and_a_file_does_not(tiny: Path, tmp_path: Path, planish: Planish) -> None:
-    done = planish("optimize", tiny, "-o", tmp_path / "out", "--reference", "offload", "--json")
+def test_the_command_line_takes_it_and_a_file_does_not(tiny: Path, tmp_path: Path, command: Planish) -> None:
+    done = command("optimize", tiny, "-o", tmp_path / "out", "--reference", "offload", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["manifest"]["reference"]["mode"] == "offload"
     with pytest.raises(UsageError, match="checkpoint folder"):

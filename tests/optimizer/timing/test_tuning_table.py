@@ -129,8 +129,8 @@ def test_a_lock_repeats_what_a_profile_chose(tiny: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.breadth
-def test_the_command_line_makes_a_profile(tiny: Path, tmp_path: Path, planish: Planish) -> None:
+def test_the_command_line_makes_a_profile(tiny: Path, tmp_path: Path, command: Planish) -> None:
     arguments = ["--profile", tmp_path / "p.json", "--shape", "batch=1,sequence=4"]
-    done = planish("optimize", tiny, "-o", tmp_path / "out", *arguments)
+    done = command("optimize", tiny, "-o", tmp_path / "out", *arguments)
     assert done.returncode == 0, done.stderr
     assert "attention: batch=1 heads=3" in (tmp_path / "p.json").read_text()
