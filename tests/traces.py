@@ -20,6 +20,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from planish.optimizer.errors import BadInput
 from planish.optimizer.ir.annotations import strip_annotations
 from planish.optimizer.ir.program import Axis
 from planish.optimizer.lowering.components import calls, rope
@@ -54,10 +55,10 @@ class Traces:
         text = self._stored.get(name)
         if text is None:
             self.missing.append(type(module).__name__)
-            result = export(module, call, inputs, axes, outputs)
-            if self.update is None:
-                return result
-            text = packed(module, *result)
+            try:
+                text = packed(module, *export(module, call, inputs, axes, outputs))
+            except BadInput as error:  # lowering tries in several ways
+                text = json.dumps({"refused": error.what, "advice": error.advice}).encode()
         if self.update is not None:
             staged = self.update / f"{name}.{os.getpid()}"
             staged.write_bytes(text)
@@ -123,7 +124,7 @@ def packed(module: Any, model: ir.Model, ranges: Mapping[str, Axis], given: Give
         tensor = value.const_value
         if name in parameters and tensor is not None:
             value.const_value = ir.ExternalTensor(
-                "parameters", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+                "parameters", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
     for graph in model.graphs():
         for node in graph:
@@ -132,13 +133,15 @@ def packed(module: Any, model: ir.Model, ranges: Mapping[str, Axis], given: Give
                 strip_annotations(output)
     described = {name: [axis.minimum, axis.maximum] for name, axis in ranges.items()}
     header = json.dumps({"ranges": described, "chosen": given.chosen, "left_out": given.left_out})
-    return header.encode() + b"\n" + ir.to_proto(model).SerializeToString(deterministic=True)
+    return header.encode() + b"\n" + bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 
 def unpacked(text: bytes) -> tuple[ir.Model, dict[str, Axis], Given]:
-    """The result of an export from its bytes."""
+    """The result of an export from its bytes; BadInput where it was refused."""
     header, _, body = text.partition(b"\n")
     facts = json.loads(header)
+    if "refused" in facts:
+        raise BadInput(facts["refused"], advice=facts["advice"])
     ranges = {name: Axis(name, *limits) for name, limits in facts["ranges"].items()}
     given = Given(tuple(facts["chosen"]), tuple(facts["left_out"]))
     return ir.from_proto(onnx.load_from_string(body)), ranges, given

@@ -27,6 +27,7 @@ from planish.optimizer.output.manifest import Manifest
 from tests.backends.conftest import contents
 from tests.backends.test_onnxruntime import FEEDS
 from tests.backends.test_tensorrt import generator
+from tests.clocks import all_equal
 from tests.conftest import Planish
 from tests.zoo import Species, build
 
@@ -95,7 +96,9 @@ def test_table_and_manifest_say_what_a_plain_load_gives(
     default = registry.backend("openvino{precision=default}")
     monkeypatch.setattr(OpenVino, "as_loaders_open", lambda _: default)  # on machines without bf16 as well
     checkpoint = build(Species("bert", "feature-extraction"), tmp_path / "checkpoint")
-    result = optimize(checkpoint, tmp_path / "out", targets=["openvino"], pipeline="remove-unused-nodes")
+    result = optimize(
+        checkpoint, tmp_path / "out", targets=["openvino"], pipeline="remove-unused-nodes", clock=all_equal
+    )
     record = result.manifest.targets["openvino"].as_loaders_open
     assert record is not None
     assert record.target == "openvino{precision=default}"
@@ -126,7 +129,9 @@ def test_a_plain_load_that_fails_is_told_and_fails_no_build(
         pytest.skip("this machine opens it")
     monkeypatch.setattr(OpenVino, "as_loaders_open", lambda _: refused)
     checkpoint = build(Species("bert", "feature-extraction"), tmp_path / "checkpoint")
-    result = optimize(checkpoint, tmp_path / "out", targets=["openvino"], pipeline="remove-unused-nodes")
+    result = optimize(
+        checkpoint, tmp_path / "out", targets=["openvino"], pipeline="remove-unused-nodes", clock=all_equal
+    )
     record = result.manifest.targets["openvino"].as_loaders_open
     assert record is not None
     assert record.comparison == {}

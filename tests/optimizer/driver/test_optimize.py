@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import functools
-import hashlib
 import json
 import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -33,44 +27,12 @@ from planish.optimizer.runtime.worker import EngineRef
 from planish.optimizer.system.staging import MEASUREMENTS
 from planish.optimizer.timing.interleaved import Timing
 from planish.passes.fusion.fuse_attention import FuseAttention
+from tests.clocks import all_equal, all_faster
 from tests.conftest import Planish
+from tests.optimizer.driver.conftest import SHAPE, digests
 from tests.zoo import GENERATORS, build
 
 pytestmark = pytest.mark.slow
-SHAPE = ["--shape", "batch=1,sequence=16"]
-
-
-@pytest.fixture(scope="module")
-def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory, planish: Planish) -> Path:
-    """An output with two engines and its lock beside it, made by the command line."""
-    folder = tmp_path_factory.mktemp("built")
-    done = planish(
-        *(
-            "optimize",
-            tiny,
-            "-o",
-            folder / "out",
-            "--target",
-            "onnxruntime",
-            "--target",
-            "openvino",
-            "--preset",
-            "fast",
-        ),
-        *("--lock", folder / "tiny.lock", "--depfile", folder / "out.d", *SHAPE),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "report: " in done.stdout
-    return folder
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the measurements."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MEASUREMENTS
-    }
 
 
 def test_the_output_holds_what_loaders_expect(built: Path) -> None:
@@ -179,7 +141,13 @@ def test_verify_notices_other_outputs(built: Path, tmp_path: Path) -> None:
 
 
 def test_engines_answer_from_python(built: Path, tiny: Path) -> None:
-    result = optimize(tiny, built / "python", targets=["onnxruntime{threads=1}"], shapes=[{"batch": 1, "sequence": 8}])
+    result = optimize(
+        tiny,
+        built / "python",
+        targets=["onnxruntime{threads=1}"],
+        shapes=[{"batch": 1, "sequence": 8}],
+        clock=all_equal,
+    )
     engine = result.engines["onnxruntime"]
     ids = np.array([[2, 7, 8, 3]], np.int32)
     whole = engine.run({"input_ids": ids, "attention_mask": np.ones((1, 4), np.int64)})
@@ -272,7 +240,7 @@ def test_each_component_is_chosen_by_itself(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_trial_that_changes_nothing_says_so(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presets, "SHARED", (Recipe(("fuse-rms-norm",), When.PADDED),))
-    result = optimize(tiny, tmp_path / "out", preset="exact", shapes=[{"batch": 4, "sequence": 8}])
+    result = optimize(tiny, tmp_path / "out", preset="exact", shapes=[{"batch": 4, "sequence": 8}], clock=all_equal)
     (trial,) = Lock.read(result.folder / "planish.lock").targets["onnxruntime"].tried
     assert (trial.kept, trial.why, trial.measured) == (False, "changed nothing: no place for it", [])
 
@@ -282,7 +250,9 @@ def test_a_pass_that_misses_what_was_asked_for_is_undone(
 ) -> None:
     pruning = Recipe(("fold-constants", "prune-ffn{keep=0.5 multiple=4}"))
     monkeypatch.setattr(OnnxRuntime, "presets", {"fast": (pruning,)})
-    result = optimize(tiny, tmp_path / "out", preset="fast", keep=["max_abs<=1e-5"], shapes=[{"sequence": 8}])
+    result = optimize(
+        tiny, tmp_path / "out", preset="fast", keep=["max_abs<=1e-5"], shapes=[{"sequence": 8}], clock=all_equal
+    )
     record = result.manifest.targets["onnxruntime"]
     (undone,) = record.rolled_back
     assert undone.text == "prune-ffn{keep=0.5 multiple=4}"
@@ -293,9 +263,15 @@ def test_a_pass_that_misses_what_was_asked_for_is_undone(
 
 
 def test_pruning_shrinks_and_says_what_it_costs(tiny: Path, tmp_path: Path) -> None:
-    plain = optimize(tiny, tmp_path / "plain", pipeline="fold-constants", shapes=[{"batch": 1, "sequence": 8}])
+    plain = optimize(
+        tiny, tmp_path / "plain", pipeline="fold-constants", shapes=[{"batch": 1, "sequence": 8}], clock=all_equal
+    )
     pruned = optimize(
-        tiny, tmp_path / "pruned", pipeline="prune-ffn{keep=0.5 multiple=4}", shapes=[{"batch": 1, "sequence": 8}]
+        tiny,
+        tmp_path / "pruned",
+        pipeline="prune-ffn{keep=0.5 multiple=4}",
+        shapes=[{"batch": 1, "sequence": 8}],
+        clock=all_equal,
     )
     (step,) = pruned.manifest.targets["onnxruntime"].passes
     assert step.sites == 2
@@ -303,79 +279,6 @@ def test_pruning_shrinks_and_says_what_it_costs(tiny: Path, tmp_path: Path) -> N
     assert step.difference is not None
     assert step.difference["logits"]["max_abs"] > 0
     assert plain.manifest.reference.noise == pruned.manifest.reference.noise
-
-
-def start(tiny: Path, out: Path, **options: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "planish.optimizer.cli", "optimize", str(tiny), "-o", str(out), *SHAPE]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload,no-any-return]
-
-
-@pytest.mark.parametrize("seconds", [0.5, 6.0, 10.0])
-def test_a_killed_run_leaves_the_previous_output_whole(seconds: float, built: Path, tiny: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(built / "out", tmp_path / "out")
-    before = digests(out)
-    process = start(tiny, out)
-    time.sleep(seconds)
-    process.kill()
-    process.wait()
-    assert digests(out) == before or Manifest.read(out).files  # killed before the exchange, or after it
-    assert all(verdict.problems == () for verdict in verify(out).values())
-
-
-def test_the_next_run_sweeps_up_after_a_killed_one(built: Path, tiny: Path, tmp_path: Path) -> None:
-    left = tmp_path / ".out.abcdefgh.partial"
-    left.mkdir()
-    (tmp_path / ".out.abcdefgh.lock").touch()
-    (left / "model.onnx").write_bytes(b"half")
-    optimize(tiny, tmp_path / "out", shapes=[{"batch": 1, "sequence": 8}])
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_cleans_up(how: signal.Signals, tiny: Path, tmp_path: Path) -> None:
-    def heed() -> None:
-        """Where the tests run behind a shell's `&`, which lets what it starts ignore Ctrl-C, as well."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    process = start(tiny, tmp_path / "out", start_new_session=True, preexec_fn=heed)
-    while not list(tmp_path.glob(".out.*.partial")):
-        time.sleep(0.05)
-    time.sleep(1.0)
-    process.send_signal(how)
-    _, said = process.communicate(timeout=60)
-    # Python ends itself by SIGINT, which shells report as 130 too, if the interrupt came while it ran code from a text
-    assert process.returncode in (130, -signal.SIGINT), said
-    assert b"interrupted; nothing was written" in said
-    assert b"Traceback" not in said
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk(tiny: Path, tmp_path: Path) -> None:
-    """A limit on the size of files: what writes beyond it gets the error that a full disk gives, with another number."""
-    process = start(
-        tiny, tmp_path / "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-    )
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 5, said
-    assert b"there is no room to write" in said
-    assert b"Traceback" not in said
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError("65536 requested and 24864 written")]
-)
-def test_a_full_disk_is_known_however_it_is_told(
-    error: OSError, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(model: object, path: Path, **_: object) -> None:
-        path.write_bytes(b"half of it")
-        raise error
-
-    monkeypatch.setattr("planish.optimizer.ir.onnx_io.save", full)
-    with pytest.raises(errors.OutOfResources, match="there is no room to write"):
-        optimize(tiny, tmp_path / "out", shapes=[{"batch": 1, "sequence": 8}])
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_not_checked_says_so_everywhere(tiny: Path, tmp_path: Path, command: Planish) -> None:
@@ -400,7 +303,7 @@ def test_what_all_pipelines_begin_with_is_run_once(tiny: Path, tmp_path: Path, m
         return call(step, model)
 
     monkeypatch.setattr(FuseAttention, "call", counted)
-    optimize(tiny, tmp_path / "out", targets=["onnxruntime", "openvino"], shapes=[{"sequence": 8}])
+    optimize(tiny, tmp_path / "out", targets=["onnxruntime", "openvino"], shapes=[{"sequence": 8}], clock=all_faster)
     assert runs == ["fuse-attention"]
     choices = Lock.read(tmp_path / "out" / LOCK).targets
     assert all("fuse-attention" in choice.pipelines["model"] for choice in choices.values())

@@ -200,7 +200,7 @@ def test_folders_that_are_links_to_the_outside_are_not_followed(checkpoint: Path
 
 
 def test_links_beside_an_onnx_file_are_not_followed(tmp_path: Path) -> None:
-    from tests.optimizer.cli.test_bad_input import graph, saved
+    from tests.optimizer.cli.test_bad_onnx_files import graph, saved
 
     (tmp_path / "model").mkdir()
     (tmp_path / "secret").write_text("mine")

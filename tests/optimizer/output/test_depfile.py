@@ -18,6 +18,7 @@ from planish.optimizer.errors import UsageError
 from planish.optimizer.lowering import lower
 from planish.optimizer.output.depfile import escaped, write_depfile
 from planish.optimizer.output.lock import Lock
+from tests.clocks import all_equal
 from tests.conftest import Planish
 from tests.optimizer.cli.test_bad_input import USAGE, refused
 
@@ -143,11 +144,11 @@ def test_every_file_that_is_opened_is_among_the_inputs(tiny: Path, tmp_path: Pat
 
 
 def test_a_lock_fits_one_tokenizer_only(source: Path, tmp_path: Path) -> None:
-    optimize(source, tmp_path / "out", pipeline="eliminate-identities", lock=tmp_path / "lock")
+    optimize(source, tmp_path / "out", pipeline="eliminate-identities", lock=tmp_path / "lock", clock=all_equal)
     assert "tokenizer_config.json" in Lock.read(tmp_path / "lock").source
     source.with_name("tokenizer_config.json").write_text('{"model_max_length": 3}')
     with pytest.raises(UsageError, match="made for another source"):
-        optimize(source, tmp_path / "out", pipeline="eliminate-identities", lock=tmp_path / "lock")
+        optimize(source, tmp_path / "out", pipeline="eliminate-identities", lock=tmp_path / "lock", clock=all_equal)
 
 
 def test_the_index_of_shards_is_an_input(tiny: Path, tmp_path: Path) -> None:
