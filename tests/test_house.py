@@ -136,6 +136,7 @@ def test_heavy_runtimes_are_imported_inside_functions() -> None:
         assert not found, f"{relative(path)} imports {found}"
 
 
+@pytest.mark.slow
 def test_only_lowering_and_inference_import_pytorch() -> None:
     importing = {relative(path) for path in SOURCES if MODELS & set(imported(ast.walk(ast.parse(path.read_text()))))}
     assert any(path.startswith(IMPORT_MODELS[0]) for path in importing), "the test finds nothing"
@@ -155,10 +156,11 @@ def test_importing_the_package_imports_no_library() -> None:
 
 def test_files_are_short() -> None:
     for path in TESTED:
-        limit = 300 if path in PASS_FILES else 400 if path in SOURCES else 500
+        limit = 300 if path in PASS_FILES else 500 if "benchmarks" in path.parts else 400
         assert len(path.read_text().splitlines()) <= limit, relative(path)
 
 
+@pytest.mark.slow
 def test_functions_are_short() -> None:
     lengths = {f"{relative(path)}:{f.lineno} {f.name}": length(f) for path in SOURCES for f in functions(path)}
     assert {where: lines for where, lines in lengths.items() if lines > 60} == {}
@@ -208,11 +210,13 @@ def docstring(node: ast.AST) -> str | None:
     return value if isinstance(value, str) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["optimizer", "passes", "backends"])
 def test_comments_say_why_in_two_of_a_hundred_lines(package: str) -> None:
     assert comment_density(package) >= 2
 
 
+@pytest.mark.slow
 def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
     for path in SOURCES:
         vague = re.compile(r"(What|Whether|Why|Let" + (r"|How)\b" if path.parent.name == "interfaces" else r")\b"))
@@ -230,10 +234,7 @@ def test_public_classes_have_names_of_their_own() -> None:
     assert {name for name, count in names.items() if count > 1} == set()
 
 
-MANY_PARAMETERS = {"optimizer/cli/run_command.py command", "optimizer/inference/loading.py __call__"}
-"""Functions whose parameters are the options of a command or of generation."""
-
-
+@pytest.mark.slow
 def test_functions_have_few_parameters() -> None:
     many = set()
     for path in SOURCES:
@@ -242,4 +243,4 @@ def test_functions_have_few_parameters() -> None:
             names = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)} - {"self", "cls"}
             if len(names) > 8:
                 many.add(f"{relative(path)} {function.name}")
-    assert many == MANY_PARAMETERS
+    assert many == set()

@@ -57,6 +57,7 @@ def test_the_type_checkers_see_the_same_tree() -> None:
         assert (ROOT / ".typing" / "planish" / name).resolve() == ROOT / name
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_planish_alone(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -72,6 +73,7 @@ def test_the_wheel_holds_planish_alone(built: Path) -> None:
     assert files == expected
 
 
+@pytest.mark.slow
 def test_the_source_distribution_builds_the_same_wheel(built: Path, tmp_path: Path) -> None:
     (source,) = built.glob("*.tar.gz")
     with tarfile.open(source) as archive:
@@ -84,6 +86,7 @@ def test_the_source_distribution_builds_the_same_wheel(built: Path, tmp_path: Pa
     assert {n: one.read(n) for n in one.namelist()} == {n: other.read(n) for n in other.namelist()}
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_works_without_the_tree(built: Path, tmp_path: Path) -> None:
     """Not even where files of the commonest names lie in the working folder."""
     (wheel,) = built.glob("*.whl")

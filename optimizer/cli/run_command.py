@@ -67,38 +67,27 @@ _STREAM = "-"
 def command(
     engine: Path,
     text: str | None,
-    pair: str | None,
-    choices: tuple[str, ...],
     source: Path | None,
     output: Path | None,
-    line_format: str,
-    batch: int,
     target: str | None,
-    prompt: str | None,
-    logits: bool,
-    max_new_tokens: int | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Ask ENGINE (an output or an engine folder): labels, embeddings, answers, texts, by its task."""
     from planish.optimizer.cli.run_options import refuse_idle
-    from planish.optimizer.inference.answer_options import AnswerOptions
+    from planish.optimizer.inference.answer_options import AnswerFields, AnswerOptions
     from planish.optimizer.inference.session import open_task, with_options
-    from planish.optimizer.runtime.generation import Sampling
 
     if (text is None) == (source is None) or (source is None) != (output is None):
         raise UsageError("give either --text, or --input and --output")
     if str(output or _STREAM) == _STREAM:
         refuse_closed_output()
+    pair, choices = given["pair"], given["choices"]
     for option, value in (("--text", text), ("--pair", pair), *(("--choice", choice) for choice in choices)):
         check_value(value, option)
     task = open_task(engine, target)
     refuse_idle(click.get_current_context(), task)
-    options = AnswerOptions(prompt, logits, max_new_tokens, Sampling(temperature, top_k, top_p, seed))
-    task = with_options(task, options)
+    task = with_options(task, AnswerOptions.of({name: given[name] for name in AnswerFields.__annotations__}))
     if text is not None and task.array_names:
         names = " and ".join(task.array_names)
         raise UsageError(
@@ -109,7 +98,7 @@ def command(
     if text is not None:
         _answer_text(task, text, pair, choices, as_json)
     elif source is not None and output is not None:
-        _answer_lines(task, source, output, line_format, batch, as_json)
+        _answer_lines(task, source, output, given["line_format"], given["batch"], as_json)
 
 
 def _answer_text(task: Task, text: str, pair: str | None, choices: tuple[str, ...], as_json: bool) -> None:

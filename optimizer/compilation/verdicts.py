@@ -9,22 +9,15 @@ from pathlib import Path
 from planish.optimizer.compilation.emission import PlainEngine
 from planish.optimizer.compilation.job import Checks, Job
 from planish.optimizer.fidelity.budget import Budget, Clause, metrics_of
-from planish.optimizer.fidelity.engine_check import (
-    GENERATION,
-    Fidelity,
-    check_as_loaders_open,
-    check_engines,
-    demand_room,
-)
+from planish.optimizer.fidelity.engine_check import Fidelity, check_as_loaders_open, check_engines, demand_room
 from planish.optimizer.fidelity.metrics import CONTINUED, JUDGED, Comparison
+from planish.optimizer.fidelity.parts import Parts
 from planish.optimizer.fidelity.user_metric import scored
 from planish.optimizer.interfaces.backend import Backend
 from planish.optimizer.interfaces.pass_base import Pass
 
 NOT_CHECKED = "NOT CHECKED"
 """The note on an engine that was compared with nothing."""
-EVALUATION = "own measure"
-"""The key of the user's own metric among the comparisons of components."""
 OFFLOADED = "weights stay in their files"
 """The reason why something was not done that needs all weights in memory."""
 _SAME_TOKENS = (Clause("kl", "<=", 1e-6), Clause("greedy", ">=", 1.0))
@@ -33,9 +26,9 @@ _SAME_TOKENS = (Clause("kl", "<=", 1e-6), Clause("greedy", ">=", 1.0))
 
 @dataclass(frozen=True)
 class Verdict:
-    """The fidelity of an engine, and the budgets by component."""
+    """The fidelity of an engine, and the budgets of its parts."""
 
-    budgets: Mapping[str, Budget]
+    budgets: Parts[Budget]
     fidelity: Fidelity
 
     @property
@@ -58,14 +51,14 @@ def judge_as_loaders_open(job: Job, target: Backend, place: Path) -> Fidelity | 
         return check_as_loaders_open(default, place, job.program.signatures, job.references())
 
 
-def budgets_of(job: Job, target: Backend, passes: Mapping[str, Sequence[Pass]]) -> dict[str, Budget]:
-    """The budget of each component of an engine, given the passes that made it.
+def budgets_of(job: Job, target: Backend, passes: Mapping[str, Sequence[Pass]]) -> Parts[Budget]:
+    """The budgets of an engine, given the passes that made each component.
 
     As long as all of them are exact, and the target is or no budget was asked for, no token of the continuations may
     differ.
     """
     if job.references is None:
-        return {}
+        return Parts({})
     references, asked = job.references(), job.request.asked
     bent = target.rounds and bool(asked.clauses)
     exact = {name: not bent and all(step.exact for step in steps) for name, steps in passes.items()}
@@ -79,16 +72,17 @@ def budgets_of(job: Job, target: Backend, passes: Mapping[str, Sequence[Pass]]) 
         kept = asked.only(metrics_of(signature)) if whole else job.request.steering(signature)
         noise = references.components[name].exact_budget().clauses if exact[name] else ()
         budgets[name] = Budget((*noise, *kept.clauses))
-    if references.continuations:
-        budgets[GENERATION] = Budget((*(_SAME_TOKENS if all(exact.values()) else ()), *continued.clauses))
-    if job.request.evaluation is not None:
-        budgets[EVALUATION] = judged
-    return budgets
+    same = Budget((*(_SAME_TOKENS if all(exact.values()) else ()), *continued.clauses))
+    return Parts(
+        budgets,
+        continuations=same if references.continuations else None,
+        evaluation=None if job.request.evaluation is None else judged,
+    )
 
 
 def _fidelity(job: Job, plain: PlainEngine, place: Path) -> Fidelity:
     if job.references is None:
-        return Fidelity({}, NOT_CHECKED, 0)
+        return Fidelity(Parts({}), NOT_CHECKED, 0)
     offload = job.checks is Checks.OFFLOAD
     if offload:
         demand_room(plain.target, sum(path.stat().st_size for path in place.rglob("*") if path.is_file()))
@@ -99,4 +93,4 @@ def _fidelity(job: Job, plain: PlainEngine, place: Path) -> Fidelity:
     score = evaluation.score(place)
     relative = any(clause.metric == "score_ratio" for clause in job.request.asked.clauses)
     comparison = Comparison({"engine": scored(score, plain.score if relative else None)})
-    return replace(fidelity, comparisons={**fidelity.comparisons, EVALUATION: comparison})
+    return replace(fidelity, comparisons=replace(fidelity.comparisons, evaluation=comparison))

@@ -70,7 +70,7 @@ def target_record(built: BuiltEngine, folder: Path) -> records.TargetRecord:
             if report.rolled_back is None
         ],
         rolled_back=[records.RolledBack(**undone.model_dump()) for undone in selection.rolled_back],
-        budgets={name: str(budget) for name, budget in built.verdict.budgets.items()},
+        budgets={name: str(budget) for name, budget in built.verdict.budgets.by_name().items()},
         checked_with=fidelity.checked_with,
         comparison=records.figures(fidelity.comparison()),
         canonical_operators=dict(built.rewritten.operators),
@@ -85,11 +85,10 @@ def loader_record(built: BuiltEngine) -> records.LoaderRecord | None:
     fidelity, target = built.as_loaders_open, built.target.as_loaders_open()
     if fidelity is None or target is None:
         return None
-    budgets = {name: budget for name, budget in built.verdict.budgets.items() if name in fidelity.comparisons}
     return records.LoaderRecord(
         target=str(target),
         comparison=records.figures(fidelity.comparison()),
-        violations=fidelity.violations(budgets),
+        violations=fidelity.violations(built.verdict.budgets),
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from planish.optimizer.compilation.progress import Progress, Stages, silent
-from planish.optimizer.compilation.verdicts import EVALUATION, NOT_CHECKED
+from planish.optimizer.compilation.verdicts import NOT_CHECKED
 from planish.optimizer.fidelity.engine_check import check_as_loaders_open, check_engines
 from planish.optimizer.fidelity.metrics import Comparison
+from planish.optimizer.fidelity.parts import Parts
 from planish.optimizer.fidelity.reference import References
 from planish.optimizer.output import manifest as records
 from planish.optimizer.output.manifest import Manifest
@@ -61,8 +62,9 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Sequence[str]) 
     mapped = manifest.reference.mode == "offload"
     place = records.engine_folder(folder, name)
     fidelity = check_engines(target, place, signatures, references, mapped=mapped)
-    budgets = {component: record.budget(component) for component in fidelity.comparisons}
-    unheld = sorted(record.budgets.keys() - budgets.keys() - {EVALUATION})
+    compared = fidelity.comparisons.by_name()
+    budgets = Parts.of_names({part: record.budget(part) for part in {**record.budgets, **compared}})
+    unheld = sorted(replace(budgets, evaluation=None).by_name().keys() - compared.keys())
     problems = [*fidelity.violations(budgets), *(f"nothing holds {part} against its budget" for part in unheld)]
     default = None if mapped else target.as_loaders_open()
     here = instruction_set()
@@ -71,7 +73,7 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Sequence[str]) 
     if default is not None:
         opened = check_as_loaders_open(default, place, signatures, references).violations(budgets)
         notes.append(f"loaded without options ({default}): {'; '.join(opened) or 'within the budget'}")
-    notes += ["its own measure was not taken again"] if EVALUATION in record.budgets else []
+    notes += ["its own measure was not taken again"] if budgets.evaluation is not None else []
     return VerifiedEngine(record.target, fidelity.comparison(), tuple(problems), "; ".join(notes))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from planish.optimizer.errors import BadInput, CheckFailed, InternalError, MissingRuntime
 from planish.optimizer.fidelity.budget import Budget
 from planish.optimizer.fidelity.generation_metrics import compare_continuations
 from planish.optimizer.fidelity.metrics import Comparison, compare
+from planish.optimizer.fidelity.parts import Parts
 from planish.optimizer.fidelity.reference import Reference, References
 from planish.optimizer.interfaces.backend import Backend
 from planish.optimizer.ir.program import Signature
@@ -17,39 +18,35 @@ from planish.optimizer.runtime.interpreter import runner_of
 from planish.optimizer.runtime.worker import EngineRef, Worker
 from planish.optimizer.system.machine import demand_memory
 
-GENERATION = "generation"
-"""Key of the continuations among the comparisons of components."""
-
 
 @dataclass(frozen=True)
 class Fidelity:
     """Comparison of an engine with the reference, the runtime, and the peak memory in bytes (of the largest
     component)."""
 
-    comparisons: Mapping[str, Comparison]
-    """Comparisons by component."""
+    comparisons: Parts[Comparison]
     checked_with: str
     peak_memory: int
     failure: str | None = None
     """Reason why nothing was compared: the engine cannot be opened, or does not run."""
 
-    def violations(self, budgets: Mapping[str, Budget]) -> list[str]:
+    def violations(self, budgets: Parts[Budget]) -> list[str]:
         """One text for each violated condition."""
         if self.failure is not None:
             return [self.failure]
+        compared, asked = self.comparisons.by_name(), budgets.by_name()
         return [
-            violation if len(self.comparisons) == 1 else f"{name}: {violation}"
-            for name, comparison in self.comparisons.items()
-            for violation in budgets[name].violations(comparison)
+            violation if len(compared) == 1 else f"{name}: {violation}"
+            for name, comparison in compared.items()
+            for violation in asked[name].violations(comparison)
         ]
 
     def comparison(self) -> Comparison:
         """All comparisons as one; with several components, outputs are named `component.output`."""
-        if len(self.comparisons) == 1:
-            return next(iter(self.comparisons.values()))
-        return Comparison(
-            {f"{name}.{output}": m for name, c in self.comparisons.items() for output, m in c.outputs.items()}
-        )
+        compared = self.comparisons.by_name()
+        if len(compared) == 1:
+            return next(iter(compared.values()))
+        return Comparison({f"{name}.{output}": m for name, c in compared.items() for output, m in c.outputs.items()})
 
 
 def demand_room(target: Backend, weights: int) -> None:
@@ -88,11 +85,12 @@ def check_engines(
         )
         for name, signature in signatures.items()
     }
-    comparisons = {component: comparison for component, (comparison, _) in checked.items()}
+    comparisons = Parts({component: comparison for component, (comparison, _) in checked.items()})
     if references.continuations:
         with Worker(EngineRef(str(runner), place, tuple(signatures))) as worker:
             scores = [worker.score_teacher_forced(continuation) for continuation in references.continuations]
-        comparisons[GENERATION] = compare_continuations(zip(references.continuations, scores, strict=True))
+        written = compare_continuations(zip(references.continuations, scores, strict=True))
+        comparisons = replace(comparisons, continuations=written)
     return Fidelity(comparisons, str(runner) if mapped else runner.name, max(memory for _, memory in checked.values()))
 
 
@@ -108,7 +106,7 @@ def check_as_loaders_open(
     # Default options are not those of the build, so that a failure must not end it.
     except (BadInput, CheckFailed, MissingRuntime, InternalError) as error:
         what = " ".join(error.what.split()).replace(str(place), place.name)
-        return Fidelity({}, default.name, 0, f"it cannot be used ({what})")
+        return Fidelity(Parts({}), default.name, 0, f"it cannot be used ({what})")
 
 
 def check_engine(engine: EngineRef, signature: Signature, reference: Reference) -> tuple[Comparison, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any, Self, TypedDict
 
 from planish.optimizer.runtime.generation import Sampling
 
@@ -17,6 +19,22 @@ class TaskOption(Enum):
     CHOICES = "several answers to choose from"
 
 
+class AnswerFields(TypedDict, total=False):
+    """Options by name, as a call or a command line gives them."""
+
+    prompt: str | None
+    """The name of a prompt of the checkpoint's."""
+    logits: bool
+    """True for scores as the head gives them, without softmax or sigmoid."""
+    max_new_tokens: int | None
+    """Most tokens that an engine writes."""
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    """These four are those of `Sampling`."""
+
+
 @dataclass(frozen=True)
 class AnswerOptions:
     """Values of the options for all requests; `choices` is no such option: every request has its own."""
@@ -27,6 +45,16 @@ class AnswerOptions:
     """True if scores are logits, as the head gives them, without softmax or sigmoid."""
     max_new_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The options of `AnswerFields`; TypeError for another name."""
+        unknown = [name for name in given if name not in AnswerFields.__annotations__]
+        if unknown:
+            raise TypeError(f"unexpected option {unknown[0]!r}; there are: {', '.join(AnswerFields.__annotations__)}")
+        drawn = {one.name: given[one.name] for one in fields(Sampling) if one.name in given}
+        others = {name: value for name, value in given.items() if name not in drawn}
+        return cls(**others, sampling=Sampling(**drawn))
 
     @property
     def for_generation(self) -> bool:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from planish.optimizer.errors import UsageError, first_fault, printable
-from planish.optimizer.inference.answer_options import AnswerOptions, TaskOption
+from planish.optimizer.inference.answer_options import AnswerFields, AnswerOptions, TaskOption
 from planish.optimizer.inference.requests import ArrayRequest, TextRequest
 from planish.optimizer.inference.session import engine_at, open_task, takes_arrays, with_options
 from planish.optimizer.inference.task import Task
@@ -97,31 +98,25 @@ class LoadedModel:
         pair: str | Sequence[str] | None = None,
         *,
         choices: Sequence[str] | Sequence[Sequence[str]] | None = None,
-        prompt: str | None = None,
-        logits: bool = False,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        **fields: Unpack[AnswerFields],
     ) -> Any:
         """The answer to one text, or a list of answers to a list of texts, by the task.
 
         An embedding is a NumPy array (a matrix for a list), a written text is a str, every other answer is a dict: what
         `planish run --json` prints. ``pair`` is the second text (the context of a question), ``choices`` what a
-        multiple choice chooses among; for a list of texts both are lists. ``prompt`` names a prompt of a
-        sentence-transformers checkpoint, ``logits`` leaves out softmax and sigmoid. ``max_new_tokens`` and
+        multiple choice chooses among; for a list of texts both are lists. Of the options by name, ``prompt`` names a
+        prompt of a sentence-transformers checkpoint, ``logits`` leaves out softmax and sigmoid; ``max_new_tokens`` and
         ``temperature``, ``top_k``, ``top_p``, ``seed`` are for engines that generate. Arrays by name are answered row
         by row where the engine takes images or recordings, else they give its outputs. UsageError for an option
         without effect.
         """
         self._refuse_closed()
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens: {max_new_tokens} is not at least 1")
-        sampling = _checked(Sampling(temperature, top_k, top_p, seed))
-        options = AnswerOptions(prompt, logits, max_new_tokens, sampling)
+        options = AnswerOptions.of(fields)
+        if options.max_new_tokens is not None and options.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens: {options.max_new_tokens} is not at least 1")
+        options = replace(options, sampling=_checked(options.sampling))
         if isinstance(asked, Mapping):
-            if pair is not None or choices is not None or prompt is not None:
+            if pair is not None or choices is not None or options.prompt is not None:
                 raise UsageError("arrays have no second text, no choices and no prompt")
             return self._answer_arrays(asked, options)
         task = with_options(self._task, options)

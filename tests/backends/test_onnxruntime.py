@@ -20,6 +20,7 @@ FEEDS = {
 }
 
 
+@pytest.mark.slow
 def test_names_are_those_that_loaders_expect(program: Program, tmp_path: Path) -> None:
     registry.backend("onnxruntime").emit(program, tmp_path)
     assert set(contents(tmp_path)) == {"model.onnx", "model.onnx.data"}

@@ -17,6 +17,7 @@ from planish.optimizer import Pipeline, optimize, verify
 from planish.optimizer.cli.display import print_result
 from planish.optimizer.errors import BadInput, CheckFailed, InternalError, MissingRuntime, PlanishError, UsageError
 from planish.optimizer.fidelity.engine_check import check_as_loaders_open
+from planish.optimizer.fidelity.parts import Parts
 from planish.optimizer.fidelity.reference import References
 from planish.optimizer.interfaces import registry
 from planish.optimizer.ir.kv_cache import PAST
@@ -88,6 +89,7 @@ def test_loaders_open_it_in_the_precision_of_the_runtime() -> None:
     assert registry.backend("openvino{precision=default}").as_loaders_open() is None
 
 
+@pytest.mark.slow
 def test_table_and_manifest_say_what_a_plain_load_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +121,7 @@ def test_table_and_manifest_say_what_a_plain_load_gives(
     assert ("within the budget" in verdict.note) != rounds
 
 
+@pytest.mark.slow
 def test_a_plain_load_that_fails_is_told_and_fails_no_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Planish, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,7 +159,7 @@ def test_a_plain_load_that_breaks_names_no_place(
     monkeypatch.setattr("planish.optimizer.fidelity.engine_check.check_engines", broken)
     fidelity = check_as_loaders_open(OpenVino(), tmp_path, {}, References({}))
     file = f"{tmp_path.name}/openvino_model.bin"
-    assert fidelity.violations({}) == [f"it cannot be used (OpenVINO refuses the model: cannot read {file})"]
+    assert fidelity.violations(Parts({})) == [f"it cannot be used (OpenVINO refuses the model: cannot read {file})"]
     assert fidelity.comparison().outputs == {}
 
 
@@ -166,6 +169,7 @@ def test_threads_reach_the_runtime(folder: Path) -> None:
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
+@pytest.mark.slow
 def test_the_package_that_reports_usage_is_never_loaded(folder: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from planish.optimizer.interfaces import registry; "
@@ -208,12 +212,14 @@ def test_buckets_that_make_no_sense(folder: Path) -> None:
             registry.backend(f"openvino{{buckets=[{sizes}]}}")
 
 
+@pytest.mark.slow
 def test_a_model_that_keeps_a_cache_has_no_buckets(tmp_path: Path) -> None:
     registry.backend("openvino").emit(generator("gpt2", tmp_path), tmp_path)
     with pytest.raises(BadInput, match=r"has other axes than texts and tokens.*leave out the option buckets"):
         registry.backend("openvino{buckets=[1x3]}").open(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_cache_of_grouped_heads_is_kept_by_one_kernel_and_nothing_is_guarded(tmp_path: Path) -> None:
     program = generator("llama", tmp_path)
     model, _ = program.sole()
@@ -230,6 +236,7 @@ def test_a_cache_of_grouped_heads_is_kept_by_one_kernel_and_nothing_is_guarded(t
     assert "Softmax" not in kinds  # which stands where the kernel was not made
 
 
+@pytest.mark.slow
 def test_a_plain_load_computes_attention_to_inputs_with_the_lengths_of_each_call(tmp_path: Path) -> None:
     """Attention of a T5 decoder to its encoder and to itself have different operands, and here equal lengths."""
     program = lower(Path(__file__).parents[1] / "data" / "models" / "translator").program

@@ -83,13 +83,14 @@ def test_a_past_may_be_empty(tmp_path: Path) -> None:
     assert profile["attention_mask"]["min"] == [1, 1]
 
 
+@pytest.mark.slow
 def test_several_components_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="engines of one component, this program has 3"):
         registry.backend("tensorrt").emit(generator("t5", tmp_path), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["fast", "small"])
+@pytest.mark.parametrize("preset", ["fast", pytest.param("small", marks=pytest.mark.breadth)])
 def test_data_give_integers_that_meet_their_product_in_float16(preset: str, tmp_path: Path) -> None:
     texts = [f"Return the {word} of the list." for word in ("length", "sum", "end", "name", "path", "first item")]
     built = optimize(

@@ -53,6 +53,7 @@ def test_single_calls(target: str, program: Program, tmp_path: Path) -> None:
     same_in_threads(answer, texts())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_decoding(target: str, decoder: Program, tmp_path: Path) -> None:
     backend = registry.backend(target)

@@ -7,6 +7,7 @@ import pytest
 from tests.fuzz import graphs, harness
 
 
+@pytest.mark.slow
 def test_a_few_graphs_end_well() -> None:
     endings = [harness.outcome(graphs.case, seed) for seed in range(15)]
     assert [ending for ending in endings if ending["failed"]] == []

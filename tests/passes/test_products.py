@@ -167,6 +167,7 @@ def quantized(text: str, model: ir.Model, cases: list[dict[str, np.ndarray]]) ->
     return outcome.model, sum(len(report.sites) for report in reports), list(reports[-1].refusals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["fast", "small"])
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("name", MODELS)

@@ -191,6 +191,7 @@ def test_a_second_run_changes_nothing(name: str, model: onnx.ModelProto) -> None
     assert fingerprint(again.model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", ["token", "tensor", "runtime"])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 6), inner=st.integers(1, 40), columns=st.integers(1, 9))

@@ -81,6 +81,7 @@ def test_a_token_is_rounded_once_and_by_itself(
     np.testing.assert_allclose(same, scales, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_a_cache_inside_attention_is_brought_out(model_type: str, tmp_path: Path) -> None:
     model, signature = lower(build(by_name(model_type), tmp_path / "checkpoint")).program.sole()
@@ -148,6 +149,7 @@ def size_of(cache: Any) -> int:
     return sum(value.numpy().nbytes for value in cache.values())
 
 
+@pytest.mark.slow
 def test_a_trained_model_hardly_notices(tmp_path: Path) -> None:
     keep = ["perplexity<=1.001x", "kl<=1e-3"]
     optimize(TRAINED / "writer", tmp_path / "out", targets=[ROUNDED], pipeline=EXACT, keep=keep, clock=all_faster)

@@ -129,6 +129,7 @@ class Encoder:
         return model
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=12),
@@ -175,6 +176,7 @@ def test_what_reads_padding_is_left_alone(op_type: str) -> None:
     assert "something other than masked attention" in refusal.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_decoder_and_its_cache(model_type: str, side: str, tmp_path: Path) -> None:

@@ -278,6 +278,7 @@ def test_other_commands(tmp_path: Path, tiny: Path) -> None:
     assert (code, "did you mean 'optimize'" in said) == (USAGE, True)
 
 
+@pytest.mark.slow
 def test_a_missing_runtime(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "planish.backends.openvino.target.OpenVino.missing", classmethod(lambda cls: "openvino is not installed")

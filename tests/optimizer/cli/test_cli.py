@@ -13,6 +13,7 @@ import pytest
 
 from planish.optimizer.cli import COMMANDS
 from planish.optimizer.interfaces import registry
+from tests.clocks import all_equal
 from tests.conftest import Planish
 
 HEAVY = ("torch", "transformers", "numpy", "onnx", "onnx_ir", "onnxruntime", "openvino", "scipy", "pydantic", "rich")
@@ -108,10 +109,10 @@ def test_an_unknown_command_gets_the_nearest_one(command: Planish) -> None:
 
 
 @pytest.mark.slow
-def test_optimize_and_bench_as_json(tiny: Path, tmp_path: Path, planish: Planish) -> None:
+def test_optimize_and_bench_as_json(tiny: Path, tmp_path: Path, planish: Planish, command: Planish) -> None:
     shape = ["--shape", "batch=1,sequence=8"]
     targets = ["--target", "onnxruntime", "--target", "openvino"]
-    done = planish("optimize", tiny, "-o", tmp_path / "out", *targets, *shape, "--json")
+    done = command("optimize", tiny, "-o", tmp_path / "out", *targets, *shape, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result["manifest"]["targets"]) == {"onnxruntime", "openvino"}
@@ -125,11 +126,12 @@ def test_optimize_and_bench_as_json(tiny: Path, tmp_path: Path, planish: Planish
     assert all(row["low"] <= row["speedup"] <= row["high"] for row in rows)
 
 
-def test_bench_opens_an_engine_once_for_each_target_that_is_given(tiny: Path, tmp_path: Path, planish: Planish) -> None:
+@pytest.mark.slow
+def test_bench_opens_an_engine_once_for_each_target_that_is_given(tiny: Path, tmp_path: Path, command: Planish) -> None:
     from planish.optimizer import optimize
 
-    optimize(tiny, tmp_path / "out", preset="exact")
+    optimize(tiny, tmp_path / "out", preset="exact", clock=all_equal)
     ways = ["--target", "onnxruntime{threads=1}", "--target", "onnxruntime{threads=2}"]
-    done = planish("bench", tmp_path / "out", *ways, "--shape", "batch=1,sequence=8", "--json", "-")
+    done = command("bench", tmp_path / "out", *ways, "--shape", "batch=1,sequence=8", "--json", "-")
     labels = [row["model"] for row in json.loads(done.stdout)]
     assert labels == [f"{tmp_path / 'out' / 'onnxruntime'} onnxruntime{{threads={count}}}" for count in (1, 2)]

@@ -81,6 +81,7 @@ def test_an_output_that_is_a_link_to_a_folder_is_called_one(command: str, tmp_pa
     assert (tmp_path / "link").is_symlink()
 
 
+@pytest.mark.slow
 def test_weights_inside_the_output_are_not_lost(tmp_path: Path) -> None:
     source = model_with_weights_in(tmp_path / "a.onnx", "out/w.bin")
     (tmp_path / "out" / "planish.json").write_text('{"files": {"w.bin": "0"}}')  # an output that may be replaced
@@ -104,6 +105,7 @@ def test_an_output_holds_nothing_that_is_read_or_written_beside_it(option: str, 
     assert option == "SOURCE" or [path.name for path in out.iterdir()] == ["texts.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv: root may read everything")
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_file_that_may_not_be_read_is_named(file: str, tiny: Path, tmp_path: Path) -> None:
@@ -120,6 +122,7 @@ def test_a_source_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
     refused(BAD_INPUT, "there is no such file", "opt", tmp_path / "no.onnx", *PIPELINE, "-o", tmp_path / "o.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of open files are set as Linux has them")
 def test_too_many_open_files_are_a_resource_that_ran_out(tiny: Path, tmp_path: Path) -> None:
     command = f"ulimit -n 10; {sys.executable} -m planish.optimizer.cli optimize {tiny} -o {tmp_path / 'out'}"
@@ -137,6 +140,7 @@ def test_tables_print_no_control_characters(capsys: pytest.CaptureFixture[str]) 
     assert said.replace("\n", "").isprintable()
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_is_no_failed_check() -> None:
     command = f"{sys.executable} -m planish.optimizer.cli passes | head -c 0; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

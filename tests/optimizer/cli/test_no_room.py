@@ -29,6 +29,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_weights_are_streamed(tmp_path: Path) -> None:
     """Four megabytes of weights where two may be written."""
     done = subprocess.run([sys.executable, "-c", FILLING, tmp_path / "out"], capture_output=True, text=True)
@@ -59,6 +60,7 @@ def test_a_bug_is_told_where_no_file_can_be_written() -> None:
     )
 
 
+@pytest.mark.slow
 def test_no_place_for_temporary_files(tmp_path: Path) -> None:
     planish = Path(sys.executable).with_name("planish")
     command = f"ulimit -f 0; exec {planish} optimize {MODELS / 'writer'} -o {tmp_path / 'out'}"
@@ -69,7 +71,7 @@ def test_no_place_for_temporary_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [2_000, 300])
+@pytest.mark.parametrize("limit", [pytest.param(2_000, marks=pytest.mark.breadth), 300])
 def test_a_disk_that_fills_while_engines_are_built(limit: int, tmp_path: Path) -> None:
     """In the process of the original, which writes its outputs, and in our own."""
     planish = Path(sys.executable).with_name("planish")

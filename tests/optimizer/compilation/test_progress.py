@@ -24,6 +24,7 @@ MODEL = """<ir_version: 10, opset_import: ["" : 23]>
 g (float[rows,4] x) => (float[rows,4] y) { i = Identity (x)  y = Relu (i) }"""
 
 
+@pytest.mark.slow
 def test_stages_are_told_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "model.onnx")
     told: list[tuple[str, int, int]] = []
@@ -52,6 +53,7 @@ def test_stages_are_told_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert told == [("timing model at rows=1", 0, 2), ("timing model at rows=2", 1, 2)]
 
 
+@pytest.mark.slow
 def test_the_number_of_stages_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an engine that is looked at once more, and one that is not measured."""
     default = registry.backend("openvino{precision=default}")
@@ -74,6 +76,7 @@ def test_the_number_of_stages_stays_the_same(tmp_path: Path, monkeypatch: pytest
     assert ("onnxruntime: passes", 9, 14) in told
 
 
+@pytest.mark.slow
 def test_building_an_engine_again_is_no_further_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that strays too far is quantized less: passes, emission and check are told twice, and counted once."""
     strayed, answers = iter([True, True]), iter([["a product"]])
@@ -106,6 +109,7 @@ def test_a_part_that_nobody_knew_of_does_not_count() -> None:
     assert told == [("check", 0, 2), ("check", 1, 2), ("report", 1, 2)]
 
 
+@pytest.mark.slow
 def test_an_exception_of_progress_ends_the_run(tmp_path: Path) -> None:
     onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "model.onnx")
 

@@ -86,6 +86,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "reason"),
     [
@@ -155,6 +156,7 @@ def test_passes_on_a_component_without_the_metric_keep_the_default_of_the_preset
     assert requested("kl<=0.1", preset=None).replaced(translator) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -253,6 +255,7 @@ def test_exact_passes_of_opt_keep_what_was_asked_for(graph: Path, tmp_path: Path
         optimize_file(graph, tmp_path / "no.onnx", OptOptions(pipeline="eliminate-identities", keep=["max_abs<=-1"]))
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_fires_nowhere_says_so(graph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from planish.optimizer.cli import main
 
@@ -270,6 +273,7 @@ def test_a_pipeline_that_fires_nowhere_says_so(graph: Path, tmp_path: Path, caps
     assert "planish: note: no pass changed anything" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_expectations_fail_before_anything_is_timed(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ from planish.optimizer.compilation.verdicts import Verdict
 from planish.optimizer.fidelity.budget import Budget, Clause
 from planish.optimizer.fidelity.engine_check import Fidelity
 from planish.optimizer.fidelity.metrics import Comparison
+from planish.optimizer.fidelity.parts import Parts
 from planish.optimizer.interfaces.backend import Backend, Engine
 from planish.optimizer.ir.program import Program, Provenance, Signature
 from planish.optimizer.pipeline.pipeline import Outcome, PassReport
@@ -98,8 +99,8 @@ def emitted(*passes: PassReport, tried: str = "", worst: float = 0.0, model: Cal
     """A candidate whose components all have these reports; ``worst`` is the error of its outputs, 0.1 is allowed."""
     parts = {name: Transformed("", Outcome(model(), list(passes)), {}, False, ()) for name in PROGRAM.components}
     budget = Budget((Clause("max_abs", "<=", 0.1),))
-    fidelity = Fidelity({"encoder": Comparison({"y": {"max_abs": worst}})}, "fake", 0)
-    return Emitted(Candidate(tried, parts), Path(tried or "main"), Verdict({"encoder": budget}, fidelity))
+    fidelity = Fidelity(Parts({"encoder": Comparison({"y": {"max_abs": worst}})}), "fake", 0)
+    return Emitted(Candidate(tried, parts), Path(tried or "main"), Verdict(Parts({"encoder": budget}), fidelity))
 
 
 CHANGED = PassReport("eliminate-identities", "eliminate-identities", modified=True)

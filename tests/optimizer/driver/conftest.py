@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from planish.optimizer.system.staging import MEASUREMENTS
-from tests.conftest import Planish
+from tests.conftest import Planish, once
 
 SHAPE = ["--shape", "batch=1,sequence=16"]
 
@@ -16,25 +16,16 @@ SHAPE = ["--shape", "batch=1,sequence=16"]
 @pytest.fixture(scope="session")
 def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory, planish: Planish) -> Path:
     """An output with two engines and its lock beside it, made by the command line."""
-    folder = tmp_path_factory.mktemp("built")
-    done = planish(
-        *(
-            "optimize",
-            tiny,
-            "-o",
-            folder / "out",
-            "--target",
-            "onnxruntime",
-            "--target",
-            "openvino",
-            "--preset",
-            "fast",
-        ),
-        *("--lock", folder / "tiny.lock", "--depfile", folder / "out.d", *SHAPE),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "report: " in done.stdout
-    return folder
+
+    def make(folder: Path) -> None:
+        done = planish(
+            *("optimize", tiny, "-o", folder / "out", "--target", "onnxruntime", "--target", "openvino"),
+            *("--preset", "fast", "--lock", folder / "tiny.lock", "--depfile", folder / "out.d", *SHAPE),
+        )
+        assert done.returncode == 0, done.stderr
+        assert "report: " in done.stdout
+
+    return once(tmp_path_factory, "built", make)
 
 
 def digests(folder: Path) -> dict[str, str]:

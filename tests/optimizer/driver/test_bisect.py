@@ -105,6 +105,7 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_pass_and_the_site_are_found_and_cut_out(model: Path, tmp_path: Path) -> None:
     pipeline = "fold-constants,eliminate-identities,add-by-subtracting,remove-unused-nodes"
     found = bisect(model, pipeline, tmp_path / "found.onnx")
@@ -118,6 +119,7 @@ def test_the_pass_and_the_site_are_found_and_cut_out(model: Path, tmp_path: Path
         optimize_file(tmp_path / "found.onnx", tmp_path / "after.onnx", OptOptions(pipeline=found.text))
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_was_found(model: Path, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
@@ -131,6 +133,7 @@ def test_the_command_line_says_what_was_found(model: Path, tmp_path: Path) -> No
     assert json.loads(CliRunner().invoke(command, [*arguments, "--json"]).output)["site"] == f"Add 'sum_{WRONG}'"
 
 
+@pytest.mark.slow
 def test_a_pass_that_raises_is_found_too(model: Path, tmp_path: Path) -> None:
     found = bisect(model, "break-down", tmp_path / "found.onnx")
     assert found is not None
@@ -144,6 +147,7 @@ def test_nothing_is_made_where_nothing_fails(model: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "found.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_pass_that_is_not_exact_is_held_against_what_is_asked(model: Path, tmp_path: Path) -> None:
     pipeline = "quantize-int8{minimum=1}"
     assert bisect(model, pipeline, tmp_path / "wide.onnx", keep=["cosine>=0.5"]) is None

@@ -183,7 +183,7 @@ def test_only_what_is_faster_is_shipped(
     assert f'shipped = "{shipped}"' in (tmp_path / "out" / "planish.lock").read_text()
 
 
-@pytest.mark.parametrize(("low", "kept"), [(1.5, True), (1.05, False)])
+@pytest.mark.parametrize(("low", "kept"), [(1.5, True), pytest.param(1.05, False, marks=pytest.mark.breadth)])
 def test_padding_is_removed_where_that_is_faster(
     low: float, kept: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def test_exact_engines_stay_within_1e_4(minilm: Path, corpus: tuple, tmp_path: P
         assert found["neighbour_agreement"] == 1
 
 
+@pytest.mark.breadth
 def test_fast_engines_keep_sentences_and_neighbours(minilm: Path, corpus: tuple, tmp_path: Path) -> None:  # type: ignore[type-arg]
     result = build(minilm, tmp_path / "out", "fast")
     for target in TARGETS:

@@ -18,19 +18,24 @@ from planish.optimizer.inference.session import open_task, with_options
 from planish.optimizer.inference.text_generation import TextGenerator, processors
 from planish.optimizer.runtime.generation import Sampling
 from tests.clocks import all_faster
-from tests.conftest import Planish
+from tests.conftest import Planish, once
 from tests.train import MODELS, pairs
+
+pytestmark = pytest.mark.slow
 
 TARGETS = ("onnxruntime", "openvino")
 PROMPTS = ["Return a list of", "The file is closed when", "Raise"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Engines of both models for both CPU targets; nothing is timed."""
-    folder = tmp_path_factory.mktemp("written")
-    for name in ("writer", "translator"):
-        optimize(MODELS / name, folder / name, targets=TARGETS, clock=all_faster)
+
+    def make(folder: Path) -> None:
+        for name in ("writer", "translator"):
+            optimize(MODELS / name, folder / name, targets=TARGETS, clock=all_faster)
+
+    folder = once(tmp_path_factory, "written", make)
     return {name: folder / name for name in ("writer", "translator")}
 
 

@@ -53,10 +53,10 @@ def test_labels(made: Made) -> None:
     "config",
     [
         {"num_labels": 1},
-        {"num_labels": 1, "problem_type": "regression"},
-        {"num_labels": 3, "problem_type": "regression"},
+        pytest.param({"num_labels": 1, "problem_type": "regression"}, marks=pytest.mark.breadth),
+        pytest.param({"num_labels": 3, "problem_type": "regression"}, marks=pytest.mark.breadth),
         {"num_labels": 3, "problem_type": "multi_label_classification"},
-        {"num_labels": 3, "problem_type": "single_label_classification"},
+        pytest.param({"num_labels": 3, "problem_type": "single_label_classification"}, marks=pytest.mark.breadth),
     ],
     ids=str,
 )

@@ -27,6 +27,8 @@ from tests.clocks import all_equal, all_faster
 from tests.conftest import Planish, with_tokenizer
 from tests.zoo import GENERATORS, IMAGES, Species, build
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ("onnxruntime", "openvino")
 WHISPER = next(species for species in GENERATORS if species.model_type == "whisper")
 PROCESSOR = '{"do_center_crop": true, "crop_size": {"height": 40, "width": 32}, "size": {"shortest_edge": 48}}'

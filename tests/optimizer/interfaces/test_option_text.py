@@ -15,6 +15,7 @@ NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
 OPTIONS = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(NAMES, st.dictionaries(OPTIONS, VALUES, max_size=3)), max_size=3))
 def test_what_is_written_is_read_back(specs: list[tuple[str, dict[str, option_text.Value]]]) -> None:
     text = ",".join(option_text.format_spec(name, options) for name, options in specs)

@@ -44,6 +44,7 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     registry.table.cache_clear()
 
 
+@pytest.mark.slow
 def test_its_passes_and_backends_are_found_by_name(installed: Path, command: Planish) -> None:
     assert str(Pipeline.parse("negate-twice{pairs=2},fold-constants")) == "negate-twice{pairs=2},fold-constants"
     assert str(registry.backend("evaluator{verbose=1}")) == "evaluator{verbose=1}"

@@ -85,6 +85,7 @@ def expected() -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [23, 20, 13])
 @pytest.mark.parametrize("command", ["opt", "optimize"])
 def test_what_applications_read_survives(command: str, opset: int, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_weights_in_other_files_are_read(files: tuple[Path, Path]) -> None:
     assert difference(*map(load, files)) == []
 
 
+@pytest.mark.slow
 def test_folders_are_compared_by_name(files: tuple[Path, Path], planish: Planish) -> None:
     one, other = (path.parent for path in files)
     assert list(compare_files(one, other)) == ["model.onnx"]

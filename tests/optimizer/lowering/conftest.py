@@ -7,8 +7,11 @@ import pytest
 from planish.optimizer.lowering.export import torch_export
 from tests.traces import export
 
-TAKE_STORED = ("test_offload", "test_hostile_checkpoints", "test_quantized_weights", "test_adapter")
-"""Tests of what is bound to the graph and of the original, not of the graph."""
+TAKE_STORED = {
+    *("test_offload", "test_hostile_checkpoints", "test_quantized_weights", "test_adapter", "test_tied"),
+    "test_architectures",
+}
+"""Tests of what is bound to the graph, of the original, and of engines. What `make breadth` adds is not stored."""
 
 
 @pytest.fixture(autouse=True)

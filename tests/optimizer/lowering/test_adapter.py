@@ -79,6 +79,7 @@ def test_weights_are_those_that_peft_merges(kind: str, tmp_path: Path) -> None:
     assert sum(bool((merged[key].read() != plain[key].read()).any()) for key in merged) >= 2
 
 
+@pytest.mark.slow
 def test_an_engine_with_an_adapter_equals_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = base("gpt2", tmp_path)
     folder = adapter(checkpoint, "LoraConfig", TURNED, tmp_path)

@@ -15,23 +15,17 @@ EVERY_DAY = {
     "gpt2-text-generation", "llama-text-generation", "t5-text2text-generation",
     "vit-image-classification", "convnext-feature-extraction",
 }  # fmt: skip
-"""Species of the fast suite; CI runs them all."""
-SEEN = {"vit", "convnext"}
-"""Model types of images that stand for the others."""
-WRITTEN = {"gpt2", "llama", "t5"}
-"""Model types that generate and stand for the others: each is written in a way of its own."""
+"""Species that stand for the others, which are left to `make breadth`."""
 
 
 def marked(zoo: Sequence[Species]) -> list[Any]:
     def mark(species: Species) -> Any:
-        if species.name in EVERY_DAY:
-            return ()
-        kept = SEEN if zoo is IMAGES else WRITTEN
-        return pytest.mark.slow if species.model_type in kept else pytest.mark.breadth
+        return pytest.mark.slow if species.name in EVERY_DAY else pytest.mark.breadth
 
     return [pytest.param(species, marks=mark(species), id=species.name) for species in zoo]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("species", marked(GENERATORS))
 def test_engines_generate_as_pytorch_does(species: Species, tmp_path: Path) -> None:
     row = examine(species, tmp_path)
@@ -39,6 +33,7 @@ def test_engines_generate_as_pytorch_does(species: Species, tmp_path: Path) -> N
     assert (row.name, row.task) in listed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("species", marked(IMAGES))
 def test_engines_see_as_pytorch_does(species: Species, tmp_path: Path) -> None:
     row = look(species, tmp_path)

@@ -141,6 +141,7 @@ def test_what_transformers_cannot_load_is_bad_input(name: str, tmp_path: Path) -
         loaded(open_checkpoint(checkpoint, "text-generation"))
 
 
+@pytest.mark.slow
 def test_the_process_of_the_original_says_what_it_cannot_read(tmp_path: Path, planish: Planish) -> None:
     """It blames no pass, and leaves nothing."""
     checkpoint = base("gpt2", tmp_path)
@@ -152,6 +153,7 @@ def test_the_process_of_the_original_says_what_it_cannot_read(tmp_path: Path, pl
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+@pytest.mark.slow
 def test_an_original_that_gives_no_finite_number(checkpoint: Path, tmp_path: Path, command: Planish) -> None:
     """Engines that give none either would be equal to it."""
     tensors = load_file(checkpoint / "model.safetensors")
@@ -297,6 +299,7 @@ def test_what_peft_refuses_is_bad_input(changes: dict[str, Any], pair: tuple[Pat
 ENDLESS = "(([a-z.0-9_])+)+!"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

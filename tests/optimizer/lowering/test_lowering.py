@@ -27,20 +27,17 @@ from tests.zoo import ZOO, Species, build
 
 NAMES = ["input_ids", "attention_mask", "token_type_ids"]
 EVERY_DAY = {
-    *("bert-text-classification", "bert-multiple-choice", "bert-question-answering", "roberta-text-classification"),
-    "distilbert-question-answering",
+    "bert-text-classification",
+    "gpt2-text-classification",
+    "llama-feature-extraction",
 }
-"""Species of the fast suite; CI runs them all."""
-OFTEN = {"bert", "roberta", "albert", "mpnet", "fnet", "gpt2", "llama"}
-"""Model types whose blocks stand for those of others; the rest is left to `make breadth`."""
+"""Species whose blocks stand for those of others; the rest is left to `make breadth`."""
 REFUSED_BY = {("fnet-text-classification", "openvino"): "OpenVINO 2026.4 computes its Fourier transform wrongly"}
 
 
 def params() -> list[Any]:
     def mark(species: Species) -> Any:
-        if species.name in EVERY_DAY:
-            return ()
-        return pytest.mark.slow if species.model_type in OFTEN else pytest.mark.breadth
+        return pytest.mark.slow if species.name in EVERY_DAY else pytest.mark.breadth
 
     return [pytest.param(species, marks=mark(species), id=species.name) for species in ZOO]
 
@@ -69,6 +66,7 @@ def fidelity(lowered: Lowered, reference: Reference, target: str, folder: Path) 
     return compare(signature, reference.inputs, reference.outputs, [engine.run(case) for case in reference.inputs])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("species", params())
 def test_architectures(species: Species, tmp_path: Path) -> None:
     lowered = lower(build(species, tmp_path / "checkpoint"))
@@ -81,6 +79,7 @@ def test_architectures(species: Species, tmp_path: Path) -> None:
         assert bool(violations) == ((species.name, target) in REFUSED_BY), (target, violations)
 
 
+@pytest.mark.slow
 def test_reference_inputs_cover_what_goes_wrong(tiny: Path) -> None:
     lowered = lower(tiny)
     inputs = make_inputs(lowered.program.sole()[1])
@@ -93,6 +92,7 @@ def test_reference_inputs_cover_what_goes_wrong(tiny: Path) -> None:
     assert all((case["input_ids"] < 99).all() for case in inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_checkpoints_are_widened_as_they_are_read(dtype: str, tmp_path: Path) -> None:
     lowered = lower(build(Species("bert", "feature-extraction"), tmp_path / "checkpoint", dtype=dtype))
@@ -100,6 +100,7 @@ def test_half_precision_checkpoints_are_widened_as_they_are_read(dtype: str, tmp
     assert (found.worst("max_rel") or 0) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint(tmp_path: Path) -> None:
     from transformers import AutoModel
 
@@ -112,6 +113,7 @@ def test_a_sharded_checkpoint(tmp_path: Path) -> None:
     assert (found.worst("max_rel") or 0) < 1e-5
 
 
+@pytest.mark.slow
 def test_another_task_than_the_checkpoint_was_saved_for(tiny: Path, tmp_path: Path) -> None:
     """The encoder of a classifier: its weights carry a prefix, its head is left out."""
     lowered = lower(tiny, "feature-extraction")
@@ -120,6 +122,7 @@ def test_another_task_than_the_checkpoint_was_saved_for(tiny: Path, tmp_path: Pa
     assert (found.worst("max_rel") or 0) < 1e-5
 
 
+@pytest.mark.slow
 def test_weights_that_no_output_depends_on_may_be_absent(tmp_path: Path) -> None:
     """A language model is saved without the pooler that its bare encoder has; the hidden states need none."""
     lowered = lower(build(Species("bert", "fill-mask"), tmp_path / "c"), "feature-extraction")
@@ -127,6 +130,7 @@ def test_weights_that_no_output_depends_on_may_be_absent(tmp_path: Path) -> None
     assert (found.worst("max_rel") or 0) < 1e-5
 
 
+@pytest.mark.slow
 def test_deep_stacks_are_traced_by_their_first_layers(tmp_path: Path) -> None:
     """Seven layers of which two are traced; what is written for the others must read their own weights."""
     deep = Species("bert", "feature-extraction", {"num_hidden_layers": 7})
@@ -139,6 +143,7 @@ def test_deep_stacks_are_traced_by_their_first_layers(tmp_path: Path) -> None:
     assert (found.worst("max_rel") or 0) < 1e-5
 
 
+@pytest.mark.slow
 def test_layers_that_differ_are_all_traced(tmp_path: Path) -> None:
     """ModernBERT: every second layer attends to everything, the others to a window."""
     settings = {"num_hidden_layers": 6, "global_attn_every_n_layers": 2, "local_attention": 8, "pad_token_id": 0}
@@ -148,6 +153,7 @@ def test_layers_that_differ_are_all_traced(tmp_path: Path) -> None:
     assert not any("_layer2" in (node.name or "") for node in lowered.program.sole()[0].graph)
 
 
+@pytest.mark.slow
 def test_lowering_imports_torch_only_when_it_lowers() -> None:
     import subprocess
 
@@ -179,6 +185,7 @@ class Recurrent:
         return Model()
 
 
+@pytest.mark.slow
 def test_any_module_with_sample_inputs(tmp_path: Path) -> None:
     import torch
 
@@ -223,7 +230,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("opset", [11, 14, 17, 18])
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [11, *(pytest.param(n, marks=pytest.mark.breadth) for n in (14, 17)), 18])
 @pytest.mark.filterwarnings("ignore")
 def test_files_of_older_opsets_are_raised_and_fused(opset: int, exported: Path, tmp_path: Path) -> None:
     lowered = lower(exported / f"{opset}.onnx")
@@ -238,6 +246,7 @@ def test_files_of_older_opsets_are_raised_and_fused(opset: int, exported: Path, 
     assert {"Softmax", "Erf", "Pow"}.isdisjoint(kinds)
 
 
+@pytest.mark.slow
 def test_files_with_external_data(exported: Path, tmp_path: Path) -> None:
     model = onnx.load(exported / "18.onnx")
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="data.bin", size_threshold=64)

@@ -122,6 +122,7 @@ def test_what_cannot_be_followed_is_computed_when_it_is_read(tmp_path: Path) -> 
         np.testing.assert_array_equal(weight.transposed((1, 0)).read(), wanted[type(operation)].T)
 
 
+@pytest.mark.slow
 def test_a_merged_parameter_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.core_model_loading import MergeModulelist
 

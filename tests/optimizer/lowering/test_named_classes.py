@@ -88,6 +88,7 @@ def outputs_equal(model: Any, lowered: Lowered, folder: Path) -> list[str]:
     return [tensor.name for tensor in signature.outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "task", "outputs"),
     [
@@ -118,6 +119,7 @@ def test_the_named_class_is_lowered_with_all_that_it_gives(
     assert lowered.program.provenance.notes == ()
 
 
+@pytest.mark.slow
 def test_an_output_that_is_not_taken_is_named(tmp_path: Path) -> None:
     saved("BertModel", tmp_path)
     lowered = lower(tmp_path)
@@ -154,6 +156,7 @@ def test_embeddings_are_those_of_the_class() -> None:
     assert projected({"last_hidden_state": hidden, "pooler_output": vector}) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -65,6 +65,7 @@ def flat(found: Answers) -> dict[str, np.ndarray]:
     return arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.breadth)])
 @pytest.mark.parametrize(
     "name", ["llama", "qwen2", "mixtral", "marian", "bert", pytest.param("t5", marks=pytest.mark.breadth)]
@@ -77,6 +78,7 @@ def test_the_answers_are_those_of_the_loaded_original_bit_for_bit(name: str, dty
     assert different == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora", "embedding-and-head"])
 def test_adapters_are_merged_as_peft_merges_them(kind: str, tmp_path: Path) -> None:
     name, config, options = KINDS[kind]
@@ -111,6 +113,7 @@ class Watch:
         return watched
 
 
+@pytest.mark.slow
 def test_no_more_than_a_few_weights_are_in_memory_whatever_the_depth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +170,7 @@ def test_what_differs_is_found_in_the_saved_engine(tiny: Path, tmp_path: Path) -
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "target", "words"),
     [("full", "onnxruntime", "--reference offload"), ("offload", "openvino", "leave this target out")],
@@ -184,6 +188,7 @@ def test_what_cannot_fit_stops_before_it_is_killed(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_it_and_a_file_does_not(tiny: Path, tmp_path: Path, command: Planish) -> None:
     done = command("optimize", tiny, "-o", tmp_path / "out", "--reference", "offload", "--json")
     assert done.returncode == 0, done.stderr

@@ -171,6 +171,7 @@ def quantize(floats: Path, folder: Path, kind: str, **settings: Any) -> tuple[Pa
     return folder, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_the_floats_that_codes_stand_for(
     kind: str, floats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -192,6 +193,7 @@ def test_weights_are_the_floats_that_codes_stand_for(
         np.testing.assert_array_equal(tensor.numpy(), expected[name].numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["gptq 4", *(pytest.param(k, marks=pytest.mark.breadth) for k in ("awq", "fp8 of blocks"))]
 )

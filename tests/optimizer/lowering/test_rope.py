@@ -63,6 +63,7 @@ def fresh(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "model_type"),
     [
@@ -115,6 +116,7 @@ def test_the_frequencies_change_at_the_original_length(kind: str, tmp_path: Path
     assert kind == "longrope" or short < 1e-5  # LongRoPE scales its cosines at every length
 
 
+@pytest.mark.slow
 def test_the_original_forgets_the_texts_before(tmp_path: Path) -> None:
     """transformers keeps the frequencies of the longest text; references are those of a fresh model."""
     lowered = lower(build(species("dynamic"), tmp_path))

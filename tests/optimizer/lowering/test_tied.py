@@ -16,6 +16,8 @@ from planish.optimizer.lowering import lower
 from planish.optimizer.pipeline import presets
 from tests.zoo import GENERATORS, build
 
+pytestmark = pytest.mark.slow
+
 _VOCABULARY, _WIDTH = 3000, 24
 
 

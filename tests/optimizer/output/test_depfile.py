@@ -51,6 +51,7 @@ def listed(depfile: Path) -> list[Path]:
     return [Path(word.replace("\0", " ")) for word in words]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_finds_nothing_to_do_until_an_input_is_touched(
     source: Path, tmp_path: Path, command: Planish, monkeypatch: pytest.MonkeyPatch
@@ -76,6 +77,7 @@ def test_make_finds_nothing_to_do_until_an_input_is_touched(
     assert up_to_date(tmp_path, "out/planish.json")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not installed")
 def test_ninja_finds_nothing_to_do_until_an_input_is_touched(source: Path, tmp_path: Path) -> None:
     build = f"'{source.relative_to(tmp_path)}' -o out --pipeline eliminate-identities --lock m.lock --depfile out.d"
@@ -126,6 +128,7 @@ def _hear(event: str, arguments: tuple[object, ...]) -> None:
         _opened.append(os.fspath(arguments[0]))
 
 
+@pytest.mark.slow
 def test_every_file_that_is_opened_is_among_the_inputs(tiny: Path, tmp_path: Path) -> None:
     global _opened  # noqa: PLW0603 - an audit hook stays for good: it hears only while this is a list
     folder = Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
@@ -143,6 +146,7 @@ def test_every_file_that_is_opened_is_among_the_inputs(tiny: Path, tmp_path: Pat
     assert set(result.manifest.source.files) >= {"config.json", "model.safetensors", "generation_config.json"}
 
 
+@pytest.mark.slow
 def test_a_lock_fits_one_tokenizer_only(source: Path, tmp_path: Path) -> None:
     optimize(source, tmp_path / "out", pipeline="eliminate-identities", lock=tmp_path / "lock", clock=all_equal)
     assert "tokenizer_config.json" in Lock.read(tmp_path / "lock").source

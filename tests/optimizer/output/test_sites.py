@@ -86,6 +86,7 @@ def test_a_pattern_found_in_part_is_a_near_miss(tmp_path: Path, command: Planish
     assert "nearly fired at Softmax" in command("explain", path).stdout
 
 
+@pytest.mark.slow
 def test_an_output_keeps_its_sites(model: Path, tmp_path: Path, command: Planish) -> None:
     out = tmp_path / "out"
     result = optimize(model, out, targets=["onnxruntime", "openvino"], expect=["fuse-attention=1"], clock=all_faster)
@@ -104,6 +105,7 @@ def test_an_output_keeps_its_sites(model: Path, tmp_path: Path, command: Planish
     assert command("explain", out, "--pipeline", "fuse-gelu").returncode == 2
 
 
+@pytest.mark.slow
 def test_a_fusion_that_stops_firing_fails_the_build(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match=r"fired at 1 sites, 2 were expected.*its keys are not seen to be transposed"):
         optimize(model, tmp_path / "out", expect=["fuse-attention=2"], clock=all_equal)
@@ -117,6 +119,7 @@ def test_a_build_without_passes_misses_what_is_expected(tiny: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_opt_holds_expectations_before_it_writes(model: Path, tmp_path: Path, command: Planish) -> None:
     arguments = ("opt", model, "-o", tmp_path / "out.onnx", "--pipeline", "fuse-attention")
     assert command(*arguments, "--expect", "fuse-attention=3").returncode == 1

@@ -18,6 +18,7 @@ from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.fidelity.budget import Budget
 from planish.optimizer.fidelity.engine_check import check_engines
 from planish.optimizer.fidelity.inputs import default_shapes
+from planish.optimizer.fidelity.parts import Parts
 from planish.optimizer.fidelity.reference import References
 from planish.optimizer.interfaces import registry
 from planish.optimizer.ir.program import SUM, Role, Signature
@@ -52,6 +53,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lowered, References]:
     return lowered_with_references(by_name("t5"), tmp_path_factory.mktemp("t5"))
 
 
+@pytest.mark.slow
 def test_one_graph_serves_prefill_and_decode(llama: tuple[Lowered, References]) -> None:
     signature = llama[0].program.sole()[1]
     shapes = {tensor.name: tensor.shape for tensor in (*signature.inputs, *signature.outputs)}
@@ -64,6 +66,7 @@ def test_one_graph_serves_prefill_and_decode(llama: tuple[Lowered, References]) 
     assert {0, 1, 47} <= pasts
 
 
+@pytest.mark.slow
 def test_a_decoder_may_score_the_last_token_alone(tmp_path: Path) -> None:
     checkpoint = build(by_name("llama"), tmp_path / "checkpoint")
     result = optimize(checkpoint, tmp_path / "out", targets=TARGETS, logits="last", clock=all_faster)
@@ -141,6 +144,7 @@ def cross_attention_stale(models: dict[str, ir.Model]) -> None:
     one.name = "present.1.encoder.key"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [mask_off_by_one, positions_not_shifted, cache_transposed, cross_attention_stale])
 def test_a_broken_cache_is_noticed(
     broken: Break, llama: tuple[Lowered, References], t5: tuple[Lowered, References], tmp_path: Path
@@ -148,8 +152,8 @@ def test_a_broken_cache_is_noticed(
     lowered, references = t5 if broken is cross_attention_stale else llama
     models = {name: model.clone() for name, model in lowered.program.components.items()}
     target = registry.backend("onnxruntime")
-    budgets = {name: own.exact_budget() for name, own in references.components.items()}
-    budgets["generation"] = Budget.parse(["kl<=1e-6", "greedy>=1"])
+    exact = {name: own.exact_budget() for name, own in references.components.items()}
+    budgets = Parts(exact, continuations=Budget.parse(["kl<=1e-6", "greedy>=1"]))
     found = {}
     for kind in ("whole", "broken"):
         if kind == "broken":
@@ -165,6 +169,7 @@ def test_a_broken_cache_is_noticed(
     assert len(violations) > 1 or broken is cross_attention_stale, violations
 
 
+@pytest.mark.slow
 def test_deep_stacks_of_decoders_are_written_out_with_their_caches(tmp_path: Path) -> None:
     deep = Species("llama", "text-generation", {**by_name("llama").config, "num_hidden_layers": 7})
     lowered, references = lowered_with_references(deep, tmp_path)
@@ -180,6 +185,7 @@ def test_deep_stacks_of_decoders_are_written_out_with_their_caches(tmp_path: Pat
     assert found.comparison().worst("greedy") == 1
 
 
+@pytest.mark.slow
 def test_components_of_an_encoder_decoder_share_their_weights(t5: tuple[Lowered, References], tmp_path: Path) -> None:
     registry.backend("onnxruntime").emit(t5[0].program, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -231,6 +231,7 @@ def expected_embedding(folder: Path, text: str, prompt_tokens: int = 0) -> np.nd
     )
 
 
+@pytest.mark.slow
 def test_an_output_embeds_as_its_checkpoint_does(sentences: tuple[Path, Path]) -> None:
     folder, out = sentences
     task = open_task(out)

@@ -148,6 +148,7 @@ def test_a_process_is_gone_behind_its_block_even_if_it_was_stopped(module: str) 
     assert psutil.Process().num_fds() == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_a_process_ends_with_the_one_that_started_it(module: str, tmp_path: Path) -> None:
     script = f"""

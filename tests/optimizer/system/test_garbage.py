@@ -23,6 +23,7 @@ def _nothing_frozen() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.mark.slow
 def test_the_collector_runs_seldom_until_all_is_settled() -> None:
     before = gc.get_threshold()
     with collecting_seldom() as settle:
@@ -78,6 +79,7 @@ def test_calls_in_two_threads() -> None:
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.slow
 def test_a_process_of_ours_is_not_made_to_collect_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
     monkeypatch.setattr(interrupts._state, "reports", writing)

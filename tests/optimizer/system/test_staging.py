@@ -336,6 +336,7 @@ def _many(out: Path, until: float, name: str) -> None:
         build(out, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_runs_for_one_output_do_not_trip_over_each_other(
     exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

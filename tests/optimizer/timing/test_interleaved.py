@@ -14,6 +14,8 @@ from planish.optimizer.errors import BadInput, InternalError, OutOfResources
 from planish.optimizer.runtime.worker import EngineRef, Worker
 from planish.optimizer.timing.interleaved import interval, time_against_first, timing
 
+pytestmark = pytest.mark.slow
+
 GRAPH = """<ir_version: 10, opset_import: ["" : 23]>
 g (float[N, 4] x) => (float[N, 4] r) { r = Relu (x) }"""
 CASE = {"x": np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)}

@@ -90,6 +90,7 @@ def test_only_what_is_clearly_faster_is_chosen_and_only_where_nothing_was_writte
     assert isinstance(written, LegalizeOnnxRuntime) and not written.keep_sums
 
 
+@pytest.mark.slow
 def test_another_file_is_not_taken_for_a_profile(raised: ir.Model, tmp_path: Path) -> None:
     (tmp_path / "profile.json").write_text('{"hosts": 3}')
     step = LegalizeOnnxRuntime()
