@@ -29,10 +29,10 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal
 check: style  ## style, types and quick tests: a minute
 	$(PYTEST) -m "not slow and not breadth"
 
-test: style  ## style, types and all tests but those of rare architectures
+test: style  ## style, types and all tests but cases that resemble others
 	$(PYTEST) -m "not breadth"
 
-breadth: $(READY)  ## more of the same: rare architectures; CI runs them after the tests
+breadth: $(READY)  ## those cases: rare architectures, further settings; CI runs them after the tests
 	$(PYTEST) -m breadth
 
 style: $(READY)

@@ -14,7 +14,6 @@ import click
 
 from benchmarks.record import record
 from planish.optimizer.fidelity.engine_check import Fidelity, check_engines
-from planish.optimizer.fidelity.parts import Parts
 from planish.optimizer.fidelity.reference import References
 from planish.optimizer.interfaces import registry
 from planish.optimizer.output.manifest import Manifest, engine_folder
@@ -47,7 +46,7 @@ def deployed(out: Path) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
         ways = {f"options of the target: {target}": target, f"{_LOADERS.get(name, 'no options')}: {default}": default}
         for how, opened in ways.items():
             fidelity = check_engines(opened, engine_folder(out, name), signatures, references)
-            violations = fidelity.violations(Parts.of_names({part: asked.budget(part) for part in asked.budgets}))
+            violations = fidelity.violations(asked.budgets_of(fidelity.comparisons.by_name()))
             error, greedy = _worst(fidelity), _greedy(fidelity)
             tokens = "" if greedy is None else f"{greedy:.1%}"
             held = "OUTSIDE" if violations else "held"

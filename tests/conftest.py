@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.lowering.export import torch_export
-from tests.traces import Traces, write_archive
+from tests.traces import Traces, export, write_archive
 from tests.zoo import Species, build
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub shall fail, not wait
@@ -43,11 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[TRACES] = Traces(update)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if _is_worker(session.config):
         session.config.workeroutput["missing traces"] = session.config.stash[TRACES].missing  # type: ignore[attr-defined]
     elif session.config.getoption("--update-traces"):
-        write_archive(COLLECTED)
+        whole = session.config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        if whole and exitstatus == 0 and not session.config.option.collectonly:
+            write_archive(COLLECTED)  # of a part, or of a run that stopped, an archive would lack most of them
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -85,6 +87,11 @@ def _lowered_once(pytestconfig: pytest.Config) -> Iterator[None]:
     PyTorch is loaded already: a process for each original, as users get it, takes seconds, and the tests of the command
     line have it. Tests of lowering trace (`tests/optimizer/lowering/conftest.py`)."""
     known: dict[tuple[Any, ...], Lowered] = {}
+    traces = pytestconfig.stash[TRACES]
+
+    def from_traces(module: Any, *call: Any) -> Any:
+        # A module without a configuration is of a test's own.
+        return traces.export(module, *call) if hasattr(module, "config") else export(module, *call)
 
     def here(source: Any, *arguments: Any, background: bool, **options: Any) -> Lowered:
         alone = options["adapter"] is not None or options["offload"]  # what they read is gone after the first build
@@ -98,7 +105,7 @@ def _lowered_once(pytestconfig: pytest.Config) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("planish.optimizer.driver.optimize.lower", here)
-        patch.setattr(torch_export, "export", pytestconfig.stash[TRACES].export)
+        patch.setattr(torch_export, "export", from_traces)
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -92,7 +93,8 @@ def test_every_command_shown_is_run(page: Path, place: Path, command: Planish, m
 )
 def test_every_script_shown_is_run(page: Path, script: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    exec(compile(script, page, "exec"), {"__name__": "__main__"})
+    Path("script.py").write_text(script)
+    runpy.run_path("script.py", run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,13 +1,14 @@
 """Stored results of torch.export for the tiny checkpoints of the tests: `pytest --update-traces` writes them.
 
-A test that is not about lowering takes the graph of its checkpoint from `tests/data/traces.zip`. Its key covers all that
-the export depends on: versions, the source files that export, the module (classes, settings, shapes, buffers), the call
-with its inputs. So a stored trace is never stale; what is not stored is traced, which takes seconds.
+A test that is not about lowering takes the graph of its checkpoint from `tests/data/traces.zip`. Its key covers what the
+export depends on: versions, the source files that export, the module (classes, settings, shapes, buffers), the call with
+its inputs. What is not stored is traced, which takes seconds.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import zipfile
@@ -21,6 +22,7 @@ import onnx
 import onnx_ir as ir
 
 from planish.optimizer.errors import BadInput
+from planish.optimizer.ir import edit, graph, kv_cache
 from planish.optimizer.ir.annotations import strip_annotations
 from planish.optimizer.ir.program import Axis
 from planish.optimizer.lowering.components import calls, rope
@@ -29,7 +31,8 @@ from planish.optimizer.lowering.export.layer_stacks import facts_of
 from planish.optimizer.lowering.export.torch_export import PREFIX, Axes, Given
 
 ARCHIVE = Path(__file__).parent / "data" / "traces.zip"
-_SOURCES = (torch_export, calls, rope)
+_SOURCES = tuple(Path(module.__file__ or "") for module in (torch_export, calls, rope, edit, graph, kv_cache))
+_LIBRARIES = ("torch", "transformers", "onnxscript", "onnx", "onnx-ir", "numpy")
 _DATE = (1980, 1, 1, 0, 0, 0)
 
 export = torch_export.export
@@ -49,10 +52,10 @@ class Traces:
         self, module: Any, call: Any, inputs: Mapping[str, Any], axes: Axes, outputs: Sequence[str]
     ) -> tuple[ir.Model, dict[str, Axis], Given]:
         """As `torch_export.export`, from the archive where it has the result."""
-        if not type(module).__module__.startswith("transformers."):
+        if not all(type(part).__module__.startswith(("transformers.", "torch.")) for part in module.modules()):
             return export(module, call, inputs, axes, outputs)  # the code of a test's own module has no version
         name = key_of(module, call, inputs, axes, outputs)
-        text = self._stored.get(name)
+        text = self.stored.get(name)
         if text is None:
             self.missing.append(type(module).__name__)
             try:
@@ -66,7 +69,8 @@ class Traces:
         return unpacked(text)
 
     @cached_property
-    def _stored(self) -> dict[str, bytes]:
+    def stored(self) -> dict[str, bytes]:
+        """The archive: results by their keys."""
         if not ARCHIVE.is_file():
             return {}
         with zipfile.ZipFile(ARCHIVE) as archive:
@@ -94,6 +98,7 @@ def key_of(module: Any, call: Any, inputs: Mapping[str, Any], axes: Axes, output
         {key: value for key, value in module.config.to_dict().items() if key != "_name_or_path"},
         getattr(module.config, "_attn_implementation", None),
         [(name, str(parameter.dtype), parameter.is_meta) for name, parameter in module.named_parameters()],
+        [(name, str(buffer.dtype)) for name, buffer in module.named_buffers()],
         [
             (
                 path,
@@ -110,11 +115,8 @@ def key_of(module: Any, call: Any, inputs: Mapping[str, Any], axes: Axes, output
 @cache
 def versions() -> tuple[str, ...]:
     """Versions of the libraries that export, and hashes of our files that do."""
-    import torch
-    import transformers
-
-    sources = [hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest() for module in _SOURCES]
-    return torch.__version__, transformers.__version__, ir.__version__, *sources
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*_SOURCES, Path(__file__))]
+    return *map(importlib.metadata.version, _LIBRARIES), *hashes
 
 
 def packed(module: Any, model: ir.Model, ranges: Mapping[str, Axis], given: Given) -> bytes:
@@ -126,8 +128,8 @@ def packed(module: Any, model: ir.Model, ranges: Mapping[str, Axis], given: Give
             value.const_value = ir.ExternalTensor(
                 "parameters", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
-    for graph in model.graphs():
-        for node in graph:
+    for part in model.graphs():
+        for node in part:
             strip_annotations(node)  # they name files of this machine, and lowering does not read them
             for output in node.outputs:
                 strip_annotations(output)

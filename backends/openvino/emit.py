@@ -63,15 +63,14 @@ def drop_guards(model: Any, names: Set[str | None]) -> None:
     model.validate_nodes_and_infer_types()
 
 
-_KEYS_RANK = 4
-"""Keys and values: (batch, heads, tokens, size of a head)."""
 _TOKENS = 2
+"""The axis of tokens of keys and values: (batch, heads, tokens, size of a head)."""
 _ATTENTION = frozenset({"ScaledDotProductAttention", "MatMul", "Multiply", "Transpose"})
 """Operators that read keys and values in an attention, written as one operator or out of several."""
 
 
-def separate_attention_inputs(model: Any) -> None:
-    """Put a Reshape to the same shape behind each graph input of rank 4 that an attention reads.
+def separate_attention_inputs(model: Any, caches: Set[str]) -> None:
+    """Put a Reshape to the same shape behind each input of keys or values that an attention reads directly.
 
     In bfloat16 the CPU plugin keeps a graph input in float32 up to the attention and converts everything else before
     it, so two attentions differ in the types of their operands. It generates code for each of them, but remembers the
@@ -82,10 +81,8 @@ def separate_attention_inputs(model: Any) -> None:
     """
     from openvino import opset13 as ops
 
-    for port in model.inputs:
+    for port in [model.input(name) for name in sorted(caches)]:
         shape = port.get_partial_shape()
-        if not port.get_element_type().is_real() or shape.rank.is_dynamic or len(shape) != _KEYS_RANK:
-            continue
         readers = [reader for reader in port.get_target_inputs() if reader.get_node().get_type_name() in _ATTENTION]
         if readers:
             # Zeros copy a size from the input. The runtime removes a Reshape that only copies.

@@ -27,7 +27,7 @@ from planish.optimizer.interfaces.backend import MOST_THREADS, Backend, Engine
 from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir import onnx_io
 from planish.optimizer.ir.graph import FINITE_MASK
-from planish.optimizer.ir.program import Program
+from planish.optimizer.ir.program import Program, Role
 from planish.optimizer.system.scratch import scratch_folder
 
 PROPERTIES = "openvino_properties.json"
@@ -86,7 +86,8 @@ class OpenVino(Backend):
                     if len(program.components) == 1 and program.signatures[name].cached:
                         make_stateful(ov, converted, self.cache)
                     else:
-                        separate_attention_inputs(converted)
+                        caches = {t.name for t in program.signatures[name].inputs if t.role is Role.CACHE}
+                        separate_attention_inputs(converted, caches)
                 except RuntimeError as error:
                     raise CheckFailed(f"OpenVINO cannot convert the graph: {in_one_line(error)}") from error
                 give_stable_names(converted)

@@ -63,8 +63,8 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Sequence[str]) 
     place = records.engine_folder(folder, name)
     fidelity = check_engines(target, place, signatures, references, mapped=mapped)
     compared = fidelity.comparisons.by_name()
-    budgets = Parts.of_names({part: record.budget(part) for part in {**record.budgets, **compared}})
-    unheld = sorted(replace(budgets, evaluation=None).by_name().keys() - compared.keys())
+    recorded, budgets = Parts.of_names(record.budgets), record.budgets_of(compared)
+    unheld = sorted(replace(recorded, evaluation=None).by_name().keys() - compared.keys())
     problems = [*fidelity.violations(budgets), *(f"nothing holds {part} against its budget" for part in unheld)]
     default = None if mapped else target.as_loaders_open()
     here = instruction_set()
@@ -73,7 +73,7 @@ def _verify(folder: Path, name: str, manifest: Manifest, broken: Sequence[str]) 
     if default is not None:
         opened = check_as_loaders_open(default, place, signatures, references).violations(budgets)
         notes.append(f"loaded without options ({default}): {'; '.join(opened) or 'within the budget'}")
-    notes += ["its own measure was not taken again"] if budgets.evaluation is not None else []
+    notes += ["its own measure was not taken again"] if recorded.evaluation is not None else []
     return VerifiedEngine(record.target, fidelity.comparison(), tuple(problems), "; ".join(notes))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from planish.optimizer.errors import BadInput, UsageError, first_fault
 from planish.optimizer.fidelity.budget import Budget
 from planish.optimizer.fidelity.metrics import Comparison
+from planish.optimizer.fidelity.parts import Parts
 from planish.optimizer.interfaces import registry
 from planish.optimizer.interfaces.backend import Backend
 from planish.optimizer.ir.program import SUM, Axis, Program, Role, Signature, TensorSpec
@@ -223,6 +225,10 @@ class TargetRecord(Record):
             return Budget.parse(self.budgets[component].split())
         except (KeyError, UsageError) as error:
             raise BadInput(f"the budget of {component!r} cannot be read ({error})", where=MANIFEST) from None
+
+    def budgets_of(self, parts: Iterable[str]) -> Parts[Budget]:
+        """The budgets of these parts, by the names of `Parts`; BadInput if one is missing or invalid."""
+        return Parts.of_names({part: self.budget(part) for part in parts})
 
     def asked(self) -> str:
         """All budgets as one text."""

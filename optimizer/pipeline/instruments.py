@@ -16,6 +16,7 @@ from planish.optimizer.fidelity.budget import Budget
 from planish.optimizer.fidelity.metrics import Comparison, compare
 from planish.optimizer.interfaces.backend import Engine
 from planish.optimizer.interfaces.pass_base import Pass, PassResult
+from planish.optimizer.ir.graph import sizes_of
 from planish.optimizer.ir.program import Arrays, Signature
 from planish.optimizer.ir.verifier import faults_of, verify
 from planish.optimizer.ir.weightless import without_weights
@@ -63,21 +64,17 @@ class VerifyEach(Instrument):
     """Verify the structure after each pass, and that a pass that reports "unchanged" did not change the graph."""
 
     def __init__(self) -> None:
-        self._model: ir.Model | None = None
+        self._before: ir.Model | None = None
         self._print: Fingerprint = ()
 
     def before(self, step: Step) -> None:
         """Store a fingerprint of the graph."""
-        if step.model is not self._model:  # else the pass before left it as it is
-            self._print = fingerprint(step.model)
-
-    def failed(self, step: Step, error: Exception) -> None:
-        """Forget the graph, which is restored from another."""
-        self._model = None
+        # A pipeline copies the model again only after a pass that changed it: the same copy means the same graph.
+        if step.before is not self._before:
+            self._before, self._print = step.before, fingerprint(step.model)
 
     def after(self, step: Step) -> None:
         """Raise CheckFailed if the graph is invalid, or changed although the pass reported no change."""
-        self._model = None if step.result.modified else step.model
         if not step.result.modified:
             if fingerprint(step.model) != self._print:
                 raise CheckFailed(f"{step.pass_.name} said it changed nothing, but the graph is different")
@@ -231,17 +228,21 @@ def text_of(model: ir.Model) -> str:
 def fingerprint(model: ir.Model) -> Fingerprint:
     """The structure, the attributes and the identity of the tensors of a model: equal if no pass changed anything.
 
-    It is made after every pass, hence neither copied nor printed: that takes ten times as long.
+    It is made after every pass, hence neither copied nor printed: that takes four times as long.
     """
     numbers: dict[ir.Value | None, int] = {}
-    functions = [(str(key), _facts(function, numbers)) for key, function in model.functions.items()]
-    return sorted(model.opset_imports.items()), _facts(model.graph, numbers), functions
+    functions = [
+        (str(key), sorted(function.opset_imports.items()), _attributes(function, numbers), _facts(function, numbers))
+        for key, function in model.functions.items()
+    ]
+    about = model.ir_version, sorted(model.opset_imports.items()), sorted(model.metadata_props.items())
+    return *about, _facts(model.graph, numbers), functions
 
 
 Fingerprint = tuple[object, ...]
 
 _FEW = 16
-"""Entries of constants that are compared by value as well: shapes and axes."""
+"""Entries of constants that are compared by value: shapes and axes."""
 
 
 def _facts(graph: ir.Graph | ir.Function, numbers: dict[ir.Value | None, int]) -> Fingerprint:
@@ -251,28 +252,33 @@ def _facts(graph: ir.Graph | ir.Function, numbers: dict[ir.Value | None, int]) -
         return [
             None
             if value is None
-            else (numbers.setdefault(value, len(numbers)), value.name, value.dtype, _sizes(value.shape))
+            else (numbers.setdefault(value, len(numbers)), value.name, str(value.type), _sizes(value.shape))
             for value in values
         ]
 
     initializers = list(graph.initializers.values()) if isinstance(graph, ir.Graph) else []
-    weights = [(id(value.const_value), _small(value.const_value)) for value in initializers]
+    weights = [
+        None if v.const_value is None else (id(v.const_value), _tensor_facts(v.const_value)) for v in initializers
+    ]
     nodes = [
         (node.op_identifier(), node.name, told(node.inputs), told(node.outputs), _attributes(node, numbers))
         for node in graph
     ]
-    return told(graph.inputs), told(initializers), weights, nodes, told(graph.outputs)
+    return graph.name, told(graph.inputs), told(initializers), weights, nodes, told(graph.outputs)
 
 
-def _attributes(node: ir.Node, numbers: dict[ir.Value | None, int]) -> list[object]:
+def _attributes(node: ir.Node | ir.Function, numbers: dict[ir.Value | None, int]) -> list[object]:
     def value_of(attribute: ir.Attr) -> object:
         if attribute.is_ref():
             return attribute.ref_attr_name
         if attribute.type is ir.AttributeType.TENSOR:
-            tensor = attribute.as_tensor()
-            return tensor.dtype, list(tensor.shape), _content(tensor)
+            return _tensor_facts(attribute.as_tensor())
+        if attribute.type is ir.AttributeType.TENSORS:
+            return [_tensor_facts(tensor) for tensor in attribute.as_tensors()]
         if attribute.type is ir.AttributeType.GRAPH:
             return _facts(attribute.as_graph(), numbers)
+        if attribute.type is ir.AttributeType.GRAPHS:
+            return [_facts(graph, numbers) for graph in attribute.as_graphs()]
         return str(attribute.value)
 
     return [(name, attribute.type, value_of(attribute)) for name, attribute in node.attributes.items()]
@@ -283,9 +289,10 @@ def _sizes(shape: ir.Shape | None) -> tuple[int | ir.SymbolicDim, ...] | None:
     return None if shape is None else tuple(shape)
 
 
-def _small(tensor: ir.TensorProtocol | None) -> object:
-    return None if tensor is None or tensor.size > _FEW else _content(tensor)
-
-
-def _content(tensor: ir.TensorProtocol) -> object:
-    return tensor.numpy().tolist() if tensor.dtype is ir.DataType.STRING else tensor.tobytes()
+def _tensor_facts(tensor: ir.TensorProtocol) -> Fingerprint:
+    """Element type, sizes, and the content of small tensors: large ones may lie in a file, and are told by identity."""
+    if tensor.size > _FEW:
+        content: object = id(tensor)
+    else:
+        content = tensor.numpy().tolist() if tensor.dtype is ir.DataType.STRING else tensor.tobytes()
+    return tensor.dtype, sizes_of(tensor), content

@@ -135,3 +135,22 @@ def test_bench_opens_an_engine_once_for_each_target_that_is_given(tiny: Path, tm
     done = command("bench", tmp_path / "out", *ways, "--shape", "batch=1,sequence=8", "--json", "-")
     labels = [row["model"] for row in json.loads(done.stdout)]
     assert labels == [f"{tmp_path / 'out' / 'onnxruntime'} onnxruntime{{threads={count}}}" for count in (1, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["doctor"],
+        ["backends"],
+        ["opt", "in.onnx", "-o", "out.onnx", "--pipeline", "eliminate-identities"],
+        ["explain", "in.onnx", "--pipeline", "eliminate-identities"],
+        ["bisect", "in.onnx", "--pipeline", "eliminate-identities"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_commands_run_in_a_process_of_their_own(words: list[str], graph: Path, planish: Planish) -> None:
+    """As users run them; other tests do it for the commands that are not listed."""
+    done = planish(*words, cwd=graph.parent)
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
+    assert done.stdout

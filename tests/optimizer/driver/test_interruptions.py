@@ -26,7 +26,7 @@ def start(tiny: Path, out: Path, **options: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload,no-any-return]
 
 
-@pytest.mark.parametrize("seconds", [0.5, 6.0, pytest.param(10.0, marks=pytest.mark.breadth)])
+@pytest.mark.parametrize("seconds", [0.5, *(pytest.param(late, marks=pytest.mark.breadth) for late in (6.0, 10.0))])
 def test_a_killed_run_leaves_the_previous_output_whole(seconds: float, built: Path, tiny: Path, tmp_path: Path) -> None:
     out = shutil.copytree(built / "out", tmp_path / "out")
     before = digests(out)

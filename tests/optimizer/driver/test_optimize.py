@@ -140,10 +140,10 @@ def test_verify_notices_other_outputs(built: Path, tmp_path: Path) -> None:
         assert "of logits is" in verdict.problems[0]
 
 
-def test_engines_answer_from_python(built: Path, tiny: Path) -> None:
+def test_engines_answer_from_python(tiny: Path, tmp_path: Path) -> None:
     result = optimize(
         tiny,
-        built / "python",
+        tmp_path / "python",
         targets=["onnxruntime{threads=1}"],
         shapes=[{"batch": 1, "sequence": 8}],
         clock=all_equal,

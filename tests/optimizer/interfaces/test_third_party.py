@@ -45,10 +45,10 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_its_passes_and_backends_are_found_by_name(installed: Path, command: Planish) -> None:
+def test_its_passes_and_backends_are_found_by_name(installed: Path, planish: Planish) -> None:
     assert str(Pipeline.parse("negate-twice{pairs=2},fold-constants")) == "negate-twice{pairs=2},fold-constants"
     assert str(registry.backend("evaluator{verbose=1}")) == "evaluator{verbose=1}"
-    listed = json.loads(command("passes", "--json").stdout)
+    listed = json.loads(planish("passes", "--json").stdout)
     assert {"negate-twice": "planish-example", "fold-constants": "planish"}.items() <= {
         entry["name"]: entry["from"] for entry in listed
     }.items()

@@ -12,7 +12,7 @@ from tests.architectures import examine, listed, look
 from tests.zoo import GENERATORS, IMAGES, Species
 
 EVERY_DAY = {
-    "gpt2-text-generation", "llama-text-generation", "t5-text2text-generation",
+    "llama-text-generation",
     "vit-image-classification", "convnext-feature-extraction",
 }  # fmt: skip
 """Species that stand for the others, which are left to `make breadth`."""

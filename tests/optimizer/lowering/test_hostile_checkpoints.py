@@ -142,6 +142,7 @@ def test_what_transformers_cannot_load_is_bad_input(name: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.breadth
 def test_the_process_of_the_original_says_what_it_cannot_read(tmp_path: Path, planish: Planish) -> None:
     """It blames no pass, and leaves nothing."""
     checkpoint = base("gpt2", tmp_path)

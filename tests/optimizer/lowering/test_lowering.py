@@ -231,7 +231,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset", [11, *(pytest.param(n, marks=pytest.mark.breadth) for n in (14, 17)), 18])
+@pytest.mark.parametrize("opset", [11, *(pytest.param(n, marks=pytest.mark.breadth) for n in (14, 17, 18))])
 @pytest.mark.filterwarnings("ignore")
 def test_files_of_older_opsets_are_raised_and_fused(opset: int, exported: Path, tmp_path: Path) -> None:
     lowered = lower(exported / f"{opset}.onnx")
