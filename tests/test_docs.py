@@ -64,7 +64,6 @@ SHELL = re.compile(r"[|<>&;$*`]")
 """What only a shell understands."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", [run_every_day(page) for page in PAGES if blocks(page, "sh")])
 def test_every_command_shown_is_run(page: Path, place: Path, command: Planish, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import statistics
@@ -32,7 +33,7 @@ def relative(path: Path) -> str:
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
@@ -132,13 +133,12 @@ def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
 def test_heavy_runtimes_are_imported_inside_functions() -> None:
     heavy = {*MODELS, "onnxruntime", "openvino", "tensorrt", "tokenizers", "scipy"}
     for path in SOURCES:
-        found = heavy & set(imported(outside_functions(ast.parse(path.read_text()))))
+        found = heavy & set(imported(outside_functions(tree_of(path))))
         assert not found, f"{relative(path)} imports {found}"
 
 
-@pytest.mark.slow
 def test_only_lowering_and_inference_import_pytorch() -> None:
-    importing = {relative(path) for path in SOURCES if MODELS & set(imported(ast.walk(ast.parse(path.read_text()))))}
+    importing = {relative(path) for path in SOURCES if MODELS & set(imported(ast.walk(tree_of(path))))}
     assert any(path.startswith(IMPORT_MODELS[0]) for path in importing), "the test finds nothing"
     assert {path for path in importing if not path.startswith(IMPORT_MODELS)} == ALSO_IMPORT_MODELS
 
@@ -154,13 +154,18 @@ def test_importing_the_package_imports_no_library() -> None:
     assert done.stdout.strip() == "['planish']"
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a file, which many tests read."""
+    return ast.parse(path.read_text())
+
+
 def test_files_are_short() -> None:
     for path in TESTED:
         limit = 300 if path in PASS_FILES else 500 if "benchmarks" in path.parts else 400
         assert len(path.read_text().splitlines()) <= limit, relative(path)
 
 
-@pytest.mark.slow
 def test_functions_are_short() -> None:
     lengths = {f"{relative(path)}:{f.lineno} {f.name}": length(f) for path in SOURCES for f in functions(path)}
     assert {where: lines for where, lines in lengths.items() if lines > 60} == {}
@@ -210,17 +215,15 @@ def docstring(node: ast.AST) -> str | None:
     return value if isinstance(value, str) else None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("package", ["optimizer", "passes", "backends"])
 def test_comments_say_why_in_two_of_a_hundred_lines(package: str) -> None:
     assert comment_density(package) >= 2
 
 
-@pytest.mark.slow
 def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
     for path in SOURCES:
         vague = re.compile(r"(What|Whether|Why|Let" + (r"|How)\b" if path.parent.name == "interfaces" else r")\b"))
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             assert not vague.match((docstring(node) or "").strip()), f"{relative(path)}: {docstring(node)}"
 
 
@@ -228,13 +231,12 @@ def test_public_classes_have_names_of_their_own() -> None:
     names = Counter(
         node.name
         for path in SOURCES
-        for node in ast.parse(path.read_text()).body
+        for node in tree_of(path).body
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert {name for name, count in names.items() if count > 1} == set()
 
 
-@pytest.mark.slow
 def test_functions_have_few_parameters() -> None:
     many = set()
     for path in SOURCES:

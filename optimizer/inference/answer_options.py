@@ -52,9 +52,9 @@ class AnswerOptions:
         unknown = [name for name in given if name not in AnswerFields.__annotations__]
         if unknown:
             raise TypeError(f"unexpected option {unknown[0]!r}; there are: {', '.join(AnswerFields.__annotations__)}")
-        drawn = {one.name: given[one.name] for one in fields(Sampling) if one.name in given}
-        others = {name: value for name, value in given.items() if name not in drawn}
-        return cls(**others, sampling=Sampling(**drawn))
+        sampling = {option.name: given[option.name] for option in fields(Sampling) if option.name in given}
+        others = {name: value for name, value in given.items() if name not in sampling}
+        return cls(**others, sampling=Sampling(**sampling))
 
     @property
     def for_generation(self) -> bool:

@@ -225,6 +225,13 @@ def text_of(model: ir.Model) -> str:
     return ir.to_onnx_text(without_weights(model, limit=16))
 
 
+Fingerprint = tuple[object, ...]
+"""Facts of a model that compare equal if it is unchanged."""
+
+_FEW = 16
+"""Entries of constants that are compared by value: shapes and axes."""
+
+
 def fingerprint(model: ir.Model) -> Fingerprint:
     """The structure, the attributes and the identity of the tensors of a model: equal if no pass changed anything.
 
@@ -237,12 +244,6 @@ def fingerprint(model: ir.Model) -> Fingerprint:
     ]
     about = model.ir_version, sorted(model.opset_imports.items()), sorted(model.metadata_props.items())
     return *about, _facts(model.graph, numbers), functions
-
-
-Fingerprint = tuple[object, ...]
-
-_FEW = 16
-"""Entries of constants that are compared by value: shapes and axes."""
 
 
 def _facts(graph: ir.Graph | ir.Function, numbers: dict[ir.Value | None, int]) -> Fingerprint:

@@ -253,5 +253,5 @@ def test_a_plain_load_computes_attention_to_inputs_with_the_lengths_of_each_call
         feeds: dict[str, Any] = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
         feeds["input_ids"] = random.integers(4, 30, (batch, tokens))
         feeds["encoder_attention_mask"] = np.ones((batch, encoded), np.int64)
-        wanted, found = exact.run(feeds)["logits"], plain.run(feeds)["logits"]
-        np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max(), rtol=0)
+        expected, actual = exact.run(feeds)["logits"], plain.run(feeds)["logits"]
+        np.testing.assert_allclose(actual, expected, atol=0.02 * np.abs(expected).max(), rtol=0)
