@@ -51,9 +51,10 @@ class OpenVino(Backend):
     device: Literal["CPU", "GPU", "NPU"] = "CPU"
     """The device that the model is compiled for."""
 
-    precision: Literal["f32", "bf16", "f16", "default"] = "f32"
+    precision: Literal["auto", "f32", "bf16", "f16", "default"] = "auto"
     """Arithmetic of floating-point operators. `default` is what loaders get that are given no options: bf16 on CPUs
-    that have it, f16 on GPUs; no file can tell the runtime otherwise, so `openvino_properties.json` goes with it."""
+    that have it, f16 on GPUs. No file can tell the runtime otherwise, so `openvino_properties.json` goes with all
+    others. `auto` is f32; with the presets `fast` and `small` it is `default` where that keeps the budget."""
 
     cache: Literal["f32", "f16", "u8"] = "f32"
     """How a decoder keeps keys and values between its steps; u8 in groups, each with a scale. It is written into the
@@ -66,7 +67,21 @@ class OpenVino(Backend):
     @property
     def rounds(self) -> bool:
         """Where arithmetic or the cache has fewer bits than 32."""
-        return (self.precision, self.cache) != ("f32", "f32")
+        return self.precision not in ("auto", "f32") or self.cache != "f32"
+
+    @property
+    def arithmetic(self) -> str:
+        """The precision; with `default` that of the runtime for the device."""
+        if self.precision == "default":
+            return self._own_precision() or "f32"
+        return "f32" if self.precision == "auto" else self.precision
+
+    @property
+    def arithmetics(self) -> tuple[Self, ...]:
+        """The runtime's own arithmetic where that is another one than f32; behind it, f32."""
+        if self.precision != "auto" or self._own_precision() in (None, "f32"):
+            return (self,)
+        return (replace(self, precision="default"), self)
 
     def emit(self, program: Program, folder: Path) -> None:
         """Convert through ONNX and write the IR, weights as they are (never halved in silence).
@@ -129,13 +144,18 @@ class OpenVino(Backend):
 
     def as_loaders_open(self) -> Self | None:
         """With the runtime's own precision, where that is another one here."""
-        if self.precision == "default" or self.missing() is not None:
+        if self.precision == "default" or self._own_precision() in (None, self.arithmetic):
+            return None
+        return replace(self, precision="default", threads=0, buckets=())
+
+    def _own_precision(self) -> str | None:
+        """The precision that the runtime takes for the device by itself; None if that cannot be told here."""
+        if self.missing() is not None:
             return None
         core = import_quietly().Core()
         if self.device not in {device.partition(".")[0] for device in core.available_devices}:
             return None
-        preferred = core.get_property(self.device, "INFERENCE_PRECISION_HINT").get_type_name()
-        return None if preferred == self.precision else replace(self, precision="default", threads=0, buckets=())
+        return str(core.get_property(self.device, "INFERENCE_PRECISION_HINT").get_type_name())
 
     def _write_properties(self, folder: Path, files: Sequence[str]) -> None:
         properties = self._precision()
@@ -146,7 +166,7 @@ class OpenVino(Backend):
             (folder / "README.md").write_text(page, encoding="utf-8")
 
     def _precision(self) -> dict[str, object]:
-        return {} if self.precision == "default" else {"INFERENCE_PRECISION_HINT": self.precision}
+        return {} if self.precision == "default" else {"INFERENCE_PRECISION_HINT": self.arithmetic}
 
     def _config(self) -> dict[str, object]:
         config: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY", **self._precision()}

@@ -133,6 +133,8 @@ def print_result(manifest: Manifest, choices: Mapping[str, Selection], latencies
                 _latency(latencies.get(name, {})),
             )
         )
+        if record.arithmetic != "f32":
+            rows.append(("", f"computes in {record.arithmetic}, and so does what it is compared with", *[""] * 5))
         opened = record.as_loaders_open
         if opened is not None:
             broken = "OUTSIDE the budget" if opened.comparison else "FAILS"

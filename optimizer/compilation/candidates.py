@@ -14,6 +14,7 @@ from planish.optimizer.compilation.emission import PlainEngine, emit
 from planish.optimizer.compilation.job import Checks, Job
 from planish.optimizer.compilation.transform import Freedom, Transformed, Transformer
 from planish.optimizer.compilation.verdicts import Verdict, judge
+from planish.optimizer.fidelity.engine_check import UNUSABLE
 from planish.optimizer.interfaces.backend import Backend
 from planish.optimizer.output.lock import Product, Selection
 from planish.optimizer.output.sites import Rewritten, check_expectations
@@ -57,6 +58,8 @@ class Emitted:
     """A candidate as an engine folder, and its verdict."""
 
     candidate: Candidate
+    target: Backend
+    """The target in the arithmetic that the engine computes in."""
     place: Path
     verdict: Verdict
 
@@ -94,19 +97,36 @@ def make_candidates(
     places = {n: job.places.scratch / f"{target.name}-{n}" if n else job.places.engines / target.name for n in changed}
     with stage(f"{target.name}: emission"):
         for n, place in places.items():
-            shutil.rmtree(place, ignore_errors=True)  # of an attempt that missed the budget
-            outcomes = candidates[n].outcomes
-            emit(job, target, {name: outcome.model for name, outcome in outcomes.items()}, place)
+            _emit(job, target, candidates[n], place)
     with stage(f"{target.name}: check"):
-        emitted = {n: emitted_at(job, plain, candidates[n], place) for n, place in places.items()}
+        emitted = {n: _check(job, plain, candidates[n], place) for n, place in places.items()}
     # A candidate that changed nothing is the main engine: it is neither emitted nor checked again.
     return [emitted.get(n) or replace(emitted[0], candidate=candidate) for n, candidate in enumerate(candidates)]
 
 
-def emitted_at(job: Job, plain: PlainEngine, candidate: Candidate, place: Path) -> Emitted:
-    """An engine folder that stands in ``place``, with its verdict."""
+def emitted_at(job: Job, plain: PlainEngine, target: Backend, candidate: Candidate, place: Path) -> Emitted:
+    """An engine folder that stands in ``place``, with its verdict in the arithmetic of ``target``."""
     passes = {name: outcome.applied.passes for name, outcome in candidate.outcomes.items()}
-    return Emitted(candidate, place, judge(job, plain, place, passes))
+    return Emitted(candidate, target, place, judge(job, plain, target, place, passes))
+
+
+def _emit(job: Job, target: Backend, candidate: Candidate, place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)  # of an attempt that missed the budget
+    emit(job, target, {name: outcome.model for name, outcome in candidate.outcomes.items()}, place)
+
+
+def _check(job: Job, plain: PlainEngine, candidate: Candidate, place: Path) -> Emitted:
+    """The engine in ``place`` in the arithmetic of the plain one; where it leaves its budget, or does not run, it is
+    emitted again in the next."""
+    for target, following in itertools.pairwise(plain.arithmetics):
+        try:
+            emitted = emitted_at(job, plain, target, candidate, place)
+            if not emitted.verdict.violations:
+                return emitted
+        except UNUSABLE as error:
+            job.stages.tell(f"{target} does not run: {error}")
+        _emit(job, following, candidate, place)
+    return emitted_at(job, plain, plain.arithmetics[-1], candidate, place)
 
 
 def _transform(

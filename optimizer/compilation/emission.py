@@ -43,12 +43,19 @@ class PlainEngine:
     """
 
     job: Job
-    target: Backend
+    arithmetics: tuple[Backend, ...]
+    """The target in the arithmetic of this engine, and behind it those of candidates that leave the budget in it."""
+
+    @property
+    def target(self) -> Backend:
+        """The target in the arithmetic of this engine."""
+        return self.arithmetics[0]
 
     @functools.cached_property
     def place(self) -> Path:
         """Its folder."""
-        place = self.job.places.scratch / f"plain-{self.target.name}"
+        # How many arithmetics are left tells the plain engines of a target apart.
+        place = self.job.places.scratch / f"plain-{self.target.name}-{len(self.arithmetics)}"
         emit(self.job, self.target, {name: model.clone() for name, model in self.job.program.components.items()}, place)
         return place
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from planish.optimizer.compilation import selection
+from planish.optimizer.compilation.arithmetic import arithmetics_of, plain_engine
 from planish.optimizer.compilation.candidates import (
     Candidate,
     Emitted,
@@ -41,6 +42,7 @@ class BuiltEngine:
     """A finished engine folder and all that is known about it."""
 
     target: Backend
+    """In the arithmetic that the engine computes in."""
     candidate: Candidate
     """The passes of the shipped engine; of the one that was rejected, if that is the plain lowering."""
     selection: Selection
@@ -74,8 +76,8 @@ class Selected:
 def build_engine(job: Job, target: Backend, transformer: Transformer, locked: Selection | None) -> BuiltEngine:
     """Build the engine of one target; ``locked`` is the selection of a lock, if there is one."""
     begun = job.stages.done
-    plain = PlainEngine(job, target)
-    profile, profile_notes = _profile_of(job, target, locked)
+    plain = plain_engine(job, arithmetics_of(job, target, locked))
+    profile, profile_notes = _profile_of(job, plain.target, locked)
     candidates, attempt_notes = _candidates(job, plain, transformer, locked, profile)
     selected = _select(job, plain, candidates, locked)
     engine = _ship(job, plain, selected)
@@ -88,16 +90,18 @@ def build_engine(job: Job, target: Backend, transformer: Transformer, locked: Se
         chosen = chosen.model_copy(update={"products": products})
     if not optimized:
         rewritten = replace(rewritten, shipped=summed(map(operators_of, job.program.components.values())))
+    opened_as = None if engine.target == target else str(engine.target)
+    chosen = chosen.model_copy(update={"target": str(target), "opened_as": opened_as})
     rolled_back = [note for emitted in candidates for part in emitted.candidate.parts.values() for note in part.notes]
     return BuiltEngine(
-        target=target,
+        target=engine.target,
         candidate=engine.candidate,
         selection=chosen,
         verdict=engine.verdict,
         timings=selected.timings,
         rewritten=rewritten,
-        as_loaders_open=judge_as_loaders_open(job, target, engine.place),
-        tunings={} if profile is None else {host_of(target): profile.described()},
+        as_loaders_open=judge_as_loaders_open(job, engine.target, engine.place),
+        tunings={} if profile is None else {host_of(profile.target): profile.described()},
         notes=(*profile_notes, *attempt_notes, *dict.fromkeys(rolled_back), *selected.notes),
     )
 
@@ -161,8 +165,9 @@ def _select_anew(job: Job, plain: PlainEngine, candidates: Sequence[Emitted]) ->
     if untimed is not None:
         return Selected(main, untimed, {})
     with job.stages.stage(f"{target.name}: measurement"):
-        plain_timings, *timings = _time(job, target, [plain.place, *(emitted.place for emitted in eligible)])
-    ranking = selection.rank(job.program, eligible, timings)
+        folders = [(plain.target, plain.place), *((emitted.target, emitted.place) for emitted in eligible)]
+        plain_timings, *timings = _time(job, folders)
+    ranking = selection.rank(job.program, plain.target, eligible, timings)
     engine = _join(job, plain, ranking.winners) if ranking.winners else eligible[0]
     violations = engine.verdict.violations
     if violations:  # components that keep their budgets apart may leave that of the continuations together
@@ -173,11 +178,11 @@ def _select_anew(job: Job, plain: PlainEngine, candidates: Sequence[Emitted]) ->
     return Selected(engine, chosen, selection.side_by_side(plain_timings, ranking.timed))
 
 
-def _time(job: Job, target: Backend, folders: Sequence[Path]) -> list[Timed]:
+def _time(job: Job, folders: Sequence[tuple[Backend, Path]]) -> list[Timed]:
     """Timings of every engine folder: each component at each shape, the first folder as the baseline."""
     timings: list[dict[str, dict[str, Timing]]] = [{name: {} for name in job.program.signatures} for _ in folders]
     for component, signature in job.program.signatures.items():
-        engines = [EngineRef(str(target), target.path_of(component, folder)) for folder in folders]
+        engines = [EngineRef(str(target), target.path_of(component, folder)) for target, folder in folders]
         for sizes in job.request.shapes or default_shapes(signature):
             case, shape = sized_case(signature, sizes)
             if shape not in timings[0][component]:
@@ -197,8 +202,8 @@ def _join(job: Job, plain: PlainEngine, winners: Mapping[str, Emitted]) -> Emitt
         for name, model in components.items()
     }
     place = job.places.scratch / f"{plain.target.name}-joined"
-    emit(job, plain.target, {name: part.outcome.model for name, part in parts.items()}, place)
-    return emitted_at(job, plain, Candidate("", parts), place)
+    emit(job, first.target, {name: part.outcome.model for name, part in parts.items()}, place)
+    return emitted_at(job, plain, first.target, Candidate("", parts), place)
 
 
 def _ship(job: Job, plain: PlainEngine, selected: Selected) -> Emitted:
@@ -207,10 +212,10 @@ def _ship(job: Job, plain: PlainEngine, selected: Selected) -> Emitted:
     applied = any(outcome.applied.passes for outcome in engine.candidate.outcomes.values())
     if selected.selection.shipped == "plain" and applied:
         replace_folder(plain.place, place)
-        verdict = judge(job, plain, place, dict.fromkeys(engine.candidate.outcomes, ()))
+        verdict = judge(job, plain, plain.target, place, dict.fromkeys(engine.candidate.outcomes, ()))
         if verdict.violations:
             raise CheckFailed("; ".join(verdict.violations), where=f"the plain lowering for {plain.target}")
-        return Emitted(engine.candidate, place, verdict)
+        return Emitted(engine.candidate, plain.target, place, verdict)
     if engine.place != place:
         replace_folder(engine.place, place)
     return replace(engine, place=place)

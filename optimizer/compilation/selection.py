@@ -65,19 +65,24 @@ class Ranking:
     """Timings of the fastest candidate of each component, those that do not win included."""
 
 
-def rank(program: Program, candidates: Sequence[Emitted], timings: Sequence[Timed]) -> Ranking:
-    """Compare candidates by their timings, in the same order.
+def rank(program: Program, target: Backend, candidates: Sequence[Emitted], timings: Sequence[Timed]) -> Ranking:
+    """Compare candidates by their timings, in the same order; ``target`` is that of the plain engine.
 
-    Components may come from different candidates as long as their inputs and outputs are those of the plain lowering.
+    Components may come from different candidates as long as their inputs and outputs are those of the plain lowering,
+    and their arithmetic is that of the plain engine.
     """
     plain = {name: io_signature(model) for name, model in program.components.items()}
     signatures = [
         {name: io_signature(outcome.model) for name, outcome in emitted.candidate.outcomes.items()}
         for emitted in candidates
     ]
-    fastest_index = fastest_of_each(timings, apart=all(signature == plain for signature in signatures))
+    alike = [
+        signature == plain and emitted.target == target
+        for signature, emitted in zip(signatures, candidates, strict=True)
+    ]
+    fastest_index = fastest_of_each(timings, apart=all(alike))
     timed = {name: timings[index][name] for name, index in fastest_index.items()}
-    apart = all(signatures[index] == plain for index in fastest_index.values())
+    apart = all(alike[index] for index in fastest_index.values())
     won = faster(timed, apart=apart)
     return Ranking({name: candidates[index] for name, index in fastest_index.items() if name in won}, timed)
 

@@ -37,9 +37,9 @@ class Verdict:
         return self.fidelity.violations(self.budgets)
 
 
-def judge(job: Job, plain: PlainEngine, place: Path, passes: Mapping[str, Sequence[Pass]]) -> Verdict:
+def judge(job: Job, plain: PlainEngine, target: Backend, place: Path, passes: Mapping[str, Sequence[Pass]]) -> Verdict:
     """Check the engine in ``place``, made by these passes for each component, on every reference input."""
-    return Verdict(budgets_of(job, plain.target, passes), _fidelity(job, plain, place))
+    return Verdict(budgets_of(job, target, passes), _fidelity(job, plain, target, place))
 
 
 def judge_as_loaders_open(job: Job, target: Backend, place: Path) -> Fidelity | None:
@@ -80,13 +80,13 @@ def budgets_of(job: Job, target: Backend, passes: Mapping[str, Sequence[Pass]]) 
     )
 
 
-def _fidelity(job: Job, plain: PlainEngine, place: Path) -> Fidelity:
+def _fidelity(job: Job, plain: PlainEngine, target: Backend, place: Path) -> Fidelity:
     if job.references is None:
         return Fidelity(Parts({}), NOT_CHECKED, 0)
     offload = job.checks is Checks.OFFLOAD
     if offload:
-        demand_room(plain.target, sum(path.stat().st_size for path in place.rglob("*") if path.is_file()))
-    fidelity = check_engines(plain.target, place, job.program.signatures, job.references(), mapped=offload)
+        demand_room(target, sum(path.stat().st_size for path in place.rglob("*") if path.is_file()))
+    fidelity = check_engines(target, place, job.program.signatures, job.references(), mapped=offload)
     evaluation = job.request.evaluation
     if evaluation is None:
         return fidelity

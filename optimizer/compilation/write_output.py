@@ -59,7 +59,8 @@ def target_record(built: BuiltEngine, folder: Path) -> records.TargetRecord:
     selection, fidelity = built.selection, built.verdict.fidelity
     place = folder / built.target.name
     return records.TargetRecord(
-        target=selection.target,
+        target=str(built.target),
+        arithmetic=built.target.arithmetic,
         shipped=selection.shipped,
         why=selection.why,
         pipelines=selection.pipelines if selection.shipped == "optimized" else {},

@@ -13,6 +13,7 @@ from typing import Any
 
 from planish.optimizer.calibration.data import NOT_OBSERVED, Samples
 from planish.optimizer.calibration.sources import calibration_batches, digest_of_data, samples_of
+from planish.optimizer.compilation.arithmetic import locked_target
 from planish.optimizer.compilation.engine import build_engine
 from planish.optimizer.compilation.job import Checks, Job, Places
 from planish.optimizer.compilation.options import BuildOptions
@@ -105,6 +106,8 @@ def _read_lock(source: object, options: BuildOptions, request: Request, data: Sa
     path = Path(options.lock)
     lock = Lock.read(path)
     lock.check_request(path, request.described(), [*map(str, request.targets)])
+    for locked in lock.targets.values():
+        locked_target(locked)  # raises what is wrong with it
     if data is not None:
         lock.check_data(path, data.digest() if lock.calibration else "")
     if not isinstance(source, str | Path) or not Path(source).exists():

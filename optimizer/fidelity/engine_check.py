@@ -18,6 +18,9 @@ from planish.optimizer.runtime.interpreter import runner_of
 from planish.optimizer.runtime.worker import EngineRef, Worker
 from planish.optimizer.system.machine import demand_memory
 
+UNUSABLE = (BadInput, CheckFailed, MissingRuntime, InternalError)
+"""Errors of an engine that cannot be opened, or does not run."""
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -104,7 +107,7 @@ def check_as_loaders_open(
     try:
         return check_engines(default, place, signatures, references)
     # Default options are not those of the build, so that a failure must not end it.
-    except (BadInput, CheckFailed, MissingRuntime, InternalError) as error:
+    except UNUSABLE as error:
         what = " ".join(error.what.split()).replace(str(place), place.name)
         return Fidelity(Parts({}), default.name, 0, f"it cannot be used ({what})")
 

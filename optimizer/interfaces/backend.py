@@ -158,6 +158,19 @@ class Backend(abc.ABC):
         return False
 
     @property
+    def arithmetic(self) -> str:
+        """The type in which an engine computes on this machine what its graph says in float32: `f32`, `bf16`."""
+        return "f32"
+
+    @property
+    def arithmetics(self) -> tuple[Self, ...]:
+        """The target in each arithmetic that a preset which rounds may choose; itself alone if its options say which.
+
+        What loaders get without options comes first: it is chosen where it keeps the budget. The last is `self`.
+        """
+        return (self,)
+
+    @property
     def required_passes(self) -> tuple[RequiredPass, ...]:
         """Passes that engines need because of its options; `emit` calls `with_required_passes`."""
         return ()

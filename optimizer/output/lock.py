@@ -72,6 +72,8 @@ class Selection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     target: str
+    opened_as: str | None = None
+    """The target in the arithmetic that was chosen, where the request left it open."""
     pipelines: dict[str, str]
     """The passes of the optimized engine, by component."""
     rolled_back: list[LockedPass]

@@ -200,6 +200,9 @@ class TargetRecord(Record):
     """One engine."""
 
     target: str
+    """The target as text, in the arithmetic that was chosen."""
+    arithmetic: str = "f32"
+    """The type in which it computes float32 on the machine of the build."""
     shipped: Literal["optimized", "plain"]
     why: str
     pipelines: dict[str, str]

@@ -80,6 +80,10 @@ class Fake(Backend):
         return cls.gone
 
 
+class Finer(Fake):
+    """The same target in another arithmetic."""
+
+
 def graph(kind: str = "float") -> ir.Model:
     return ir.from_onnx_text(
         f"""<ir_version: 10, opset_import: ["" : 23]> g ({kind}[rows,4] x) => ({kind}[rows,4] y) {{ y = Relu (x) }}"""
@@ -95,12 +99,20 @@ PROGRAM = Program(
 )
 
 
-def emitted(*passes: PassReport, tried: str = "", worst: float = 0.0, model: Callable[[], ir.Model] = graph) -> Emitted:
+def emitted(
+    *passes: PassReport,
+    tried: str = "",
+    worst: float = 0.0,
+    model: Callable[[], ir.Model] = graph,
+    target: Backend | None = None,
+) -> Emitted:
     """A candidate whose components all have these reports; ``worst`` is the error of its outputs, 0.1 is allowed."""
     parts = {name: Transformed("", Outcome(model(), list(passes)), {}, False, ()) for name in PROGRAM.components}
     budget = Budget((Clause("max_abs", "<=", 0.1),))
     fidelity = Fidelity(Parts({"encoder": Comparison({"y": {"max_abs": worst}})}), "fake", 0)
-    return Emitted(Candidate(tried, parts), Path(tried or "main"), Verdict(Parts({"encoder": budget}), fidelity))
+    return Emitted(
+        Candidate(tried, parts), target or Fake(), Path(tried or "main"), Verdict(Parts({"encoder": budget}), fidelity)
+    )
 
 
 CHANGED = PassReport("eliminate-identities", "eliminate-identities", modified=True)
@@ -166,9 +178,9 @@ def test_what_the_target_cannot_run_here_is_shipped_as_it_was_checked(monkeypatc
 
 def test_each_component_comes_from_the_candidate_that_is_fastest_there() -> None:
     main, other = emitted(CHANGED), emitted(CHANGED, MORE, tried="other")
-    ranking = rank(PROGRAM, [main, other], [speeds_of(1.5, 1.2), speeds_of(1.2, 1.5)])
+    ranking = rank(PROGRAM, Fake(), [main, other], [speeds_of(1.5, 1.2), speeds_of(1.2, 1.5)])
     assert ranking.winners == {"encoder": main, "decoder": other}
-    only = rank(PROGRAM, [main, other], [speeds_of(1.5, 0.9), speeds_of(1.2, 0.8)])
+    only = rank(PROGRAM, Fake(), [main, other], [speeds_of(1.5, 0.9), speeds_of(1.2, 0.8)])
     assert only.winners == {"encoder": main}
     selection = timed_selection(Fake(), main.candidate, only, [main, other], {"other": speeds_of(1.2, 0.8)})
     assert selection.why == "faster than the plain lowering; left plain: decoder"
@@ -181,15 +193,22 @@ def test_components_with_other_inputs_come_from_one_candidate() -> None:
     """A decoder whose cache is stored in another type needs the encoder that was made with it."""
     main = emitted(CHANGED)
     other = emitted(CHANGED, MORE, tried="other", model=lambda: graph("float16"))
-    ranking = rank(PROGRAM, [main, other], [speeds_of(1.5, 1.2), speeds_of(1.1, 2.0)])
+    ranking = rank(PROGRAM, Fake(), [main, other], [speeds_of(1.5, 1.2), speeds_of(1.1, 2.0)])
     assert all(winner is other for winner in ranking.winners.values())
     assert list(ranking.winners) == list(PROGRAM.components)
-    assert rank(PROGRAM, [other], [speeds_of(1.5, 0.5)]).winners == {}
+    assert rank(PROGRAM, Fake(), [other], [speeds_of(1.5, 0.5)]).winners == {}
+
+
+def test_components_of_another_arithmetic_come_from_one_candidate() -> None:
+    """An engine folder is opened in one arithmetic: no component can be that of the plain engine then."""
+    main = emitted(CHANGED, target=Finer())
+    assert rank(PROGRAM, Fake(), [main], [speeds_of(1.5, 0.9)]).winners == {"encoder": main, "decoder": main}
+    assert rank(PROGRAM, Finer(), [main], [speeds_of(1.5, 0.9)]).winners == {"encoder": main}
 
 
 def test_an_engine_that_no_pass_changed_is_plain_whatever_the_clock_says() -> None:
     main = emitted(replace(CHANGED, modified=False))
-    ranking = rank(PROGRAM, [main], [speeds_of(1.5, 1.5)])
+    ranking = rank(PROGRAM, Fake(), [main], [speeds_of(1.5, 1.5)])
     selection = without_changes(timed_selection(Fake(), main.candidate, ranking, [main], {}))
     assert (selection.shipped, selection.why) == ("plain", "no pass changed anything")
 
