@@ -6,6 +6,7 @@ PyTorch and transformers are imported here and in `inference/`, inside functions
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,11 @@ from planish.optimizer.ir.program import Program, leading_axis
 
 if TYPE_CHECKING:
     from planish.optimizer.lowering.original.original import Original
+
+
+_ALONE = threading.RLock()
+"""One thread lowers at a time: a second one finds transformers half imported, and torch.export replaces functions of
+PyTorch while it runs."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,14 @@ def lower(
     if not isinstance(source, str | Path) and task is not None:
         raise UsageError("a module serves no named task", where=f"task {task!r}", advice="leave it out")
     if not isinstance(source, str | Path):
-        return _lower_module(source, sample_inputs, dynamic_axes or {})
+        with _ALONE:
+            return _lower_module(source, sample_inputs, dynamic_axes or {})
     path = Path(source)
-    if path.suffix.lower() == ".onnx" or path.is_file():
-        return _lower_file(path, task)
     kind: Literal["here", "background", "offload"] = "offload" if offload else "background" if background else "here"
-    return _lower_folder(path, task, adapter, kind, last_logits=last_logits)
+    with _ALONE:
+        if path.suffix.lower() == ".onnx" or path.is_file():
+            return _lower_file(path, task)
+        return _lower_folder(path, task, adapter, kind, last_logits=last_logits)
 
 
 def _lower_folder(

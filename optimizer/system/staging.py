@@ -56,9 +56,7 @@ def staged_file(destination: Path) -> Iterator[Path]:
     """A path for a file and its `.data` companion; both move to ``destination`` if the block succeeds."""
     with _clear_errors(destination):
         destination = Path(os.path.abspath(destination))  # noqa: PTH100 - a link there is replaced, not what it leads to
-        if destination.is_dir():
-            what = "a link to a folder" if destination.is_symlink() else "a folder"
-            raise BadInput(f"this is {what}", where=destination, advice="name the file that shall be written")
+        refuse_as_file(destination)
         with _staged(destination, _commit) as claim:
             yield claim.folder / destination.name
             _settle(claim.folder)
@@ -66,6 +64,18 @@ def staged_file(destination: Path) -> Iterator[Path]:
                 interrupts.moving(claim.folder / destination.name, destination)
                 (claim.folder / COMMITTED).touch()
                 _commit(claim, destination)
+
+
+def refuse_as_file(destination: Path) -> None:
+    """Raise BadInput if a folder, a device, a pipe or a socket has the name of a file that shall be written."""
+    try:
+        mode = destination.stat().st_mode
+    except OSError:  # nothing is there; or a link that leads nowhere, which is replaced
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+        what = f"a link to {kind}" if destination.is_symlink() else kind
+        raise BadInput(f"this is {what}", where=destination, advice="name the file that shall be written")
 
 
 def demand_apart(out: Path, read: Mapping[str, Path | None], written: Mapping[str, Path | None]) -> None:

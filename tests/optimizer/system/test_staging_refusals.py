@@ -91,6 +91,17 @@ def test_a_link_to_a_folder_is_called_a_link(tmp_path: Path) -> None:
         build(tmp_path / "file")
 
 
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """As the administrator, `--json /dev/stdout` would replace it for every process of the machine."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name, what in {"pipe": "this is a device, pipe or socket", "link": "this is a link to a device"}.items():
+        with pytest.raises(BadInput, match=what), staged_file(tmp_path / name) as path:
+            path.touch()
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+
+
 def _as_nobody(work: Callable[[], None]) -> str:
     """What ``work`` raises for a user who is not the administrator; skipped where we cannot become one."""
     if os.geteuid() != 0:
