@@ -48,7 +48,7 @@ from planish.optimizer.ir.kv_cache import PAST
 from planish.optimizer.ir.program import Arrays, Role, Signature
 from planish.optimizer.output.manifest import Manifest
 from planish.optimizer.runtime.worker import EngineRef, Worker
-from planish.optimizer.timing.interleaved import CONFIDENCE, Timing, time_interleaved
+from planish.optimizer.timing.interleaved import OPENINGS, Timing, time_interleaved
 
 _SHAPES = ((1, 16), (1, 128), (8, 128))
 """Texts and tokens; behind a cache, texts and tokens in the cache."""
@@ -252,6 +252,8 @@ class Cell:
     """One model, shape and runtime: turns of every engine in each opening, in milliseconds, and what refused."""
 
     turns: Mapping[str, Sequence[Sequence[float]]]
+    over: Mapping[str, Timing]
+    """Our timing relative to each engine."""
     refused: Mapping[str, str]
     products: float
     """Share of the time of our engine that the runtime spends in matrix products, from its own profile."""
@@ -266,21 +268,8 @@ class Cell:
         return statistics.median(itertools.chain(*self.turns[label]))
 
     def over_best(self) -> Timing:
-        """How many times as fast as the best peer, with an interval that is as wide as openings differ.
-
-        Turns of one opening share the luck of where weights lie, so openings are drawn, and turns within each: a
-        bootstrap in two stages (Davison and Hinkley 1997, section 3.8), of the median.
-        """
-        base, own = self.turns[self.best()], self.turns[_OURS]
-        ratios = [np.asarray(theirs) / np.asarray(mine) for theirs, mine in zip(base, own, strict=True)]
-        draw = np.random.default_rng(0)
-        medians = [
-            np.median(np.concatenate([draw.choice(ratios[at], len(ratios[at])) for at in chosen]))
-            for chosen in draw.integers(len(ratios), size=(_DRAWS, len(ratios)))
-        ]
-        low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        every = np.concatenate(ratios)
-        return Timing(self.median(_OURS), float(np.median(every)), float(low), float(high), len(every))
+        """How many times as fast as the best peer."""
+        return self.over[self.best()]
 
 
 @cache
@@ -317,20 +306,12 @@ def measure(model: Model, part: str, shape: tuple[int, int], target: str, second
     engines = [
         EngineRef(_opened(target, model, texts) if label == _OURS else target, path) for label, path in racing.items()
     ]
-    turns = _alternate(engines, [_as_taken(case, path, model) for path in racing.values()], seconds, openings)
+    settle_memory()
+    cases = [_as_taken(case, path, model) for path in racing.values()]
+    race = time_interleaved(engines, cases, seconds=seconds, openings=openings)
+    over = {label: race.timings(number)[0] for number, label in enumerate(racing)}  # ours is the first
     share = _share_of_products(target, racing[_OURS], case)
-    return Cell(dict(zip(racing, turns, strict=True)), refused, share)
-
-
-def _alternate(
-    engines: Sequence[EngineRef], cases: Sequence[Arrays], seconds: float, openings: int
-) -> list[list[list[float]]]:
-    """Turns of every engine in each opening: where weights lie in memory is luck of one."""
-    found = []
-    for _ in range(openings):
-        settle_memory()
-        found.append(time_interleaved(engines, cases, seconds=seconds / openings))
-    return [list(own) for own in zip(*found, strict=True)]
+    return Cell(dict(zip(racing, race.turns, strict=True)), over, refused, share)
 
 
 def _opened(target: str, model: Model, texts: int) -> str:
@@ -413,8 +394,8 @@ def _openvino_profile(target: str, path: Path, case: Arrays) -> dict[str, float]
 @click.option(
     "--cell", "wanted", multiple=True, help="Only cells whose name holds this, as `decode, 8 x 128`; keep others."
 )
-@click.option("--seconds", default=10.0, show_default=True, help="Of turns, for one model, shape and runtime.")
-@click.option("--openings", default=3, show_default=True, help="Times that all engines are opened anew in that time.")
+@click.option("--seconds", default=60.0, show_default=True, help="For one model, shape and runtime.")
+@click.option("--openings", default=OPENINGS, show_default=True, help="Times that all engines are opened anew.")
 @click.option("--keep", is_flag=True, help="Measure the engines that were built before.")
 def main(names: tuple[str, ...], wanted: tuple[str, ...], seconds: float, openings: int, keep: bool) -> None:
     """Time our engines beside the peers', and say how far the best of them is."""

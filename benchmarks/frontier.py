@@ -19,7 +19,7 @@ from planish.optimizer.fidelity.inputs import sized_case
 from planish.optimizer.output.lock import LOCK, Lock
 from planish.optimizer.output.manifest import Manifest
 from planish.optimizer.runtime.worker import EngineRef
-from planish.optimizer.timing.interleaved import time_interleaved, timing
+from planish.optimizer.timing.interleaved import time_interleaved
 
 BUDGETS = (0.9999, 0.9995, 0.9993, 0.999, 0.99)
 BASE = "optimum export"
@@ -84,13 +84,13 @@ def main(seconds: float, keep: bool) -> None:
     signature = Manifest.read(built(BUDGETS[0])).signatures["model"].signature()
     case, _ = sized_case(signature, {"batch": 1, "sequence": 128})
     settle_memory()
-    turns = time_interleaved([EngineRef(*one) for one in racing.values()], [case] * len(racing), seconds=seconds)
+    race = time_interleaved([EngineRef(*one) for one in racing.values()], [case] * len(racing), seconds=seconds)
     batches = inputs("minilm", 160)
     expected = original("minilm", batches)
     figures: dict[str, dict[str, float]] = {}
     rows = []
-    for (label, (target, path)), own in zip(racing.items(), turns, strict=True):
-        found, close = timing(turns[0], own), figures_of(engine_outputs(target, path, batches), expected, batches)
+    for (label, (target, path)), found in zip(racing.items(), race.timings(), strict=True):
+        close = figures_of(engine_outputs(target, path, batches), expected, batches)
         figures[label] = {
             "speedup": found.speedup,
             "low": found.low,

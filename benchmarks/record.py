@@ -42,6 +42,21 @@ def record(
     print_table(what, columns, rows)
 
 
+_FAMILIES = {
+    "amx_int8": "amx",
+    "avx512_bf16": "avx512-bf16",
+    "avx512_vnni": "avx512-vnni",
+    "avx512f": "avx512",
+    "avx2": "avx2",
+}
+
+
+def family() -> str:
+    """The instruction set that decides which kernels run here, for names of results that differ by it."""
+    flags = instruction_set().split()
+    return next((name for flag, name in _FAMILIES.items() if flag in flags), platform.machine())
+
+
 def canvas(width: float, height: float) -> tuple[Any, Any]:
     """An empty figure and its axes, whose file will have the same bytes each time (`metadata={"Date": None}`)."""
     import matplotlib as mpl

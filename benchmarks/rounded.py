@@ -27,7 +27,7 @@ from planish.optimizer.output.lock import LOCK, Lock
 from planish.optimizer.output.manifest import Manifest
 from planish.optimizer.runtime.generation import DECODER, ENCODER, FIRST, NEXT, Decoding
 from planish.optimizer.runtime.worker import EngineRef
-from planish.optimizer.timing.interleaved import time_interleaved, timing
+from planish.optimizer.timing.interleaved import time_interleaved
 from tests.train import MODELS as TRAINED
 from tests.train import docstrings, pairs
 
@@ -87,9 +87,9 @@ def speeds(seconds: float) -> dict[str, dict[str, float]]:
             path = backend.path_of(NEXT, shaped(preset) / backend.name)
             racing[f"planish {preset} on {backend.name}"] = EngineRef(target, path)
         settle_memory()
-        turns = time_interleaved(list(racing.values()), [case] * len(racing), seconds=seconds)
-        for label, own in zip(racing, turns, strict=True):
-            figures[f"{label}, 1 x {tokens}"] = timing(turns[0], own).__dict__
+        race = time_interleaved(list(racing.values()), [case] * len(racing), seconds=seconds)
+        for label, own in zip(racing, race.timings(), strict=True):
+            figures[f"{label}, 1 x {tokens}"] = own.__dict__
     return figures
 
 

@@ -32,6 +32,8 @@ NNCF_PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0")
 KEEP = {"minilm": ("cosine>=0.998",), "bert-base": ("cosine>=0.999",)}
 """What our engines in few bits must keep of each token's hidden state."""
 PRESETS = ("exact", "fast", "small")
+_NO_DATA = "fast, no data"
+"""The preset `fast` without calibration."""
 TARGETS = ("onnxruntime{threads=2}", "openvino{threads=2}")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -238,20 +240,20 @@ def ours(name: str, preset: str) -> Path:
     folder = PLACE / "ours" / f"{name}-{preset}"
     if not folder.exists():
         print(f"building {name}, {preset}", file=sys.stderr)
-        rounded: dict[str, Any] = {} if preset == "exact" else {"keep": KEEP[name], "calibration": calibration(name)}
-        optimize(CHECKPOINTS[name](), folder, targets=TARGETS, preset=preset, **rounded)
+        asked: dict[str, Any] = {} if preset == "exact" else {"keep": KEEP[name]}
+        data = None if preset in ("exact", _NO_DATA) else calibration(name)
+        preset = preset.partition(",")[0]
+        optimize(CHECKPOINTS[name](), folder, targets=TARGETS, preset=preset, calibration=data, **asked)
     return folder
 
 
 def our_engines(name: str) -> dict[str, tuple[str, Path]]:
     """Label -> target and folder of our engines of all presets; where nothing was won, the label says `(plain)`."""
     found: dict[str, tuple[str, Path]] = {}
-    for preset in PRESETS:
+    for preset in (*PRESETS, _NO_DATA):
         folder = ours(name, preset)
-        records = Manifest.read(folder).targets
-        for target in TARGETS:
-            short = target.partition("{")[0]
-            found[label_of(preset, short, records[short].shipped)] = (target, folder / short)
+        for short, built in Manifest.read(folder).targets.items():
+            found[label_of(preset, short, built.shipped)] = (built.target, folder / short)
     return found
 
 
@@ -263,5 +265,5 @@ def label_of(preset: str, target: str, shipped: str) -> str:
 def forget_ours() -> None:
     """Remove our engines, so that what is measured is what the tree builds now."""
     for name in CHECKPOINTS:
-        for preset in PRESETS:
+        for preset in (*PRESETS, _NO_DATA):
             shutil.rmtree(PLACE / "ours" / f"{name}-{preset}", ignore_errors=True)

@@ -172,6 +172,15 @@ def planish() -> Planish:
     return run
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _short_races() -> Iterator[None]:
+    """Races of few openings and rounds: few tests are about how narrow an interval is, and those have given turns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("planish.optimizer.timing.interleaved.OPENINGS", 3)
+        patch.setattr("planish.optimizer.timing.interleaved._ROUNDS", 2)
+        yield
+
+
 @pytest.fixture
 def command() -> Planish:
     """The command line in this process: quicker, where nothing depends on a process of its own."""

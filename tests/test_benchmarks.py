@@ -10,6 +10,7 @@ import pytest
 from benchmarks import exact, speed, subjects
 from planish.optimizer.ir.program import Role, Signature, TensorSpec
 from planish.optimizer.output.manifest import Manifest
+from planish.optimizer.timing.interleaved import Timing
 
 
 class Kept:
@@ -54,10 +55,8 @@ def test_batches_are_padded_to_mixed_lengths_on_the_side_that_a_decoder_wants() 
     assert written["past_key_values.0.key"].shape == (3, 2, 8, 4)
 
 
-def test_an_interval_is_as_wide_as_openings_differ() -> None:
-    ours = [[10.0] * 9, [10.0] * 9, [10.0] * 9]
-    theirs = [[9.0] * 9, [10.0] * 9, [12.0] * 9]  # each opening by itself is certain
-    found = exact.Cell({"planish exact": ours, "peer": theirs}, {}, 1.0).over_best()
-    assert (found.speedup, found.low, found.high) == pytest.approx((1.0, 0.9, 1.2))
-    alike = exact.Cell({"planish exact": ours, "peer": theirs[:1] * 3}, {}, 1.0).over_best()
-    assert (alike.speedup, alike.low, alike.high) == pytest.approx((0.9, 0.9, 0.9))
+def test_the_best_peer_is_the_fastest_that_is_as_exact() -> None:
+    turns = {"planish exact": [[10.0]], "peer": [[9.0]], "slow": [[12.0]]}
+    over = {label: Timing(10.0, ratio, ratio, ratio, 1) for label, ratio in {"peer": 0.9, "slow": 1.2}.items()}
+    cell = exact.Cell(turns, over, {}, 1.0)
+    assert (cell.best(), cell.over_best().speedup) == ("peer", 0.9)

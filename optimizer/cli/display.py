@@ -143,7 +143,8 @@ def print_result(manifest: Manifest, choices: Mapping[str, Selection], latencies
             rows.append(("", what, "", fidelity_text(opened.comparison), *[""] * 3))
         rows += [("", f"rolled back {undone.text}: {undone.reason}", *[""] * 5) for undone in record.rolled_back]
         for trial in choices[name].tried:
-            what = f"tried {trial.passes}: {'kept' if trial.kept else 'not kept'}, {trial.why}"
+            verdict = f"tried {trial.passes}: {'kept' if trial.kept else 'not kept'}, {trial.why}"
+            what = verdict if trial.raced else f"not tried {trial.passes}: {trial.why}"
             rows.append(("", what, *[""] * 3, _speeds(trial.measured), ""))
     columns = ("target", "shipped", "size", "fidelity", "budget", "speed-up over plain", "median ms")
     print_table(f"{manifest.source.architecture}, {manifest.task}", columns, rows)

@@ -86,36 +86,19 @@ def command(
     out: Path,
     shapes: tuple[str, ...],
     fix: str | None,
-    depfile: Path | None,
-    lock: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Compile SOURCE (a checkpoint folder or an .onnx file) to engines, check their accuracy, and time them."""
     from planish.optimizer.cli.display import print_result, progress_bar
     from planish.optimizer.driver.optimize import optimize
-    from planish.optimizer.output.depfile import escaped, write_depfile
     from planish.optimizer.output.lock import LOCK, Lock
-    from planish.optimizer.system.staging import MANIFEST, demand_apart, demand_not_read
 
-    demand_apart(out, {}, {"--depfile": depfile})
-    read = {f"--{name}": options[name] for name in ("calibration", "profile")} | {"SOURCE": source, "--lock": lock}
-    demand_not_read(read, {"--depfile": depfile})
-    locked = lock is not None and lock.is_file()
-    for name in (source, out, lock, options["calibration"], options["profile"]) if depfile is not None else ():
-        escaped(name or Path())  # a path that make cannot express is refused before the build, not after it
-    options |= {"shapes": parse_shapes(shapes), "fix": parse_fixed(fix), "lock": lock}
+    options |= {"shapes": parse_shapes(shapes), "fix": parse_fixed(fix)}
     with progress_bar(quiet=as_json) as progress:
         result = optimize(source, out, progress=progress, **options)
     for note in result.notes:
         click.echo(f"planish: note: {note}", err=True)
-    if depfile is not None:
-        # Files that this build wrote itself must not be newer than its output, or make would build again.
-        written = [lock] if lock is not None and not locked else []
-        written += [path for path in (options["profile"],) if path and path.is_file()]
-        inputs = _inputs(source, [*result.manifest.source.files], options)
-        demand_not_read({str(path): path for path in inputs}, {"--depfile": depfile})
-        write_depfile(depfile, out / MANIFEST, [*inputs, *([lock] if lock else [])], written)
     if as_json:
         print_json(
             {
@@ -128,16 +111,3 @@ def command(
     latencies = {name: target["latency_ms"] for name, target in result.measurements["targets"].items()}
     print_result(result.manifest, Lock.read(out / LOCK).targets, latencies)
     click.echo(f"report: {out / 'report.html'}")
-
-
-def _inputs(source: Path, names: list[str], options: Mapping[str, Any]) -> list[Path]:
-    """The files that a build has read, of which ``names`` lie in the source's folder or in the adapter's."""
-    from planish.optimizer.fidelity.user_metric import Evaluation
-    from planish.optimizer.lowering.checkpoint.adapter import FILES
-
-    folder, adapter = source if source.is_dir() else source.parent, options["adapter"]
-    read = [adapter / name if adapter is not None and name in FILES else folder / name for name in names]
-    read += [options[name] for name in ("calibration", "profile") if options[name] is not None]
-    metric_command = Evaluation.parse(options["evaluate"]).words if options["evaluate"] else ()
-    read += [Path(word) for word in metric_command]
-    return [path for path in read if path.is_file()]

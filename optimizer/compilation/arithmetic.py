@@ -36,7 +36,7 @@ def locked_target(locked: Selection) -> Backend:
     target = registry.backend(locked.target)
     opened = registry.backend(locked.opened_as or locked.target)
     if opened.name != target.name:
-        raise BadInput(f"an engine for {target.name} cannot be opened as {opened}", where="opened_as of the lock")
+        raise BadInput(f"an engine for {target.name} cannot be opened as {opened}")
     return opened
 
 

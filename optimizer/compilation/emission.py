@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import functools
 import shutil
 from collections.abc import Mapping
@@ -33,6 +34,12 @@ def replace_folder(source: Path, place: Path) -> None:
     """Replace the folder ``place`` by a copy of ``source``."""
     shutil.rmtree(place)
     shutil.copytree(source, place)
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """True if two folders hold the same files, byte for byte."""
+    names = [{path.relative_to(place) for path in place.rglob("*") if path.is_file()} for place in (one, other)]
+    return names[0] == names[1] and all(filecmp.cmp(one / name, other / name, shallow=False) for name in names[0])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from planish.optimizer.compilation.candidates import (
     make_candidates,
     products_of,
 )
-from planish.optimizer.compilation.emission import PlainEngine, emit, replace_folder
+from planish.optimizer.compilation.emission import PlainEngine, emit, replace_folder, same_files
 from planish.optimizer.compilation.job import Checks, Job
 from planish.optimizer.compilation.progress import count_stages
 from planish.optimizer.compilation.selection import Timed
@@ -90,6 +90,9 @@ def build_engine(job: Job, target: Backend, transformer: Transformer, locked: Se
         chosen = chosen.model_copy(update={"products": products})
     if not optimized:
         rewritten = replace(rewritten, shipped=summed(map(operators_of, job.program.components.values())))
+    if locked is None and job.request.preset is not None and not job.data and job.may_time(target):
+        missed = selection.untried(target, job.request.preset, job.request.pipelines[target.name])
+        chosen = chosen.model_copy(update={"tried": [*chosen.tried, *missed]})
     opened_as = None if engine.target == target else str(engine.target)
     chosen = chosen.model_copy(update={"target": str(target), "opened_as": opened_as})
     rolled_back = [note for emitted in candidates for part in emitted.candidate.parts.values() for note in part.notes]
@@ -153,7 +156,8 @@ def _select(job: Job, plain: PlainEngine, candidates: Sequence[Emitted], locked:
     if not reports or any(report.modified for report in reports):
         return selected
     note = f"no pass changed anything for {plain.target.name}: planish explain OUT tells why of each"
-    return replace(selected, selection=selection.without_changes(selected.selection), notes=(note,))
+    unchanged = selection.without_changes(selected.selection)
+    return replace(selected, selection=unchanged, notes=(note, *selected.notes))
 
 
 def _select_anew(job: Job, plain: PlainEngine, candidates: Sequence[Emitted]) -> Selected:
@@ -165,8 +169,12 @@ def _select_anew(job: Job, plain: PlainEngine, candidates: Sequence[Emitted]) ->
     if untimed is not None:
         return Selected(main, untimed, {})
     with job.stages.stage(f"{target.name}: measurement"):
+        eligible = [emitted for emitted in eligible if not same_files(plain.place, emitted.place)]
         folders = [(plain.target, plain.place), *((emitted.target, emitted.place) for emitted in eligible)]
-        plain_timings, *timings = _time(job, folders)
+        plain_timings, *timings = _time(job, folders) if eligible else [{}]
+    if not eligible:
+        why = "the same files as the plain lowering"
+        return Selected(main, selection.untimed_selection(target, main.candidate, "plain", why), {})
     ranking = selection.rank(job.program, plain.target, eligible, timings)
     engine = _join(job, plain, ranking.winners) if ranking.winners else eligible[0]
     violations = engine.verdict.violations
@@ -175,7 +183,8 @@ def _select_anew(job: Job, plain: PlainEngine, candidates: Sequence[Emitted]) ->
         return Selected(engine, selection.untimed_selection(target, engine.candidate, "plain", why), {})
     tried = {emitted.tried: timed for emitted, timed in zip(eligible, timings, strict=True)}
     chosen = selection.timed_selection(target, engine.candidate, ranking, candidates, tried)
-    return Selected(engine, chosen, selection.side_by_side(plain_timings, ranking.timed))
+    timed = selection.side_by_side(plain_timings, ranking.timed)
+    return Selected(engine, chosen, timed, tuple(selection.disturbances(target, timed)))
 
 
 def _time(job: Job, folders: Sequence[tuple[Backend, Path]]) -> list[Timed]:

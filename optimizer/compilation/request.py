@@ -122,18 +122,17 @@ def request_of(options: BuildOptions, *, calibrated: bool) -> Request:
     other or would do nothing.
     """
     preset, pipeline, shapes = options.preset, options.pipeline, options.shapes
-    targets, keep = _several(options.targets), _several(options.keep)
-    _refuse_idle(options, keep, calibrated=calibrated)
+    _refuse_idle(options, calibrated=calibrated)
     if preset is not None and pipeline is not None:
         raise UsageError("a preset and a pipeline exclude each other", advice="give one of them")
     if options.profile is not None and pipeline is not None:
         raise UsageError("a profile chooses for presets, not for a pipeline", advice="write the options into the text")
-    backends = tuple(registry.backend(text) for text in targets)
+    backends = tuple(registry.backend(text) for text in options.targets)
     names = [backend.name for backend in backends]
     if not names or len(set(names)) != len(names):
         raise UsageError(f"each target must be given once, got {names}", advice="build two folders for two variants")
     preset = "exact" if pipeline is None and preset is None else preset
-    budget = Budget.parse(keep) if keep else presets.budget(preset)
+    budget = Budget.parse(options.keep) if options.keep else presets.budget(preset)
     evaluation = None if options.evaluate is None else Evaluation.parse(options.evaluate)
     _refuse_unmeasured(budget, options)
     first = [option_text.format_spec(presets.SPECIALIZE, options.fix)] if options.fix else []
@@ -162,14 +161,9 @@ def _refuse_unmeasured(budget: Budget, options: BuildOptions) -> None:
         raise UsageError("perplexity needs the scores behind every token", where="--logits last", advice="keep kl<=X")
 
 
-def _several(texts: Sequence[str]) -> Sequence[str]:
-    """The texts; a single one, which is a sequence of letters, as one."""
-    return (texts,) if isinstance(texts, str) else texts
-
-
-def _refuse_idle(options: BuildOptions, keep: Sequence[str], *, calibrated: bool) -> None:
+def _refuse_idle(options: BuildOptions, *, calibrated: bool) -> None:
     """UsageError for options that would do nothing beside ``options.reference``."""
-    reference = options.reference
+    reference, keep = options.reference, options.keep
     where, advice = f"--reference {reference}", "leave one of the two out"
     if reference == "none" and keep:
         raise UsageError("nothing is compared, so no budget can be kept", where=f"--keep {keep[0]}", advice=advice)

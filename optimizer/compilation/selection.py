@@ -14,9 +14,12 @@ from planish.optimizer.compilation.candidates import Candidate, Emitted
 from planish.optimizer.compilation.job import Checks
 from planish.optimizer.compilation.verdicts import NOT_CHECKED, OFFLOADED
 from planish.optimizer.interfaces.backend import Backend
+from planish.optimizer.interfaces.recipe import When
 from planish.optimizer.ir.graph import io_signature
 from planish.optimizer.ir.program import Program
 from planish.optimizer.output.lock import LockedPass, Selection, Speed, Trial
+from planish.optimizer.pipeline.pipeline import Pipeline
+from planish.optimizer.pipeline.presets import recipes
 from planish.optimizer.system.machine import instruction_set
 from planish.optimizer.timing.interleaved import Timing
 
@@ -80,7 +83,8 @@ def rank(program: Program, target: Backend, candidates: Sequence[Emitted], timin
         signature == plain and emitted.target == target
         for signature, emitted in zip(signatures, candidates, strict=True)
     ]
-    fastest_index = fastest_of_each(timings, apart=all(alike))
+    errors = [emitted.verdict.error for emitted in candidates]
+    fastest_index = fastest_of_each(timings, errors, apart=all(alike))
     timed = {name: timings[index][name] for name, index in fastest_index.items()}
     apart = all(alike[index] for index in fastest_index.values())
     won = faster(timed, apart=apart)
@@ -111,6 +115,23 @@ def timed_selection(
     return selection.model_copy(update={"measured": speeds(ranking.timed), "tried": trials})
 
 
+def untried(target: Backend, preset: str, main: Pipeline) -> list[Trial]:
+    """The recipes of a preset that only calibration data let into the race, and the reason for each."""
+    known = {str(step) for step in main.passes}
+    found = [
+        recipe for when in (When.CALIBRATED, When.MAIN_CALIBRATED) for recipe in recipes(preset, target.name, when)
+    ]
+    return [
+        Trial(
+            passes=",".join(step for step in recipe.passes if step not in known),
+            kept=False,
+            raced=False,
+            why=f"it needs --calibration: {recipe.why}",
+        )
+        for recipe in found
+    ]
+
+
 def untimed_selection(
     target: Backend, candidate: Candidate, shipped: Literal["optimized", "plain"], why: str
 ) -> Selection:
@@ -139,19 +160,22 @@ def without_changes(selection: Selection) -> Selection:
     return selection.model_copy(update={"shipped": "plain", "why": why})
 
 
-def fastest(engines: Sequence[Mapping[str, Timing]]) -> int:
-    """The first, unless another is faster with its whole interval, over all shapes together."""
-    best = 0
-    for index, timings in enumerate(engines):
-        best = index if _low(timings) > math.prod(timing.speedup for timing in engines[best].values()) else best
-    return best
+def fastest(engines: Sequence[Mapping[str, Timing]], errors: Sequence[float]) -> int:
+    """The most faithful of the engines whose intervals, over all shapes together, overlap with that of the fastest.
+
+    Those that are surely faster than the plain lowering come before others; of equal ones, the first.
+    """
+    sure = [index for index, timings in enumerate(engines) if is_faster(timings)] or list(range(len(engines)))
+    best = max(sure, key=lambda index: _speedup(engines[index]))
+    alike = [index for index in sure if _high(engines[index]) >= _low(engines[best])]
+    return min(alike, key=lambda index: errors[index])
 
 
-def fastest_of_each(engines: Sequence[Timed], *, apart: bool) -> dict[str, int]:
+def fastest_of_each(engines: Sequence[Timed], errors: Sequence[float], *, apart: bool) -> dict[str, int]:
     """Component -> the engine to take it from; unless they may be taken ``apart``, all are of one."""
     if apart:
-        return {name: fastest([own[name] for own in engines]) for name in engines[0]}
-    return dict.fromkeys(engines[0], fastest([_labelled(own) for own in engines]))
+        return {name: fastest([own[name] for own in engines], errors) for name in engines[0]}
+    return dict.fromkeys(engines[0], fastest([_labelled(own) for own in engines], errors))
 
 
 def faster(timed: Timed, *, apart: bool) -> list[str]:
@@ -166,13 +190,24 @@ def is_faster(timings: Mapping[str, Timing]) -> bool:
     return _low(timings) > 1
 
 
+def _speedup(timings: Mapping[str, Timing]) -> float:
+    """The product of all speed-ups."""
+    return math.prod(timing.speedup for timing in timings.values())
+
+
 def _low(timings: Mapping[str, Timing]) -> float:
     """The lower end of the interval of the product of all speed-ups.
 
     Shapes are timed one after the other, so their errors are independent: the squares of their logarithms add up.
     """
     errors = [math.log(timing.speedup / timing.low) for timing in timings.values()]
-    return math.prod(timing.speedup for timing in timings.values()) / math.exp(math.hypot(*errors))
+    return _speedup(timings) / math.exp(math.hypot(*errors))
+
+
+def _high(timings: Mapping[str, Timing]) -> float:
+    """The upper end of that interval."""
+    errors = [math.log(timing.high / timing.speedup) for timing in timings.values()]
+    return _speedup(timings) * math.exp(math.hypot(*errors))
 
 
 def reason(components: Sequence[str], won: Sequence[str]) -> str:
@@ -204,6 +239,23 @@ def side_by_side(plain: Timed, optimized: Timed) -> dict[str, dict[str, Timing]]
     """Shape -> the timings of both."""
     other = _labelled(optimized)
     return {label: {"plain": timing, "optimized": other[label]} for label, timing in _labelled(plain).items()}
+
+
+_DISTURBED = 0.1
+"""Share of the processors that others use, and of turns that are outliers, from which a note tells of it."""
+
+
+def disturbances(target: Backend, timed: Mapping[str, Mapping[str, Timing]]) -> list[str]:
+    """Notes on what disturbed the timings of an engine."""
+    measured = [timing for timings in timed.values() for timing in timings.values()]
+    busy, outliers = (max(getattr(one, what) for one in measured) for what in ("busy", "outliers"))
+    notes = {
+        f"other processes used {busy:.0%} of the processors": busy,
+        f"{outliers:.0%} of the turns took half as long again as the median": outliers,
+    }
+    told = [text for text, share in notes.items() if share > _DISTURBED]
+    advice = "intervals are wider for it, and small gains are not found"
+    return [f"while {target.name} was timed, {' and '.join(told)}: {advice}"] if told else []
 
 
 def _labelled(timed: Timed) -> dict[str, Timing]:

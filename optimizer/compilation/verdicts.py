@@ -36,6 +36,13 @@ class Verdict:
         """One text for each condition of the budgets that does not hold."""
         return self.fidelity.violations(self.budgets)
 
+    @property
+    def error(self) -> float:
+        """How far the outputs are from the reference: one minus the worst cosine, else the worst relative error."""
+        comparison = self.fidelity.comparison()
+        cosine, relative = comparison.worst("cosine"), comparison.worst("max_rel")
+        return 1 - cosine if cosine is not None else relative or 0.0
+
 
 def judge(job: Job, plain: PlainEngine, target: Backend, place: Path, passes: Mapping[str, Sequence[Pass]]) -> Verdict:
     """Check the engine in ``place``, made by these passes for each component, on every reference input."""

@@ -7,6 +7,7 @@ into a lock, what was done into a manifest, what was timed into the measurements
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from planish.optimizer.compilation.request import Request, request_of
 from planish.optimizer.compilation.result import Result
 from planish.optimizer.compilation.transform import Transformer
 from planish.optimizer.compilation.write_output import write_output
+from planish.optimizer.driver.files import check_depfile, check_places, files_read, staged_if_given, written_beside
 from planish.optimizer.errors import BadInput, UsageError
 from planish.optimizer.interfaces import registry
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.lowering.checkpoint.checkpoint import sha256
-from planish.optimizer.output.lock import LOCK, Lock
+from planish.optimizer.output.depfile import write_depfile
+from planish.optimizer.output.lock import LOCK, Lock, located
 from planish.optimizer.output.sites import Expectation, refuse_absent
 from planish.optimizer.system import interrupts
 from planish.optimizer.system.garbage import collecting_seldom
@@ -35,7 +38,7 @@ from planish.optimizer.system.interrupts import holding_interrupts
 from planish.optimizer.system.links import file_in
 from planish.optimizer.system.machine import library_versions
 from planish.optimizer.system.scratch import scratch_folder, temporary
-from planish.optimizer.system.staging import demand_apart, staged_file, staged_folder
+from planish.optimizer.system.staging import MANIFEST, demand_apart, staged_folder
 
 
 def optimize(source: str | Path | Any, out: str | Path, options: BuildOptions | None = None, **fields: Any) -> Result:
@@ -47,19 +50,41 @@ def optimize(source: str | Path | Any, out: str | Path, options: BuildOptions | 
     Raises the errors of `errors.py`; whatever stood at ``out`` before stays whole unless everything succeeded.
     """
     options = replace(options or BuildOptions(), **fields)
+    check_places(source, Path(out), options)
+    built = written_beside(options)
+    # The depfile comes last, since it names the other files with their times, but its place is claimed first.
+    with staged_if_given(options.depfile) as depfile:
+        result = _build(source, Path(out), options)
+        if depfile is not None:
+            inputs = files_read(source, result.manifest.source.files, options)
+            inputs += [] if options.lock is None else [Path(options.lock)]
+            # Files that this build wrote itself must not be newer than its output, or make would build again.
+            write_depfile(depfile, Path(out) / MANIFEST, inputs, [path for path in built if path.is_file()])
+    for note in result.notes:
+        LOGGER.info(note)
+    return replace(result, folder=Path(out))
+
+
+def _build(source: str | Path | Any, out: Path, options: BuildOptions) -> Result:
+    """Build into ``out``, and copy the lock to its place if it was not there."""
     data = samples_of(options.calibration, options.samples)
     request, expected = _request(options, data), [Expectation.parse(text) for text in options.expect]
     checks, lock = Checks(options.reference), _read_lock(source, options, request, data)
     _refuse_absent(expected, request, checks, lock)
     libraries = library_versions(registry.libraries())  # a backend of others that does not import is told of now
     stages = Stages(options.progress, _count_stages(request, checks, lock))
-    demand_apart(Path(out), *_files_of(source, options))
-    with staged_folder(Path(out)) as folder, scratch_folder() as scratch, collecting_seldom() as settle:
+    with (
+        staged_if_given(options.lock if lock is None else None) as lock_copy,
+        staged_folder(out) as folder,
+        scratch_folder() as scratch,
+        collecting_seldom() as settle,
+    ):
         with stages.stage("lowering"):
             lowered = _lower(source, options, request)
             settle()
-        demand_apart(Path(out), lowered.files(), {})  # weights of an `.onnx` may lie in OUT though the graph does not
+        demand_apart(out, lowered.files(), {})  # weights of an `.onnx` may lie in OUT though the graph does not
         _check_lock(lock, options, lowered, data)
+        check_depfile(source, options, lowered)
         request.check_fits(lowered.program)
         inputs, references = ask_original(lowered, request, data, checks, stages)
         job = Job(
@@ -83,11 +108,9 @@ def optimize(source: str | Path | Any, out: str | Path, options: BuildOptions | 
         ]
         with stages.stage("report"):
             result = write_output(job, built)
-    if options.lock is not None and lock is None:
-        _copy_text(Path(out) / LOCK, Path(options.lock))
-    for note in result.notes:
-        LOGGER.info(note)
-    return replace(result, folder=Path(out))
+        if lock_copy is not None:
+            shutil.copyfile(folder / LOCK, lock_copy)
+    return result
 
 
 def _request(options: BuildOptions, data: Samples | None) -> Request:
@@ -106,8 +129,10 @@ def _read_lock(source: object, options: BuildOptions, request: Request, data: Sa
     path = Path(options.lock)
     lock = Lock.read(path)
     lock.check_request(path, request.described(), [*map(str, request.targets)])
-    for locked in lock.targets.values():
-        locked_target(locked)  # raises what is wrong with it
+    for name, locked in lock.targets.items():
+        with located(f"{path}, targets.{name}.opened_as"):
+            locked_target(locked)
+    lock.check_pipelines(path)
     if data is not None:
         lock.check_data(path, data.digest() if lock.calibration else "")
     if not isinstance(source, str | Path) or not Path(source).exists():
@@ -118,16 +143,18 @@ def _read_lock(source: object, options: BuildOptions, request: Request, data: Sa
     # The smallest first: a changed configuration is found before gigabytes of weights are read.
     for name in sorted(files, key=lambda name: sum(file.stat().st_size for file in files[name])):
         if not any(sha256(file) == lock.source[name] for file in files[name]):
-            lock.refuse_source(path)
+            lock.refuse_source(path, f"{name} {'has changed' if files[name] else 'is missing'}")
     return lock
 
 
 def _check_lock(lock: Lock | None, options: BuildOptions, lowered: Lowered, data: Samples | None) -> None:
-    """UsageError if the lock is of another source, or of engines that were calibrated on other data."""
+    """UsageError if the lock is of another source, or of engines that were calibrated on other data; BadInput if it has
+    pipelines for other components."""
     if lock is not None and options.lock is not None:
         path = Path(options.lock)
         lock.check_data(path, digest_of_data(lowered, data) if lock.calibration else "")
         lock.check_source(path, lowered.program.provenance.files)
+        lock.check_components(path, lowered.program.components)
 
 
 def _refuse_absent(expected: list[Expectation], request: Request, checks: Checks, lock: Lock | None) -> None:
@@ -136,29 +163,10 @@ def _refuse_absent(expected: list[Expectation], request: Request, checks: Checks
     refuse_absent(expected, {t.name: request.passes_for(t) if runs else () for t in request.targets})
 
 
-def _files_of(source: object, options: BuildOptions) -> tuple[dict[str, Path | None], dict[str, Path | None]]:
-    """Files and folders that are read, and files that are written beside the output, by what they are called."""
-    given = {
-        "source": source,
-        "--adapter": options.adapter,
-        "--calibration": options.calibration,
-        "--profile": options.profile,
-        "--lock": options.lock,
-    }
-    paths = {name: Path(value) if isinstance(value, str | Path) else None for name, value in given.items()}
-    written = {name: paths.pop(name) for name in ("--profile", "--lock")}
-    return paths, written
-
-
 def _count_stages(request: Request, checks: Checks, lock: Lock | None) -> int:
     """How many stages there will be."""
     each = count_stages(may_measure=lock is None and checks is Checks.FULL)
     return 2 + (checks is Checks.OFFLOAD) + each * len(request.targets)
-
-
-def _copy_text(source: Path, place: Path) -> None:
-    with staged_file(place) as path:
-        path.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def _lower(source: str | Path | Any, options: BuildOptions, request: Request) -> Lowered:

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
-from planish.optimizer.errors import UsageError
+from planish.optimizer.errors import UsageError, first_fault, in_one_line
 
 T = TypeVar("T")
 
@@ -113,6 +115,68 @@ def schema(cls: type[Any]) -> dict[str, Any]:
         for name, facts in _adapter(base).json_schema().get("properties", {}).items():
             found[name] = facts | found[name]
     return found
+
+
+def member_fault(cls: type[Any]) -> str | None:
+    """The first fault of what a pass or a backend must define beside its options: abstract methods, and the class
+    members that its base declares, each with a value of its type. None if there is no fault."""
+    from pydantic import TypeAdapter, ValidationError
+
+    if inspect.isabstract(cls):
+        return f"{cls.__name__} does not define {', '.join(sorted(cls.__abstractmethods__))}"
+    for member, annotation in _declared_members(cls).items():
+        if not hasattr(cls, member):
+            return f"{cls.__name__}.{member} is missing: write `{member}: ClassVar[...] = ...` in the class"
+        try:
+            # Strict: text would otherwise do for a number, and a dictionary for a recipe.
+            TypeAdapter(annotation).validate_python(getattr(cls, member), strict=True)
+        except ValidationError as error:
+            told = first_fault(error).removeprefix("the file: ")
+            return f"{cls.__name__}.{member} is {reprlib.repr(getattr(cls, member))}: {told[0].lower()}{told[1:]}"
+    return None
+
+
+def _declared_members(cls: type[Any]) -> dict[str, Any]:
+    """Class members that bases of ours declare, and their types. Names in annotations of others may not resolve."""
+    members: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if base is not cls and base.__module__.startswith(__package__):
+            hints = get_type_hints(base, include_extras=True).items()
+            members |= {
+                name: get_args(hint)[0]
+                for name, hint in hints
+                if get_origin(hint) is ClassVar and not name.startswith("__")
+            }
+    return members
+
+
+def options_fault(cls: type[Any]) -> str | None:
+    """The first fault of a dataclass of options: not frozen, or an option without a docstring or a default. None if
+    there is no fault."""
+    parameters = vars(cls).get("__dataclass_params__")  # of the class itself: those of its base say nothing
+    if parameters is None or not parameters.frozen:
+        return f"{cls.__name__} is not a frozen dataclass: write @dataclass(frozen=True) above the class"
+    try:
+        options = schema(cls)
+    except Exception as error:  # noqa: BLE001 - annotations of others are evaluated here, and raise all kinds
+        return (
+            f"the types of the options of {cls.__name__} cannot be read ({type(error).__name__}: {in_one_line(error)})"
+        )
+    for option, facts in options.items():
+        if not facts.get("description") and _has_source(cls):
+            return f"option {option} has no docstring beneath it"
+        if "default" not in facts:
+            return f"option {option} has no default: write `= value` behind its type"
+    return None
+
+
+def _has_source(cls: type[Any]) -> bool:
+    """True if docstrings of attributes can be read: they are in the source, which a distribution may lack."""
+    try:
+        inspect.getsource(cls)
+    except (OSError, TypeError):
+        return False
+    return True
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import reprlib
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
 import onnx_ir as ir
 
+from planish.optimizer.errors import UsageError
 from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.ir.edit import copy_location, remove_dead
 from planish.optimizer.ir.graph import location_of, opset_of
@@ -74,8 +76,22 @@ class RewritePass(Pass, Generic[Match]):
         self.check(match)
         if not admitted():
             return False
-        replace(graph, *self.rewrite(match))
+        old, nodes = self._replacement(match)
+        replace(graph, old, nodes)
         return True
+
+    def _replacement(self, match: Match) -> tuple[ir.Value, list[ir.Node]]:
+        """The value and the nodes that `rewrite` returns; UsageError for its author if they replace nothing."""
+        returned: object = self.rewrite(match)
+        old, nodes = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, [])
+        is_new = isinstance(nodes, list) and nodes and all(isinstance(node, ir.Node) for node in nodes)
+        if is_new and isinstance(old, ir.Value) and old.producer() is not None:
+            return old, nodes
+        raise UsageError(
+            f"rewrite() returns {reprlib.repr(returned)}, not (output of a node that is replaced, [new node, ...])",
+            where=f"pass {self.name} ({type(self).__module__}:{type(self).__name__})",
+            advice="mend the pass",
+        )
 
     def _check_opset(self, model: ir.Model) -> None:
         if opset_of(model) < self.since:

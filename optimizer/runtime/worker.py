@@ -56,13 +56,17 @@ class Worker:
 
     def __enter__(self) -> Self:
         """Wait until the engine is open; raises what opening it raised."""
-        engine = self.engine
         try:
-            self.child.request("open", target=engine.target, path=str(engine.path), components=engine.components)
+            self.open()
         except BaseException:
             self.child.close()
             raise
         return self
+
+    def open(self) -> None:
+        """Open the engine in the process; raises what opening it raised."""
+        engine = self.engine
+        self.child.request("open", target=engine.target, path=str(engine.path), components=engine.components)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -102,7 +106,12 @@ class Worker:
 def opened(engines: Sequence[EngineRef]) -> Iterator[list[Worker]]:
     """A worker for each engine, all open inside, their memory in huge pages where the system has them."""
     with ExitStack() as stack:
-        yield [stack.enter_context(Worker(engine, _HUGE_PAGES)) for engine in engines]
+        workers = [Worker(engine, _HUGE_PAGES) for engine in engines]  # all start at the same time
+        for worker in workers:
+            stack.callback(worker.child.close)
+        for worker in workers:
+            worker.open()
+        yield workers
 
 
 class _EngineServer:

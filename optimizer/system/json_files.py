@@ -1,20 +1,22 @@
-"""Reading of untrusted JSON: every kind of defect is one BadInput.
+"""Reading of untrusted JSON and TOML: every kind of defect is one BadInput.
 
-The standard library's parser raises RecursionError for deep nesting, accepts unpaired surrogates that no encoder
-accepts later, and reads files of any size. Files of checkpoints, adapters and outputs are therefore read here.
+The standard library's parsers raise RecursionError for deep nesting and ValueError for integers of thousands of digits,
+and read files of any size; that of JSON accepts unpaired surrogates that no encoder accepts later. Files of
+checkpoints, adapters, outputs and locks are therefore read here.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from planish.optimizer.errors import BadInput
 
 MAX_BYTES = 256 << 20
-"""Maximum length of a parsed text: ten times the largest known tokenizer.json."""
+"""Maximum length of a parsed file: ten times the largest known tokenizer.json."""
 MAX_DEPTH = 64
 """Maximum nesting depth, since walks over the parsed value may recurse."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -26,12 +28,7 @@ def read_json(path: Path) -> Any:
     BadInput if it is not JSON, not UTF-8, larger than ``MAX_BYTES`` or nested deeper than ``MAX_DEPTH``. Errors of the
     file system propagate.
     """
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise BadInput(
-            f"this has {size} bytes, and no JSON file that is read here is larger than {MAX_BYTES}", where=path
-        )
-    return parse_json(path.read_bytes(), path)
+    return parse_json(_bytes_of(path, "JSON"), path)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -40,6 +37,21 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadInput(f"this holds no JSON object but a {type(value).__name__}", where=path)
     return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; BadInput and errors of the file system as in `read_json`."""
+    content = _bytes_of(path, "TOML")
+    try:
+        tables = tomllib.loads(content.decode())
+    except RecursionError:
+        raise _too_deep(path) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"this is not TOML ({error})", where=path) from error
+    except ValueError as error:  # the limit of Python on the digits of an integer, which tomllib does not convert
+        raise BadInput("this holds an integer that is too long", where=path) from error
+    check_value(tables, path)
+    return tables
 
 
 def parse_json(text: str | bytes, where: object) -> Any:
@@ -73,6 +85,15 @@ def check_value(value: object, where: object) -> None:
         if not level:
             return
     raise _too_deep(where)
+
+
+def _bytes_of(path: Path, kind: str) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise BadInput(
+            f"this has {size} bytes, and no {kind} file that is read here is larger than {MAX_BYTES}", where=path
+        )
+    return path.read_bytes()
 
 
 def _too_deep(where: object) -> BadInput:

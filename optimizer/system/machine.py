@@ -98,6 +98,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def busy_share(seconds: float = 0.2) -> float:
+    """Share of all processors that is used during ``seconds`` from now on, between 0 and 1."""
+    import psutil
+
+    return float(psutil.cpu_percent(interval=seconds)) / 100
+
+
 _LIBRARIES = ("numpy", "onnx", "onnx_ir", "onnxscript", "optimum", "torch", "transformers")
 """Those that every build goes through, whatever its targets."""
 _FLAGS = (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import onnx_ir as ir
 
 from planish.optimizer.errors import CheckFailed, MissingRuntime
 from planish.optimizer.fidelity.budget import Budget
@@ -28,7 +31,8 @@ class Subject:
         """A folder with the engine of a program."""
         place = self.folder / name
         place.mkdir()
-        self.backend.emit(program, place)
+        with unchanged(program, "emit()"):
+            self.backend.emit(program, place)
         return place
 
     def opened(self, place: Path) -> Engine:
@@ -58,3 +62,20 @@ def demand(holds: bool, otherwise: str, advice: str | None = None) -> None:
     """CheckFailed with the text ``otherwise`` if something does not hold."""
     if not holds:
         raise CheckFailed(otherwise, advice=advice)
+
+
+@contextmanager
+def unchanged(program: Program, method: str) -> Iterator[None]:
+    """CheckFailed if the block, a call of ``method``, changes a program: it is emitted for other targets afterwards."""
+    before = _contents(program)
+    yield
+    changed = [name for name, content in _contents(program).items() if content != before.get(name)]
+    demand(not changed, f"{method} changes the program that it is given ({', '.join(changed)})", "change a clone of it")
+
+
+def _contents(program: Program) -> dict[str, object]:
+    """The content of a program, by component, comparable with its content later."""
+    graphs = {
+        name: ir.to_proto(model).SerializeToString(deterministic=True) for name, model in program.components.items()
+    }
+    return {"components": sorted(graphs), "signatures": repr(program.signatures), **graphs}

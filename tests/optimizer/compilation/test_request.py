@@ -261,7 +261,7 @@ def test_a_pipeline_that_fires_nowhere_says_so(graph: Path, tmp_path: Path, caps
 
     result = optimize(graph, tmp_path / "out", pipeline="fuse-attention,fuse-gelu", clock=all_equal)
     record = result.manifest.targets["onnxruntime"]
-    assert (record.shipped, record.why) == ("plain", "no pass changed anything")
+    assert (record.shipped, record.why) == ("plain", "the same files as the plain lowering; no pass changed anything")
     assert Lock.read(tmp_path / "out" / LOCK).targets["onnxruntime"].shipped == "plain"
     assert any(note.startswith("no pass changed anything for onnxruntime") for note in result.notes)
     unchecked = optimize(graph, tmp_path / "unchecked", pipeline="fuse-gelu", reference="none")
@@ -353,3 +353,43 @@ def test_a_single_text_is_one_target_and_one_budget() -> None:
     request = request_of(BuildOptions(targets="openvino", preset="fast", keep="cosine>=0.5"), calibrated=False)
     assert [target.name for target in request.targets] == ["openvino"]
     assert str(request.asked) == "cosine>=0.5"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "takes"),
+    [
+        ("logits", "first", "'all' or 'last'"),
+        ("logits", None, "'all' or 'last'"),
+        ("reference", "offloaded", "'full', 'offload' or 'none'"),
+        ("shapes", {"N": 2}, "a list of sizes by axis"),
+        ("shapes", [{"N": 2.5}], "a list of sizes by axis"),
+        ("shapes", [{"N": -1}], "a list of sizes by axis"),
+        ("fix", {"N": True}, "sizes by axis"),
+        ("targets", [3], "a text or a list of texts"),
+        ("keep", [1], "a text or a list of texts"),
+        ("expect", None, "a text or a list of texts"),
+        ("clock", None, "a function"),
+        ("progress", 3, "a function"),
+        ("samples", "5", "an integer of at least 1"),
+        ("samples", 0, "an integer of at least 1"),
+        ("calibration", 5, "a path, or texts or arrays by input name"),
+        ("calibration", {"x": "text"}, "a path, or texts or arrays by input name"),
+        ("lock", 3, "a path"),
+        ("lock", "a\0b", "a path"),
+        ("sample_inputs", [1], "tensors by keyword"),
+        ("dynamic_axes", {"x": ["batch"]}, "names of axes by input and position"),
+    ],
+)
+def test_options_of_another_type(option: str, value: object, takes: str, graph: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {option: value}
+    with pytest.raises(UsageError) as caught:
+        optimize(graph, tmp_path / "out", **options)
+    assert str(caught.value).startswith(f"option {option}: this takes {takes}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_are_kept_as_their_annotations_say() -> None:
+    options = BuildOptions(expect="fuse-gelu=1", keep=["cosine>=0.9"], shapes=[{"batch": np.int64(2)}], lock=Path("x"))  # type: ignore[dict-item]
+    assert (options.expect, options.keep, options.shapes) == (("fuse-gelu=1",), ("cosine>=0.9",), ({"batch": 2},))
+    texts = iter(["a", "b"])
+    assert replace(options, calibration=texts).calibration is texts

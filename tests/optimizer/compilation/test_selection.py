@@ -58,9 +58,16 @@ def test_a_loss_at_one_shape_counts() -> None:
     assert not is_faster(timed((1.1, 1.09), (0.9, 0.89)))
 
 
-def test_another_engine_must_be_clearly_faster_than_the_best() -> None:
-    assert fastest([timed((1.2, 1.15)), timed((1.3, 1.19)), timed((1.4, 1.21))]) == 2
-    assert fastest([timed((1.2, 1.15)), timed((1.3, 1.19))]) == 0
+def test_of_engines_whose_intervals_overlap_the_most_faithful_is_taken() -> None:
+    engines = [timed((1.2, 1.15)), timed((1.3, 1.24)), timed((1.4, 1.26))]
+    assert fastest(engines, [0.0, 0.2, 0.1]) == 2  # the first is slower with its whole interval
+    assert fastest(engines, [0.0, 0.1, 0.2]) == 1
+    assert fastest(engines, [0.0, 0.1, 0.1]) == 1
+
+
+def test_a_faithful_engine_that_may_be_slower_than_plain_is_not_preferred() -> None:
+    assert fastest([timed((1.03, 0.99)), timed((1.05, 1.02))], [0.0, 0.1]) == 1
+    assert fastest([timed((1.03, 0.99)), timed((1.05, 0.98))], [0.0, 0.1]) == 0
 
 
 class Fake(Backend):

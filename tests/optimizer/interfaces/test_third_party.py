@@ -80,7 +80,7 @@ def test_its_backend_gives_a_checked_and_measured_engine(installed: Path, tiny: 
     record = result.manifest.targets["evaluator"]
     assert record.checked_with == "evaluator"
     assert record.comparison["logits"]["max_abs"] < 1e-5
-    assert (tmp_path / "out" / "evaluator" / "evaluated.onnx").is_file()
+    assert (tmp_path / "out" / "evaluator" / "evaluated_model.onnx").is_file()
 
 
 @pytest.mark.slow

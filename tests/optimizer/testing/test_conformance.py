@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from planish.backends.onnxruntime.target import OnnxRuntime
-from planish.optimizer.errors import CheckFailed, UsageError
-from planish.optimizer.interfaces.backend import Backend, Engine
+from planish.optimizer.errors import BadInput, CheckFailed, UsageError
+from planish.optimizer.interfaces import registry
+from planish.optimizer.interfaces.backend import Backend, Engine, RequiredPass
 from planish.optimizer.interfaces.recipe import Recipe
+from planish.optimizer.ir import onnx_io
 from planish.optimizer.ir.program import Arrays, Program
 from planish.optimizer.testing import CHECKS, check_backend, run_check
 
@@ -98,11 +100,41 @@ class Shared(Wrapped):
         return super()._run(self.feeds)
 
 
+def requiring(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(OnnxRuntime, "required_passes", (RequiredPass(text, "changed", "any option"),))
+
+
+def ignoring(monkeypatch: pytest.MonkeyPatch) -> None:
+    def emit(self: OnnxRuntime, program: Program, folder: Path) -> None:
+        onnx_io.save(program.sole()[0], folder / self.model_file)
+
+    monkeypatch.setattr(OnnxRuntime, "emit", emit)
+
+
+def opening_only(monkeypatch: pytest.MonkeyPatch, takes: Callable[[Path], bool]) -> None:
+    opened = OnnxRuntime.open
+
+    def open_some(self: OnnxRuntime, path: Path) -> Engine:
+        if not takes(path):
+            raise BadInput("no folder")
+        return opened(self, path)
+
+    monkeypatch.setattr(OnnxRuntime, "open", open_some)
+
+
+def raising(*_: object) -> Any:
+    raise RuntimeError("no way")
+
+
+def renamed(program: Program) -> None:
+    program.components["model"].graph.name = "another"
+
+
 counter = itertools.count()
 FAULTS: dict[str, Fault] = {
     "no distribution": ("names", lambda m: m.setattr(OnnxRuntime, "distribution", ""), "distribution is missing"),
     "another name": ("names", lambda m: m.setattr(OnnxRuntime, "name", "other"), "no entry point of the group"),
-    "no point": ("names", lambda m: m.setattr(OnnxRuntime, "suffixes", ("onnx",)), "suffixes begin with a point"),
+    "no point": ("files", lambda m: m.setattr(OnnxRuntime, "suffixes", ("onnx",)), "suffixes begin with a point"),
     "text form": ("options", lambda m: m.setattr(OnnxRuntime, "__str__", lambda _: "x{threads=7}"), "equal target"),
     "unknown preset": ("presets", lambda m: presets(m, quick=(Recipe(("fuse-gelu",), why="y"),)), "no preset 'quick'"),
     "no main recipe": ("presets", lambda m: presets(m, fast=()), "0 recipes that are always tried"),
@@ -111,6 +143,90 @@ FAULTS: dict[str, Fault] = {
     "not exact": ("presets", lambda m: presets(m, exact=(Recipe(("quantize-int8",), why="y"),)), "quantize-int8"),
     "nothing missing": ("missing-runtime", lambda m: m.setattr(OnnxRuntime, "missing", staticmethod(lambda: None)), "nothing is miss"),
     "no advice": ("missing-runtime", lambda m: m.setattr(OnnxRuntime, "missing", staticmethod(lambda: "no")), "how to install: no"),
+    "several lines": (
+        "names", lambda m: m.setattr(OnnxRuntime, "missing", staticmethod(lambda: "install it:\npip")), "neither None nor one line"
+    ),
+    "a suffix of another type": (
+        "names", lambda m: m.setattr(OnnxRuntime, "suffixes", (1,)), r"OnnxRuntime.suffixes is .1,.: 0: Input should be a valid string"
+    ),
+    "libraries as text": (
+        "names", lambda m: m.setattr(OnnxRuntime, "libraries", "onnx"), "libraries is 'onnx': input should be a valid tuple"
+    ),
+    "an absent library": (
+        "names", lambda m: m.setattr(OnnxRuntime, "libraries", ("onnx_runtime_",)), "libraries names onnx_runtime_, which is not installed"
+    ),
+    "a suffix of two parts": (
+        "files", lambda m: m.setattr(OnnxRuntime, "suffixes", (".tar.gz",)), r"no file has the suffix '.tar.gz': that of .* is '.gz'"
+    ),
+    "a suffix of another": (
+        "files", lambda m: m.setattr(OnnxRuntime, "suffixes", (".xml",)), "the suffix .xml are opened by target openvino"
+    ),
+    "a file in a folder": (
+        "files", lambda m: m.setattr(OnnxRuntime, "model_file", "sub/model.onnx"), "'sub/model.onnx' is not the name of a file"
+    ),
+    "no model in its file": (
+        "files", lambda m: m.setattr(OnnxRuntime, "model_file", "engine.onnx"), "file_of gives one file for different components"
+    ),
+    "one file for all": (
+        "files", lambda m: m.setattr(OnnxRuntime, "file_of", lambda *_: "model.onnx"), "file_of gives one file for different"
+    ),
+    "another file for the model": (
+        "files", lambda m: m.setattr(OnnxRuntime, "file_of", lambda *_: _[-1]), r"file_of\('model'\) gives 'model', not model_file"
+    ),
+    "a recipe alone": (
+        "presets", lambda m: m.setattr(OnnxRuntime, "presets", {"exact": Recipe(("fuse-gelu",))}), "exact: Input should be an instance of Seq"
+    ),
+    "a recipe as text": (
+        "presets", lambda m: m.setattr(OnnxRuntime, "presets", {"exact": ("fuse-gelu",)}), "exact.0: Input should be an instance of Recipe"
+    ),
+    "passes as text": (
+        "presets", lambda m: presets(m, fast=(Recipe("fuse-gelu", why="y"),)),  # type: ignore[arg-type]
+        "recipe 1 of preset fast has the passes 'fuse-gelu', which is not a tuple of texts; write a comma"
+    ),
+    "an option of a pass": (
+        "presets", lambda m: presets(m, fast=(Recipe(("quantize-weights{bits=no}",), why="y"),)), "recipe 1 of preset fast: pass quantize-weights: option bits"
+    ),
+    "a pass without end": ("presets", lambda m: presets(m, fast=(Recipe(("fuse-gelu{",), why="y"),)), "recipe 1 of preset fast: expected an option"),
+    "required passes ignored": (
+        "required-passes", ignoring, "emit.. of onnxruntime{cache=int8} ignores its required_passes; begin it with"
+    ),
+    "an unknown required pass": (
+        "required-passes", lambda m: requiring(m, "quantize-cash"), "required pass 'quantize-cash' of onnxruntime: unknown pass"
+    ),
+    "a required pass without end": (
+        "required-passes", lambda m: requiring(m, "quantize-cache{"), "required pass 'quantize-cache{' of onnxruntime: expected an option"
+    ),
+    "an option of a required pass": (
+        "required-passes", lambda m: requiring(m, "quantize-weights{bits=many}"), "of onnxruntime: pass quantize-weights: option bits"
+    ),
+    "a required pass as text": (
+        "required-passes", lambda m: m.setattr(OnnxRuntime, "required_passes", ("quantize-cache",)), "'quantize-cache', which is no RequiredPass"
+    ),
+    "an ending of others": (
+        "suffixes", lambda m: opening_only(m, lambda path: path.is_dir()), "suffixes has .onnx, and open.. refuses model.onnx: no"
+    ),
+    "an ending that it does not write": (
+        "suffixes", lambda m: m.setattr(OnnxRuntime, "suffixes", (".ort",)), "suffixes has .ort, and open.. refuses single.ort"
+    ),
+    "a file beside the folder": (
+        "emission", lambda m: emitting(m, lambda _, f: (f.parent / "a").touch()), "emit.. writes outside of the folder that it is given: a"
+    ),
+    "a changed program": (
+        "emission", lambda m: emitting(m, lambda p, _: renamed(p)), "emit.. changes the program that it is given .model."
+    ),
+    "a component more": (
+        "emission", lambda m: emitting(m, lambda p, _: p.components.update(more=p.components["model"])), "changes the program .* .components"
+    ),
+    "mapped raises": (
+        "derived-targets", lambda m: m.setattr(OnnxRuntime, "mapped", raising), "RuntimeError in raising .test_conformance.py, line .*: no way"
+    ),
+    "mapped gives something else": (
+        "derived-targets", lambda m: m.setattr(OnnxRuntime, "mapped", lambda _: "x"), r"mapped\(\) gives 'x', not a OnnxRuntime"
+    ),
+    "no arithmetics": ("derived-targets", lambda m: m.setattr(OnnxRuntime, "arithmetics", ()), "the last of `arithmetics` is not"),
+    "another arithmetic": ("derived-targets", lambda m: m.setattr(OnnxRuntime, "arithmetic", 32), "arithmetic is 32, not of type str"),
+    "load raises": ("graphs-in-memory", lambda m: m.setattr(OnnxRuntime, "load", raising), "RuntimeError in raising"),
+    "open raises": ("opening", lambda m: m.setattr(OnnxRuntime, "open", raising), "check opening: RuntimeError in raising"),
     "another file": (
         "emission", lambda m: emitting(m, lambda _, f: (f / "model.onnx").rename(f / "m")), "emit.. writes no model.onnx"
     ),
@@ -183,11 +299,64 @@ def test_options_need_docstrings() -> None:
         run_check("options", Undocumented())
 
 
-def test_a_bug_of_the_backend_is_told_with_the_check_that_met_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_of_the_backend_is_told_in_one_line_with_the_check_that_met_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def emit(self: Backend, program: Program, folder: Path) -> Any:
         raise ZeroDivisionError
 
     monkeypatch.setattr(OnnxRuntime, "emit", emit)
-    with pytest.raises(ZeroDivisionError) as caught:
+    with pytest.raises(CheckFailed) as caught:
         run_check("emission", OnnxRuntime())
-    assert caught.value.__notes__ == ["in the check emission of target onnxruntime"]
+    line = emit.__code__.co_firstlineno + 1
+    assert str(caught.value) == (
+        "target onnxruntime, check emission: "
+        f"ZeroDivisionError in emit (test_conformance.py, line {line}): it has no message"
+    )
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_files_in_the_working_directory_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    emitting(monkeypatch, lambda *_: Path("stray.onnx").touch())
+    with pytest.raises(CheckFailed, match=r"emit.. writes outside of the folder that it is given: stray.onnx"):
+        run_check("emission", OnnxRuntime())
+
+
+def test_a_class_of_which_no_target_can_be_made() -> None:
+    @dataclass(frozen=True)
+    class Abstract(Backend):
+        name: ClassVar[str] = "abstract"
+
+    @dataclass(frozen=True)
+    class Demanding(OnnxRuntime):
+        level: int = field(kw_only=True)
+        """It has no default."""
+
+    with pytest.raises(CheckFailed, match=r"Abstract does not define emit, missing, open"):
+        check_backend(Abstract)
+    with pytest.raises(CheckFailed, match=r"Demanding\(\) makes no target .*'level'\); give each option a default"):
+        check_backend(Demanding)
+    for other in (int, 3):
+        with pytest.raises(CheckFailed, match=r"int does not derive from planish.optimizer.Backend"):
+            check_backend(other)  # type: ignore[arg-type]
+
+
+def test_a_target_without_a_text_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxRuntime, "__str__", raising)
+    with pytest.raises(CheckFailed, match=r"the text form of OnnxRuntime cannot be made: RuntimeError in raising"):
+        run_check("names", OnnxRuntime())
+    monkeypatch.setattr(OnnxRuntime, "name", None)
+    with pytest.raises(CheckFailed, match=r"target OnnxRuntime, check names: OnnxRuntime.name is missing or empty"):
+        run_check("names", OnnxRuntime())
+
+
+def test_a_suffix_of_files_that_it_does_not_write_can_be_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    openvino = registry.backend("openvino")
+    monkeypatch.setattr(type(openvino), "suffixes", (".xml", ".onnx"))
+    assert run_check("suffixes", openvino) is None
+    with pytest.raises(CheckFailed, match=r"with the suffix .onnx are opened by target onnxruntime; leave it out"):
+        run_check("files", openvino)
+
+
+def test_another_build_of_a_library_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxRuntime, "libraries", ("annotated",))  # annotated-types is here
+    assert run_check("names", OnnxRuntime()) is None

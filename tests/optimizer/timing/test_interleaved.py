@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,15 @@ import pytest
 
 from planish.optimizer.errors import BadInput, InternalError, OutOfResources
 from planish.optimizer.runtime.worker import EngineRef, Worker
-from planish.optimizer.timing.interleaved import interval, time_against_first, timing
+from planish.optimizer.timing.interleaved import (
+    Race,
+    Timing,
+    _decided,
+    interval,
+    time_against_first,
+    time_interleaved,
+    timing,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -27,30 +36,79 @@ def engine(tmp_path: Path) -> EngineRef:
     return EngineRef("onnxruntime{threads=1}", tmp_path / "model.onnx")
 
 
-def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
+def openings(speedup: float, luck: float, rng: np.random.Generator, count: int = 6) -> list[list[float]]:
+    """Milliseconds of an engine: turns of one opening share its luck."""
+    return [list(10 / speedup * rng.lognormal(0, luck) * rng.lognormal(0, 0.01, 6)) for _ in range(count)]
+
+
+def raced(speedup: float, luck: float, rng: np.random.Generator) -> Timing:
+    base, other, twin = (openings(how, luck, rng) for how in (1.0, speedup, 1.0))
+    return Race([base, other], twin).timings()[1]
+
+
+def test_equal_engines_are_found_equal_as_often_as_the_interval_says() -> None:
     rng = np.random.default_rng(0)
-    covered = [low <= 1.0 <= high for low, high in (interval(rng.lognormal(0, 0.2, 25)) for _ in range(300))]
-    assert 0.90 <= np.mean(covered) <= 0.99
+    excluded = [not found.low <= 1 <= found.high for found in (raced(1.0, 0.02, rng) for _ in range(500))]
+    assert 0.01 <= np.mean(excluded) <= 0.06
 
 
-def test_the_interval_is_the_same_for_the_same_values() -> None:
-    values = np.random.default_rng(1).normal(2, 0.1, 20)
-    assert interval(values) == interval(values.copy())
-    assert interval(np.array([1.5, 1.5, 1.5])) == (1.5, 1.5)
+def test_a_gain_of_three_percent_is_found_where_openings_are_alike() -> None:
+    rng = np.random.default_rng(0)
+    assert np.mean([raced(1.03, 0.007, rng).faster for _ in range(300)]) >= 0.9
+
+
+def test_a_twin_that_is_found_to_differ_widens_every_interval() -> None:
+    rng = np.random.default_rng(0)
+    base, other = openings(1.0, 0.001, rng), openings(1.02, 0.001, rng)
+    alone = Race([base, other]).timings()[1]
+    with_twin = Race([base, other], openings(0.96, 0.001, rng)).timings()
+    assert alone.faster
+    assert not with_twin[1].faster
+    assert with_twin[1].low == pytest.approx(alone.speedup * 0.96, rel=0.01)
+    assert with_twin[1].speedup == alone.speedup
+    assert (with_twin[0].low, with_twin[0].high) == (1.0, 1.0)
+
+
+def test_the_interval_is_that_of_the_geometric_mean() -> None:
+    assert interval([1.5, 1.5, 1.5]) == (1.5, 1.5)
+    low, high = interval([1.1, 1.2, 1.3])
+    assert math.sqrt(low * high) == pytest.approx((1.1 * 1.2 * 1.3) ** (1 / 3))
+    # Student's t with two degrees of freedom: 4.303 standard errors.
+    assert math.log(high / low) / 2 == pytest.approx(
+        4.3027 * np.std(np.log([1.1, 1.2, 1.3]), ddof=1) / math.sqrt(3), rel=1e-4
+    )
 
 
 def test_ratios_are_taken_round_by_round() -> None:
     """A machine that slows down tenfold slows both: the ratio must not notice."""
-    drift = np.linspace(1, 10, 30)
-    found = timing(list(4.0 * drift), list(2.0 * drift))
+    drift = np.linspace(1, 10, 30).reshape(5, 6)
+    found = timing((4.0 * drift).tolist(), (2.0 * drift).tolist())
     assert (found.speedup, found.low, found.high, found.faster) == (2.0, 2.0, 2.0, True)
+
+
+def test_outliers_are_counted() -> None:
+    assert timing([[1.0] * 10], [[1.0] * 9 + [1.6]]).outliers == 0.1
 
 
 def test_a_race_compares_with_the_first(engine: EngineRef) -> None:
     first, second = time_against_first([engine, engine], [CASE, CASE], seconds=0.1)
     assert (first.speedup, first.low, first.high) == (1.0, 1.0, 1.0)
     assert second.low <= second.speedup <= second.high
-    assert first.rounds == second.rounds >= 5
+    assert first.rounds == second.rounds >= 6  # three openings of two rounds
+    assert 0 <= second.busy <= 1
+
+
+def test_a_race_of_two_ends_early_only_where_it_is_decided() -> None:
+    rng = np.random.default_rng(0)
+    assert _decided(Race([openings(how, 0.005, rng, 3) for how in (1.0, 2.0)]))
+    assert not _decided(Race([openings(how, 0.005, rng, 3) for how in (1.0, 1.03)]))
+    assert not _decided(Race([openings(how, 0.005, rng, 3) for how in (1.0, 2.0, 2.0)]))
+
+
+def test_the_twin_is_left_out_where_memory_is_short(engine: EngineRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planish.optimizer.timing.interleaved.available_memory", lambda: 0)
+    race = time_interleaved([engine], [CASE], seconds=0.1)
+    assert race.twin == [[]] * len(race.turns[0])
 
 
 def test_a_worker_computes_and_tells_its_memory(engine: EngineRef) -> None:

@@ -20,7 +20,7 @@ class Evaluator(Backend):
 
     name: ClassVar[str] = "evaluator"
     distribution: ClassVar[str] = "onnx"
-    model_file: ClassVar[str] = "evaluated.onnx"
+    model_file: ClassVar[str] = "evaluated_model.onnx"
 
     verbose: int = 0
     """How much it prints."""

@@ -1,0 +1,94 @@
+"""How often the clock errs: races of twins, and of engines that differ by 3 %, `python -m benchmarks.clock`.
+
+The engines are stacks of equal layers, 100 and 97 of them, so that the gain is known.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import click
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.record import record
+from benchmarks.subjects import PLACE, TARGETS
+from planish.optimizer.runtime.worker import EngineRef
+from planish.optimizer.timing.interleaved import Timing, time_against_first
+
+_LAYERS, _FEWER = 100, 97
+_WIDTH = 256
+_ROWS = 64
+
+
+def stack(layers: int) -> Path:
+    """An ONNX file of ``layers`` products of (rows, width) by (width, width), each with its own weights."""
+    path = PLACE / "clock" / f"{layers}.onnx"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw = np.random.default_rng(0)
+        weights = [draw.standard_normal((_WIDTH, _WIDTH), np.float32) / 16 for _ in range(layers)]
+        nodes = [helper.make_node("MatMul", [f"x{n}", f"w{n}"], [f"x{n + 1}"]) for n in range(layers)]
+        graph = helper.make_graph(
+            nodes,
+            "stack",
+            [helper.make_tensor_value_info("x0", TensorProto.FLOAT, [_ROWS, _WIDTH])],
+            [helper.make_tensor_value_info(f"x{layers}", TensorProto.FLOAT, [_ROWS, _WIDTH])],
+            [numpy_helper.from_array(weight, f"w{n}") for n, weight in enumerate(weights)],
+        )
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+@contextmanager
+def load(processes: int) -> Iterator[None]:
+    """Processes that do nothing but use a core each."""
+    with ExitStack() as ending:
+        for _ in range(processes):
+            process = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
+            process.start()
+            ending.callback(process.kill)
+        yield
+
+
+def race(layers: int) -> Timing:
+    """The timing of a stack of ``layers`` relative to one of all."""
+    engines = [EngineRef(TARGETS[0], stack(_LAYERS)), EngineRef(TARGETS[0], stack(layers))]
+    case = {"x0": np.ones((_ROWS, _WIDTH), np.float32)}
+    return time_against_first(engines, [case, case])[1]
+
+
+@click.command()
+@click.option("--races", default=100, show_default=True, help="Of each kind.")
+@click.option("--quiet/--loaded", default=True, help="Beside nothing, or beside four processes that use a core each.")
+def main(races: int, quiet: bool) -> None:
+    """Count intervals of twins that exclude one, and gains of 3 % that are found."""
+    figures, rows = {}, []
+    with load(0 if quiet else 4):
+        for kind, layers in {"twins": _LAYERS, "3 % faster": _FEWER}.items():
+            found = [race(layers) for _ in range(races)]
+            apart = sum(not one.low <= 1 <= one.high for one in found)
+            faster = sum(one.faster for one in found)
+            figures[kind] = [one.__dict__ for one in found]
+            width = float(np.median([one.high / one.low - 1 for one in found]))
+            middle = float(np.median([one.speedup for one in found]))
+            rows.append(
+                (kind, str(races), f"{middle:.3f}", f"{width:.1%}", f"{apart / races:.0%}", f"{faster / races:.0%}")
+            )
+    name = "clock-quiet" if quiet else "clock-loaded"
+    what = f"Races of equal engines and of a known gain, {'nothing' if quiet else 'four busy processes'} beside them"
+    columns = ("engines", "races", "median ratio", "median width", "intervals without one", "found faster")
+    record(name, what, columns, rows, figures)
+
+
+if __name__ == "__main__":
+    main()
