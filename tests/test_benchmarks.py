@@ -17,7 +17,7 @@ class Kept:
     """A manifest that remembers only what was shipped."""
 
     def __init__(self, shipped: dict[str, str]) -> None:
-        self.targets = {name: type("Record", (), {"shipped": what}) for name, what in shipped.items()}
+        self.targets = {name: type("Record", (), {"shipped": what, "target": name}) for name, what in shipped.items()}
 
 
 def test_an_engine_that_won_nothing_is_called_plain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,6 +25,7 @@ def test_an_engine_that_won_nothing_is_called_plain(monkeypatch: pytest.MonkeyPa
         "exact": {"onnxruntime": "optimized", "openvino": "plain"},
         "fast": dict.fromkeys(("onnxruntime", "openvino"), "optimized"),
         "small": {"onnxruntime": "plain", "openvino": "optimized"},
+        "fast, no data": {"onnxruntime": "optimized", "openvino": "plain"},
     }
     monkeypatch.setattr(subjects, "ours", lambda name, preset: Path(preset))
     monkeypatch.setattr(Manifest, "read", lambda folder: Kept(shipped[folder.name]))
@@ -39,6 +40,8 @@ def test_an_engine_that_won_nothing_is_called_plain(monkeypatch: pytest.MonkeyPa
         "planish fast on openvino",
         "planish small on onnxruntime (plain)",
         "planish small on openvino",
+        "planish fast, no data on onnxruntime",
+        "planish fast, no data on openvino (plain)",
     ]
 
 

@@ -12,7 +12,7 @@ from planish.optimizer.fidelity.inputs import default_shapes, refuse_other_sizes
 from planish.optimizer.interfaces import registry
 from planish.optimizer.interfaces.registry import target_of
 from planish.optimizer.ir.program import Axis, Signature, TensorSpec
-from planish.optimizer.output.manifest import Manifest, engine_folder, refuse_links_of
+from planish.optimizer.output.manifest import Manifest, engine_folder, refuse_links_of, target_at
 from planish.optimizer.runtime.worker import EngineRef
 from planish.optimizer.system.staging import MANIFEST
 from planish.optimizer.timing.interleaved import Timing, time_against_first
@@ -105,7 +105,7 @@ def _entrants(path: Path, targets: Sequence[str]) -> list[Entrant]:
         ]
     refuse_links_of(path)
     target = target_of(path)
-    variants = targets_by_backend.get(target, [target])
+    variants = targets_by_backend.get(target, [target_at(path)])
     if path.is_dir() and (path.parent / MANIFEST).is_file():
         return _components(path, variants, Manifest.read(path.parent))
     signature = _signature_of(path, target)

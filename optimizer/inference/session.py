@@ -17,9 +17,8 @@ from planish.optimizer.inference.text_tasks import TEXT_FUNCTIONS, TextTasks
 from planish.optimizer.inference.vision import IMAGE_FUNCTIONS, ImageTasks
 from planish.optimizer.interfaces import registry
 from planish.optimizer.interfaces.backend import Engine
-from planish.optimizer.interfaces.registry import target_of
 from planish.optimizer.ir.program import SIGNALS, Role, Signature, TensorSpec
-from planish.optimizer.output.manifest import Manifest, digest_of, engine_folder, refuse_links_of
+from planish.optimizer.output.manifest import Manifest, digest_of, engine_folder, refuse_links_of, target_at
 from planish.optimizer.runtime.tokenization import LIGHT_TASKS, LightTokenizer
 from planish.optimizer.system.json_files import read_object
 from planish.optimizer.system.staging import MANIFEST
@@ -122,7 +121,7 @@ def engine_at(path: Path, target: str | None) -> tuple[Path, str]:
         if path.is_file():
             raise BadInput("this is a file", where=path, advice="give its folder: the tokenizer lies there as well")
         refuse_links_of(path)
-        return path, target or target_of(path)
+        return path, target or target_at(path)
     manifest = Manifest.read(path)
     names = [registry.backend(target).name] if target is not None else list(manifest.targets)
     for name in names:

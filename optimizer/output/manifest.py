@@ -303,6 +303,18 @@ class Manifest(Record):
         return manifest
 
 
+def target_at(path: Path) -> str:
+    """The target that opens an engine folder or a file: as the manifest above it says, else as loaders without options
+    do."""
+    name = registry.target_of(path)
+    folder = path if path.is_dir() else path.parent
+    if (folder.parent / MANIFEST).is_file():
+        targets = Manifest.read(folder.parent).targets
+        if folder.name in targets:
+            return targets[folder.name].target
+    return str(registry.backend(name).arithmetics[0])
+
+
 def engine_folder(folder: Path, name: str) -> Path:
     """The folder of an engine of the output ``folder``; BadInput if it is missing, or if a link in it leads outside."""
     place = folder / name

@@ -22,7 +22,7 @@ from planish.optimizer.runtime.worker import EngineRef, Worker, opened
 from planish.optimizer.system.machine import available_memory, busy_share
 
 CONFIDENCE = 0.95
-OPENINGS = 6
+OPENINGS = 8
 """Openings of each engine in one race."""
 _FEWEST_OPENINGS = 3
 """Of fewer, an interval says nothing."""

@@ -12,6 +12,7 @@ from planish.optimizer.compilation.options import BuildOptions
 from planish.optimizer.errors import BadInput
 from planish.optimizer.interfaces import registry
 from planish.optimizer.output.lock import LOCK, Lock
+from planish.optimizer.output.manifest import target_at
 from tests.backends.conftest import contents
 from tests.clocks import all_equal, all_faster
 
@@ -40,6 +41,12 @@ def test_where_the_runtime_does_not_round_there_is_no_choice(monkeypatch: pytest
         assert registry.backend(DEFAULT).arithmetic == "f32"
 
 
+def test_files_of_others_are_opened_as_loaders_do(rounding: None, tmp_path: Path) -> None:
+    for name, target in {"model.xml": DEFAULT, "model.onnx": "onnxruntime"}.items():
+        (tmp_path / name).touch()
+        assert target_at(tmp_path / name) == target
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("rounding")
 @pytest.mark.parametrize(("clock", "shipped"), [(all_faster, "optimized"), (all_equal, "plain")])
@@ -48,6 +55,7 @@ def test_a_plain_load_gets_what_was_checked(tiny: Path, tmp_path: Path, clock: C
     result = optimize(tiny, tmp_path / "out", targets=["openvino"], preset="fast", clock=clock)
     record = result.manifest.targets["openvino"]
     assert (record.target, record.arithmetic, record.shipped) == (DEFAULT, "bf16", shipped)
+    assert target_at(tmp_path / "out" / "openvino") == DEFAULT
     assert record.as_loaders_open is None
     assert not (tmp_path / "out" / "openvino" / PROPERTIES).exists()
     locked = Lock.read(tmp_path / "out" / LOCK).targets["openvino"]
@@ -68,6 +76,7 @@ def test_exact_engines_and_given_pipelines_compute_in_float32(tiny: Path, tmp_pa
         result = optimize(tiny, tmp_path / name, asked)
         record = result.manifest.targets["openvino"]
         assert (record.target, record.arithmetic) == ("openvino", "f32")
+        assert target_at(tmp_path / name / "openvino" / "openvino_model.xml") == "openvino"
         assert (tmp_path / name / "openvino" / PROPERTIES).exists()
         assert Lock.read(tmp_path / name / LOCK).targets["openvino"].opened_as is None
 

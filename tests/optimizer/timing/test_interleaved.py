@@ -36,7 +36,12 @@ def engine(tmp_path: Path) -> EngineRef:
     return EngineRef("onnxruntime{threads=1}", tmp_path / "model.onnx")
 
 
-def openings(speedup: float, luck: float, rng: np.random.Generator, count: int = 6) -> list[list[float]]:
+OPENINGS_OF_A_RACE = 8
+
+
+def openings(
+    speedup: float, luck: float, rng: np.random.Generator, count: int = OPENINGS_OF_A_RACE
+) -> list[list[float]]:
     """Milliseconds of an engine: turns of one opening share its luck."""
     return [list(10 / speedup * rng.lognormal(0, luck) * rng.lognormal(0, 0.01, 6)) for _ in range(count)]
 
