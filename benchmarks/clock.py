@@ -75,12 +75,12 @@ def main(races: int, quiet: bool) -> None:
     figures, rows = {}, []
     with load(0 if quiet else 4):
         for kind, layers in {"twins": _LAYERS, "3 % faster": _FEWER}.items():
-            found = [race(layers) for _ in range(races)]
-            apart = sum(not one.low <= 1 <= one.high for one in found)
-            faster = sum(one.faster for one in found)
-            figures[kind] = [one.__dict__ for one in found]
-            width = float(np.median([one.high / one.low - 1 for one in found]))
-            middle = float(np.median([one.speedup for one in found]))
+            timings = [race(layers) for _ in range(races)]
+            apart = sum(not timing.low <= 1 <= timing.high for timing in timings)
+            faster = sum(timing.faster for timing in timings)
+            figures[kind] = [timing.__dict__ for timing in timings]
+            width = float(np.median([timing.high / timing.low - 1 for timing in timings]))
+            middle = float(np.median([timing.speedup for timing in timings]))
             rows.append(
                 (kind, str(races), f"{middle:.3f}", f"{width:.1%}", f"{apart / races:.0%}", f"{faster / races:.0%}")
             )

@@ -53,7 +53,6 @@ from planish.optimizer.timing.interleaved import OPENINGS, Timing, time_interlea
 _SHAPES = ((1, 16), (1, 128), (8, 128))
 """Texts and tokens; behind a cache, texts and tokens in the cache."""
 OPTIMUM_INTEL = Path("build") / "interop" / "openvino-env"
-_DRAWS = 2000
 _LEVELS = ("O1", "O2", "O3")
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FullyConnected")
 _OURS = "planish exact"

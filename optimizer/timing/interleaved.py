@@ -38,6 +38,8 @@ _TURN_SECONDS = 0.4
 """Seconds after which a turn ends early."""
 _OUTLIER = 1.5
 """A turn that takes this many times the median of its engine is an outlier."""
+_ROOM = 1.5
+"""The twin is opened if as many times the memory of the first engine is left."""
 
 Turns = Sequence[Sequence[float]]
 """Milliseconds of each turn of an engine, by opening."""
@@ -77,10 +79,10 @@ class Race:
 
     def timings(self, base: int = 0) -> list[Timing]:
         """The timing of each engine, relative to one of them."""
-        found = [timing(self.turns[base], own) for own in self.turns]
+        timings = [timing(self.turns[base], turns) for turns in self.turns]
         apart = _apart(self.turns[0], self.twin)
         busy = statistics.mean(self.busy) if self.busy else 0.0
-        return [one if number == base else _widened(one, apart, busy) for number, one in enumerate(found)]
+        return [each if index == base else _widened(each, apart, busy) for index, each in enumerate(timings)]
 
 
 def time_against_first(
@@ -131,13 +133,9 @@ def _open_and_time(
                 break
             for index in _order(len(workers), number + count):
                 turns[index].append(_turn(workers[index]))
-    for own, found in zip(race.turns, turns, strict=False):
-        own.append(found)
+    for so_far, new in zip(race.turns, turns, strict=False):  # the last may be the twin's
+        so_far.append(new)
     race.twin.append(turns[-1] if len(workers) > len(engines) else [])
-
-
-_ROOM = 1.5
-"""The twin is opened if as many times the memory of the first engine is left."""
 
 
 def _warm(worker: Worker, feeds: Arrays) -> int:
@@ -177,7 +175,7 @@ def timing(base: Turns, turns: Turns) -> Timing:
     """Timing of an engine relative to a baseline, from paired turns."""
     ratios = _ratios(base, turns)
     low, high = interval(ratios)
-    every = np.concatenate([np.asarray(own) for own in turns])
+    every = np.concatenate([np.asarray(opening) for opening in turns])
     median = float(np.median(every))
     outliers = float(np.mean(every > _OUTLIER * median))
     return Timing(median, statistics.geometric_mean(ratios), low, high, len(every), outliers)
@@ -185,7 +183,7 @@ def timing(base: Turns, turns: Turns) -> Timing:
 
 def _ratios(base: Turns, turns: Turns) -> list[float]:
     """The median speed-up of each opening."""
-    return [float(np.median(np.asarray(b) / np.asarray(own))) for b, own in zip(base, turns, strict=True)]
+    return [float(np.median(np.asarray(b) / np.asarray(t))) for b, t in zip(base, turns, strict=True)]
 
 
 def interval(ratios: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -202,14 +200,14 @@ def interval(ratios: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
 
 def _apart(base: Turns, twin: Turns) -> float:
     """The ratio, at least one, by which the clock finds an engine and its twin apart."""
-    both = [(b, own) for b, own in zip(base, twin, strict=False) if own]
+    both = [(b, t) for b, t in zip(base, twin, strict=False) if t]
     if not both:
         return 1.0
     ratio = statistics.geometric_mean(_ratios(*zip(*both, strict=True)))
     return max(ratio, 1 / ratio)
 
 
-def _widened(found: Timing, apart: float, busy: float) -> Timing:
+def _widened(measured: Timing, apart: float, busy: float) -> Timing:
     """The timing with an interval that reaches as far as a twin is apart: so much is found between equal engines."""
-    low, high = min(found.low, found.speedup / apart), max(found.high, found.speedup * apart)
-    return replace(found, low=low, high=high, busy=busy)
+    low, high = min(measured.low, measured.speedup / apart), max(measured.high, measured.speedup * apart)
+    return replace(measured, low=low, high=high, busy=busy)
