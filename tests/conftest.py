@@ -19,7 +19,10 @@ from filelock import FileLock
 
 from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.lowering.export import torch_export
+from planish.optimizer.runtime import worker
+from planish.optimizer.system.child_process import ChildProcess
 from tests.traces import Traces, export, write_archive
+from tests.workers import WorkerHere
 from tests.zoo import Species, build
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub shall fail, not wait
@@ -174,14 +177,29 @@ def planish() -> Planish:
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_races() -> Iterator[None]:
-    """Races of few openings and rounds: few tests are about how narrow an interval is, and those have given turns."""
+    """Races of one opening and few rounds: few tests are about how narrow an interval is, and those have given turns."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planish.optimizer.timing.interleaved.OPENINGS", 3)
+        patch.setattr("planish.optimizer.timing.interleaved.OPENINGS", 1)
         patch.setattr("planish.optimizer.timing.interleaved._ROUNDS", 2)
         yield
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True, scope="session")
+def _engines_here() -> Iterator[None]:
+    """Builds of a test open their engines in its process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "ChildProcess", WorkerHere)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines in processes of their own, where a test is about them."""
+    if request.node.get_closest_marker("processes"):
+        monkeypatch.setattr(worker, "ChildProcess", ChildProcess)
+
+
+@pytest.fixture(scope="session")
 def command() -> Planish:
     """The command line in this process: quicker, where nothing depends on a process of its own."""
     from planish.optimizer.cli import main

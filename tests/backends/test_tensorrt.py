@@ -89,8 +89,8 @@ def test_several_components_are_refused(tmp_path: Path) -> None:
         registry.backend("tensorrt").emit(generator("t5", tmp_path), tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["fast", pytest.param("small", marks=pytest.mark.breadth)])
+@pytest.mark.breadth
+@pytest.mark.parametrize("preset", ["fast", "small"])
 def test_data_give_integers_that_meet_their_product_in_float16(preset: str, tmp_path: Path) -> None:
     texts = [f"Return the {word} of the list." for word in ("length", "sum", "end", "name", "path", "first item")]
     built = optimize(

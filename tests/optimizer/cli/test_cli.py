@@ -109,7 +109,7 @@ def test_an_unknown_command_gets_the_nearest_one(command: Planish) -> None:
 
 
 @pytest.mark.slow
-def test_optimize_and_bench_as_json(tiny: Path, tmp_path: Path, planish: Planish, command: Planish) -> None:
+def test_optimize_and_bench_as_json(tiny: Path, tmp_path: Path, command: Planish) -> None:
     shape = ["--shape", "batch=1,sequence=8"]
     targets = ["--target", "onnxruntime", "--target", "openvino"]
     done = command("optimize", tiny, "-o", tmp_path / "out", *targets, *shape, "--json")
@@ -118,7 +118,7 @@ def test_optimize_and_bench_as_json(tiny: Path, tmp_path: Path, planish: Planish
     assert set(result["manifest"]["targets"]) == {"onnxruntime", "openvino"}
     shutil.copy(tmp_path / "out" / "onnxruntime" / "model.onnx", tmp_path / "copy.onnx")
     xml = tmp_path / "out" / "openvino" / "openvino_model.xml"
-    done = planish("bench", tmp_path / "out", xml, "--against", tmp_path / "copy.onnx", *shape, "--json", "-")
+    done = command("bench", tmp_path / "out", xml, "--against", tmp_path / "copy.onnx", *shape, "--json", "-")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert [Path(row["model"]).name for row in rows] == ["copy.onnx", "onnxruntime", "openvino", xml.name]

@@ -107,7 +107,9 @@ def test_an_output_holds_nothing_that_is_read_or_written_beside_it(option: str, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv: root may read everything")
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", pytest.param("tokenizer.json", marks=pytest.mark.breadth)]
+)
 def test_a_file_that_may_not_be_read_is_named(file: str, tiny: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
     (source / file).chmod(0)

@@ -70,8 +70,8 @@ def test_no_place_for_temporary_files(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("limit", [pytest.param(2_000, marks=pytest.mark.breadth), 300])
+@pytest.mark.breadth
+@pytest.mark.parametrize("limit", [2_000, 300])
 def test_a_disk_that_fills_while_engines_are_built(limit: int, tmp_path: Path) -> None:
     """In the process of the original, which writes its outputs, and in our own."""
     planish = Path(sys.executable).with_name("planish")

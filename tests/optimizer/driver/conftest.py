@@ -14,11 +14,11 @@ SHAPE = ["--shape", "batch=1,sequence=16"]
 
 
 @pytest.fixture(scope="session")
-def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory, planish: Planish) -> Path:
+def built(tiny: Path, tmp_path_factory: pytest.TempPathFactory, command: Planish) -> Path:
     """An output with two engines and its lock beside it, made by the command line."""
 
     def make(folder: Path) -> None:
-        done = planish(
+        done = command(
             *("optimize", tiny, "-o", folder / "out", "--target", "onnxruntime", "--target", "openvino"),
             *("--preset", "fast", "--lock", folder / "tiny.lock", "--depfile", folder / "out.d", *SHAPE),
         )

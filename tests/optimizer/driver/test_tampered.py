@@ -19,10 +19,8 @@ from planish.optimizer.errors import BadInput
 from planish.optimizer.fidelity.reference import References
 from planish.optimizer.ir.program import Arrays
 from planish.optimizer.output.manifest import Manifest, digest_of
-from planish.optimizer.runtime.cases import load_cases, save_cases, thin
-from planish.optimizer.runtime.generation import Decoding
-from planish.optimizer.runtime.teacher_forcing import GreedyContinuation
-from planish.optimizer.runtime.worker import EngineRef
+from planish.optimizer.runtime.cases import load_cases, save_cases
+from planish.optimizer.runtime.worker import EngineRef, Worker
 from planish.optimizer.timing.interleaved import Timing
 from tests.clocks import all_equal
 from tests.conftest import with_tokenizer
@@ -37,42 +35,13 @@ HOSTILE: list[Any] = [
 """What a value of a JSON file is replaced by."""
 
 
-class Here:
-    """Stands for `measure.Worker` in this process: the tests start no processes."""
-
-    def __init__(self, engine: EngineRef, _: object = None) -> None:
-        from planish.optimizer.interfaces import registry
-
-        backend = registry.backend(engine.target)
-        self.engine: Any = (
-            Decoding.of(backend, engine.path, engine.components) if engine.components else backend.open(engine.path)
-        )
-
-    def __enter__(self) -> Here:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def run(self, inputs: Arrays) -> Arrays:
-        return thin(self.engine.run(inputs))
-
-    def score_teacher_forced(self, wanted: GreedyContinuation) -> np.ndarray:
-        from planish.optimizer.runtime.teacher_forcing import score_teacher_forced
-
-        return score_teacher_forced(self.engine, wanted)
-
-    def memory(self) -> int:
-        return 0
-
-
-def stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Open engines in this process."""
-    monkeypatch.setattr("planish.optimizer.fidelity.engine_check.Worker", Here)
+def time_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what `bench` times once."""
 
     def race(engines: list[EngineRef], inputs: list[Arrays], **_: object) -> list[Timing]:
         for engine, feeds in zip(engines, inputs, strict=True):
-            Here(engine).run(feeds)
+            with Worker(engine) as worker:
+                worker.run(feeds)
         return [Timing(1, 1, 1, 1, 1)] * len(engines)
 
     monkeypatch.setattr("planish.optimizer.driver.bench.time_against_first", race)
@@ -80,7 +49,7 @@ def stay_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    stay_here(monkeypatch)
+    time_nothing(monkeypatch)
 
 
 KINDS = {

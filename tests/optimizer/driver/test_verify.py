@@ -14,12 +14,21 @@ from planish.optimizer.errors import BadInput
 from planish.optimizer.output.manifest import Manifest
 from tests.conftest import Planish
 from tests.optimizer.cli.test_bad_input import run
-from tests.optimizer.driver.test_tampered import BAD_INPUT, DONE, FAILED, Outputs, check, forged, outputs_in, stay_here
+from tests.optimizer.driver.test_tampered import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    Outputs,
+    check,
+    forged,
+    outputs_in,
+    time_nothing,
+)
 
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    stay_here(monkeypatch)
+    time_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")

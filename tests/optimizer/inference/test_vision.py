@@ -24,7 +24,7 @@ from planish.optimizer.lowering import lower
 from planish.optimizer.lowering.checkpoint.sequence_limits import limit_axes
 from planish.optimizer.lowering.components.tasks import TASKS
 from tests.clocks import all_equal, all_faster
-from tests.conftest import Planish, with_tokenizer
+from tests.conftest import Planish, once, with_tokenizer
 from tests.zoo import GENERATORS, IMAGES, Species, build
 
 pytestmark = pytest.mark.slow
@@ -48,14 +48,14 @@ def made(species: Species, folder: Path, *, tokenizer: bool = False) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(seen("vit-image-classification"), tmp_path_factory.mktemp("vit"))
+    return once(tmp_path_factory, "vit", lambda folder: made(seen("vit-image-classification"), folder))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(WHISPER, tmp_path_factory.mktemp("whisper"))
+    return once(tmp_path_factory, "whisper", lambda folder: made(WHISPER, folder))
 
 
 def drawn(*shape: int) -> np.ndarray:

@@ -143,7 +143,7 @@ def test_deep_stacks_are_traced_by_their_first_layers(tmp_path: Path) -> None:
     assert (found.worst("max_rel") or 0) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.breadth
 def test_layers_that_differ_are_all_traced(tmp_path: Path) -> None:
     """ModernBERT: every second layer attends to everything, the others to a window."""
     settings = {"num_hidden_layers": 6, "global_attn_every_n_layers": 2, "local_attention": 8, "pad_token_id": 0}

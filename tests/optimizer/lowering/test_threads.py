@@ -18,7 +18,7 @@ with ThreadPoolExecutor(2) as pool:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.breadth
 def test_two_threads_lower_in_a_new_process(tiny: Path) -> None:
     """Neither has imported transformers before."""
     done = subprocess.run([sys.executable, "-c", SCRIPT, tiny, tiny], capture_output=True, text=True, check=False)

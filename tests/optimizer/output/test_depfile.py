@@ -77,7 +77,7 @@ def test_make_finds_nothing_to_do_until_an_input_is_touched(
     assert up_to_date(tmp_path, "out/planish.json")
 
 
-@pytest.mark.slow
+@pytest.mark.breadth
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not installed")
 def test_ninja_finds_nothing_to_do_until_an_input_is_touched(source: Path, tmp_path: Path) -> None:
     build = f"'{source.relative_to(tmp_path)}' -o out --pipeline eliminate-identities --lock m.lock --depfile out.d"

@@ -88,9 +88,10 @@ def test_a_decoder_may_score_the_last_token_alone(tmp_path: Path) -> None:
 @pytest.mark.breadth
 def test_weights_in_few_bits_race_where_texts_are_written(tmp_path: Path) -> None:
     result = optimize(TRAINED / "writer", tmp_path / "out", preset="fast", shapes=[{"sequence": 1, "past": 32}])
-    (trial,) = Lock.read(result.folder / LOCK).targets["onnxruntime"].tried
+    tried = Lock.read(result.folder / LOCK).targets["onnxruntime"].tried
+    (trial,) = (trial for trial in tried if trial.raced)  # static int8 is listed too: it needs calibration data
     assert "quantize-weights{bits=4 block=128}" in trial.passes
-    assert trial.measured  # it raced
+    assert trial.measured
     shipped = Lock.read(result.folder / LOCK).targets["onnxruntime"].pipelines["model"]
     assert ("quantize-weights{bits=4" in shipped) == trial.kept
 
