@@ -68,9 +68,8 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Followed:
         shutil.copytree(ROOT / name, result.tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / ".typing", result.tree / ".typing", symlinks=True)
     clock = result.tree / "optimizer" / "timing" / "interleaved.py"
-    clock.write_text(
-        changed(clock.read_text(), "-OPENINGS = 8\n+OPENINGS = 1")
-    )  # what is faster is nothing to the page
+    # Its commands run in processes of their own, and what is faster is nothing to the page.
+    clock.write_text(changed(clock.read_text(), "-OPENINGS = 8\n+OPENINGS = 1"))
     for language, name, text in files():
         path = (result.tree if name.partition("/")[0] in FOLDERS else result.distribution) / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ That takes a second, and a build asks for dozens. Tests that are about these pro
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -20,8 +20,6 @@ from planish.optimizer.system.child_process import Message
 class WorkerHere:
     """What `Worker` asks of a child process, answered in this one."""
 
-    pid = os.getpid()
-
     def __init__(self) -> None:
         self._server = _EngineServer()
 
@@ -33,13 +31,13 @@ class WorkerHere:
     def request(self, name: str, arrays: Mapping[str, np.ndarray] | None = None, /, **values: Any) -> Message:
         """The reply to a request; an error for the user is raised as it comes out of a process."""
         try:
-            reply = self._server.answer(Message(name, values, _copied(arrays or {})))
+            reply = self._server.answer(_sent(Message(name, values, arrays or {})))
         except Exception as error:
             told = errors.of_exception(error)
             if told is None:
                 raise
             raise errors.decode(errors.encode(told)) from None
-        return Message(reply.name, reply.values, _copied(reply.arrays))
+        return _sent(reply)
 
     def close(self) -> None:
         """Let go of the engine and its memory."""
@@ -52,6 +50,7 @@ class WorkerHere:
         """Nothing is stopped."""
 
 
-def _copied(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays that share no memory with the engine's, which may write over them."""
-    return {name: np.array(array, order="C") for name, array in arrays.items()}
+def _sent(message: Message) -> Message:
+    """The message as another process receives it: values as JSON holds them, arrays in memory of their own."""
+    arrays = {name: np.array(array, order="C") for name, array in message.arrays.items()}
+    return Message(message.name, json.loads(json.dumps(dict(message.values))), arrays)

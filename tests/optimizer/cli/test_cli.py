@@ -146,6 +146,7 @@ def test_bench_opens_an_engine_once_for_each_target_that_is_given(tiny: Path, tm
         ["opt", "in.onnx", "-o", "out.onnx", "--pipeline", "eliminate-identities"],
         ["explain", "in.onnx", "--pipeline", "eliminate-identities"],
         ["bisect", "in.onnx", "--pipeline", "eliminate-identities"],
+        pytest.param(["bench", "in.onnx"], marks=pytest.mark.breadth),
     ],
     ids=lambda words: words[0],
 )
