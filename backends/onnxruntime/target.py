@@ -10,15 +10,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import onnx_ir as ir
 from annotated_types import Ge, Le
 
+from planish.backends.onnxruntime.counters import operator_times
 from planish.backends.onnxruntime.emit import open_cache_sizes
 from planish.backends.onnxruntime.engine import OnnxRuntimeEngine, ort_value_of
 from planish.backends.onnxruntime.presets import PRESETS
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime, in_one_line
 from planish.optimizer.interfaces.backend import MOST_THREADS, Backend, Engine, RequiredPass
+from planish.optimizer.interfaces.counters import OperatorTime, Probe
 from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir import onnx_io
-from planish.optimizer.ir.program import Program
+from planish.optimizer.ir.program import Arrays, Program
 from planish.optimizer.ir.weightless import detach_weights
+from planish.optimizer.system.scratch import scratch_folder
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _WARNING, _FATAL = 2, 4
@@ -71,16 +74,38 @@ class OnnxRuntime(Backend):
 
     def open(self, path: Path) -> Engine:
         """Open an engine folder or an `.onnx` file, with all of the runtime's own optimizations."""
+        ort = self._import()
+        return OnnxRuntimeEngine(ort, self._session(ort, self._file(path), self._options(ort)))
+
+    def operator_times(self, path: Path, inputs: Arrays, calls: int) -> list[OperatorTime]:
+        """From the profile that the runtime writes."""
+        ort, file = self._import(), self._file(path)
+        options = self._options(ort)
+        options.enable_profiling = True
+        with scratch_folder() as scratch:
+            options.profile_file_prefix = str(scratch / "profile")
+            session = self._session(ort, file, options)
+            call = OnnxRuntimeEngine(ort, session).prepare(inputs)
+            for _ in range(calls + 1):
+                call()
+            return operator_times(Path(session.end_profiling()), file)
+
+    @classmethod
+    def probes(cls) -> Sequence[Probe]:
+        """Its kernels compute in f32 and in 8 bits."""
+        return (Probe("f32", "onnxruntime"), Probe("i8", "onnxruntime", "MatMulInteger"))
+
+    def _file(self, path: Path) -> Path:
         file = path / self.model_file if path.is_dir() else path
         if not file.is_file():
             raise BadInput("there is no ONNX model here", where=file)
-        ort = self._import()
-        options = self._options(ort)
+        return file
+
+    def _session(self, ort: Any, file: Path, options: Any) -> Any:
         try:
-            session = ort.InferenceSession(str(file), options, providers=[_PROVIDERS[self.provider]])
+            return ort.InferenceSession(str(file), options, providers=[_PROVIDERS[self.provider]])
         except Exception as error:
             raise BadInput(f"ONNX Runtime refuses the model: {in_one_line(error)}", where=file) from error
-        return OnnxRuntimeEngine(ort, session)
 
     def load(self, model: ir.Model) -> Engine:
         """Run a graph as it is written: no optimization, no packing, weights lent to the runtime and not copied.

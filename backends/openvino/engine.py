@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,7 +55,7 @@ class InferRequest:
     def __init__(self, idle: deque[Any], infer_request: Any) -> None:
         self._idle = idle
         self.infer_request = infer_request
-        self.variables = {state.name.partition(PRESENT_NAME)[0]: state for state in infer_request.query_state()}
+        self.variables = {input_of_variable(state.name): state for state in infer_request.query_state()}
         self.steps = 0
         """Steps of a text so far: a cache that an earlier one gave is no longer there."""
 
@@ -89,6 +89,15 @@ class HeldCache:
     rows: np.ndarray
 
 
+@dataclass(frozen=True)
+class CountedRun:
+    """One run by the runtime's counters, the graph of its operators, and all inputs by name."""
+
+    counters: Sequence[Any]
+    graph: Any
+    inputs: Arrays
+
+
 class OpenVinoEngine(Engine):
     """A compiled model and a pool of inference requests, so that threads may call it at the same time.
 
@@ -115,6 +124,14 @@ class OpenVinoEngine(Engine):
         request = self._request_for(feeds)
         rest = self._stateless(request, feeds)
         return lambda: _infer(request, rest)
+
+    def counted(self, inputs: Arrays) -> CountedRun:
+        """Run once, and read the performance counters; the model was compiled with the property PERF_COUNT."""
+        feeds = self._feeds(inputs)
+        request = self._request_for(feeds)
+        _infer(request, self._stateless(request, feeds))
+        inner = request.infer_request
+        return CountedRun(inner.get_profiling_info(), inner.get_compiled_model().get_runtime_model(), feeds)
 
     def step(self, inputs: Arrays, cache: object | None = None) -> tuple[dict[str, np.ndarray], object]:
         """The cache stays in the variables of its request; what is handed round says which rows the next step reads."""
@@ -177,6 +194,11 @@ def _infer(request: InferRequest, feeds: Mapping[str, np.ndarray]) -> Any:
         return request.infer_request.infer(dict(feeds), share_inputs=True, share_outputs=True)
     except RuntimeError as error:
         raise BadInput(f"OpenVINO cannot run these inputs: {in_one_line(error)}") from error
+
+
+def input_of_variable(variable: str) -> str:
+    """The name of a cache among the inputs of an engine, from the name of the variable that holds it."""
+    return variable.partition(PRESENT_NAME)[0]
 
 
 def of_size(core: Any, file: Path, size: tuple[int, ...]) -> Any:

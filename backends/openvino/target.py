@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Le, MaxLen
 
+from planish.backends.openvino.counters import operator_times
 from planish.backends.openvino.emit import (
     drop_guards,
     give_stable_names,
@@ -24,10 +25,11 @@ from planish.backends.openvino.engine import MOST_BUCKETS, PAGE, OpenVinoEngine,
 from planish.backends.openvino.presets import PRESETS
 from planish.optimizer.errors import BadInput, CheckFailed, MissingRuntime, in_one_line
 from planish.optimizer.interfaces.backend import MOST_THREADS, Backend, Engine
+from planish.optimizer.interfaces.counters import OperatorTime, Probe
 from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir import onnx_io
 from planish.optimizer.ir.graph import FINITE_MASK
-from planish.optimizer.ir.program import Program, Role
+from planish.optimizer.ir.program import Arrays, Program, Role
 from planish.optimizer.system.scratch import scratch_folder
 
 PROPERTIES = "openvino_properties.json"
@@ -111,21 +113,41 @@ class OpenVino(Backend):
 
     def open(self, path: Path) -> Engine:
         """Open an engine folder, an `.xml` or an `.onnx` file."""
+        return self._compiled(self._import().Core(), self._file(path), self._config())
+
+    def operator_times(self, path: Path, inputs: Arrays, calls: int) -> list[OperatorTime]:
+        """From the runtime's performance counters."""
+        core, file = self._import().Core(), self._file(path)
+        engine = self._compiled(core, file, self._config() | {"PERF_COUNT": True})
+        return operator_times(self._import(), engine, core.read_model(str(file)), inputs, calls)
+
+    @classmethod
+    def probes(cls) -> Sequence[Probe]:
+        """One for each arithmetic that the runtime takes by itself on this machine, f32, and 8 bits."""
+        own = cls()._own_precision()
+        types = dict.fromkeys(["f32", *([own] if own else [])])
+        return [
+            *(Probe(each, f"openvino{{precision={each}}}") for each in types),
+            Probe("i8", "openvino{precision=f32}"),
+        ]
+
+    def _file(self, path: Path) -> Path:
         file = path / self.model_file if path.is_dir() else path
         if not file.is_file():
             raise BadInput("there is no OpenVINO model here", where=file)
-        ov = self._import()
-        core = ov.Core()
+        return file
+
+    def _compiled(self, core: Any, file: Path, config: Mapping[str, object]) -> OpenVinoEngine:
         if self.device not in {device.partition(".")[0] for device in core.available_devices}:
             raise MissingRuntime(f"OpenVINO finds no {self.device} on this machine", where=f"target {self}")
         try:
-            compiled = core.compile_model(str(file), self.device, self._config())
+            compiled = core.compile_model(str(file), self.device, config)
             sizes = [tuple(map(int, text.split("x"))) for text in self.buckets]
             models = {size: of_size(core, file, size) for size in sizes}
-            buckets = {size: core.compile_model(m, self.device, self._config()) for size, m in models.items()}
+            buckets = {size: core.compile_model(m, self.device, config) for size, m in models.items()}
         except RuntimeError as error:
             raise BadInput(f"OpenVINO refuses the model: {in_one_line(error)}", where=file) from error
-        return OpenVinoEngine(ov, compiled, buckets)
+        return OpenVinoEngine(self._import(), compiled, buckets)
 
     @classmethod
     def missing(cls) -> str | None:

@@ -28,7 +28,7 @@ class _Optimize(Sectioned):
     sections: ClassVar[Mapping[str, Sequence[str]]] = {
         "Build": ("out", "task", "targets", "preset", "pipeline", "adapter", "logits", "fix"),
         "Accuracy": ("keep", "evaluate", "expect", "calibration", "samples", "reference"),
-        "Timing": ("shapes", "profile"),
+        "Timing": ("shapes", "profile", "roofline"),
         "Reproducible builds": ("lock", "depfile"),
     }
 
@@ -68,6 +68,10 @@ class _Optimize(Sectioned):
 @click.option(
     "--profile", type=existing,
     help="Tuning table: measured operator latencies for each target. Missing entries are measured and added.",
+)  # fmt: skip
+@click.option(
+    "--roofline", is_flag=True,
+    help="Measure how far each operator of the engines is from what this machine can do; the report shows it.",
 )  # fmt: skip
 @click.option("--lock", type=existing, help="Build from this lock, or write it if it does not exist.")
 @click.option("--adapter", type=existing, help="A PEFT adapter (LoRA, rsLoRA, DoRA, AdaLoRA) to merge into SOURCE.")

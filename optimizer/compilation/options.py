@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictStr, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
 
 from planish.optimizer.calibration.data import Given
 from planish.optimizer.compilation.job import Clock
@@ -84,6 +84,7 @@ _ACCEPTED: Mapping[str, tuple[TypeAdapter[Any], str]] = {
         TypeAdapter(dict[StrictStr, dict[_Integer, StrictStr]]),
         'names of axes by input and position, {"x": {0: "batch"}}',
     ),
+    "roofline": (TypeAdapter(StrictBool), "True or False"),
     "progress": (_FUNCTION, "a function"),
     "clock": (_FUNCTION, "a function"),
 }
@@ -140,6 +141,9 @@ class BuildOptions:
     """Tensors by keyword, for an `nn.Module`."""
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None
     """`{input: {position: name}}`, for an `nn.Module`."""
+    roofline: bool = False
+    """Measure how far each operator of the engines is from what this machine can do, for `measurements.json` and the
+    report."""
     progress: Progress = silent
     """Called as each stage begins."""
     clock: Clock = time_against_first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from planish.optimizer.lowering import Lowered
 from planish.optimizer.output import manifest as records
 from planish.optimizer.output.lock import LOCK, Lock
 from planish.optimizer.output.manifest import Manifest
-from planish.optimizer.output.report import write_report
+from planish.optimizer.output.report import write_measurements, write_report
 from planish.optimizer.output.sites import write_sites
 from planish.optimizer.runtime.tokenization import LIGHT_TASKS, TokenizerRecord, light_record
 from planish.optimizer.system.machine import instruction_set, library_version
 from planish.optimizer.system.staging import MEASUREMENTS
+from planish.optimizer.timing.roofline import Roofline
 
 NOTHING = "nothing"
 """The origin of calibration data where no pass used statistics."""
@@ -93,7 +94,9 @@ def loader_record(built: BuiltEngine) -> records.LoaderRecord | None:
     )
 
 
-def measurements_of(built: Sequence[BuiltEngine], stages: Stages) -> dict[str, Any]:
+def measurements_of(
+    built: Sequence[BuiltEngine], stages: Stages, rooflines: Mapping[str, Mapping[str, Roofline]]
+) -> dict[str, Any]:
     """Everything that may differ between two equal builds."""
     tunings = {host: answers for engine in built for host, answers in engine.tunings.items()}
     return {
@@ -107,6 +110,7 @@ def measurements_of(built: Sequence[BuiltEngine], stages: Stages) -> dict[str, A
                     shape: {kind: timing.__dict__ for kind, timing in timings.items()}
                     for shape, timings in engine.timings.items()
                 },
+                "roofline": {shape: line.described() for shape, line in rooflines.get(engine.target.name, {}).items()},
                 "check_peak_memory_bytes": engine.verdict.fidelity.peak_memory,
                 "passes": {
                     name: {report.text: report.measured for report in outcome.reports}
@@ -129,7 +133,7 @@ def light_tokenizer(lowered: Lowered) -> TokenizerRecord | None:
     return None if tokenizer is None else light_record(tokenizer, lowered.folder)
 
 
-def write_output(job: Job, built: Sequence[BuiltEngine]) -> Result:
+def write_output(job: Job, built: Sequence[BuiltEngine], rooflines: Mapping[str, Mapping[str, Roofline]]) -> Result:
     """Write reference, lock, measurements, report and manifest into the folder that holds the engines."""
     folder, lowered, requested = job.places.engines, job.lowered, job.request.described()
     references = None if job.references is None else job.references()
@@ -144,8 +148,9 @@ def write_output(job: Job, built: Sequence[BuiltEngine]) -> Result:
         targets={engine.target.name: engine.selection for engine in built},
     )
     (folder / LOCK).write_text(lock.text(), encoding="utf-8")
-    measurements = measurements_of(built, job.stages)
+    measurements = measurements_of(built, job.stages, rooflines)
     (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
+    write_measurements(folder, measurements)
     manifest = Manifest(
         planish=library_version("planish"),
         libraries=dict(job.libraries),

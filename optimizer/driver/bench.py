@@ -1,4 +1,4 @@
-"""Timing of any mix of outputs, `.onnx` and `.xml` files on the same inputs."""
+"""Timing of any mix of outputs, `.onnx` and `.xml` files on the same inputs, and their rooflines."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from planish.optimizer.output.manifest import Manifest, engine_folder, refuse_li
 from planish.optimizer.runtime.worker import EngineRef
 from planish.optimizer.system.staging import MANIFEST
 from planish.optimizer.timing.interleaved import Timing, time_against_first
+from planish.optimizer.timing.roofline import Roofline, roofline
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,16 @@ class BenchRow:
     component: str = "model"
 
 
+@dataclass(frozen=True)
+class RooflineRow:
+    """The roofline of one engine at one shape."""
+
+    label: str
+    shape: str
+    roofline: Roofline
+    component: str = "model"
+
+
 def bench(
     models: Sequence[str | Path],
     against: Sequence[str | Path] = (),
@@ -55,7 +66,38 @@ def bench(
     for every target of its runtime; by default all engines take part. BadInput if there is no engine to time,
     UsageError for unknown sizes or targets.
     """
-    entrants = [entrant for path in (*against, *models) for entrant in _entrants(Path(path), targets)]
+    entrants = _of_all((*against, *models), targets)
+    sizes = _sizes(entrants, shapes)
+    stages = Stages(progress, sum(map(len, sizes.values())))
+    return [row for name, group in _by_component(entrants).items() for row in _time(group, sizes[name], stages)]
+
+
+def rooflines(
+    models: Sequence[str | Path],
+    shapes: Sequence[Mapping[str, int]] = (),
+    targets: Sequence[str] = (),
+    *,
+    progress: Progress = silent,
+) -> list[RooflineRow]:
+    """The distance of each operator of every engine from what this machine can do; engines and sizes as in `bench`.
+
+    BadInput for an engine whose runtime does not tell the time of single operators.
+    """
+    entrants = _of_all(models, targets)
+    sizes = _sizes(entrants, shapes)
+    stages = Stages(progress, sum(len(sizes[entrant.component]) for entrant in entrants))
+    rows = []
+    for entrant in entrants:
+        for size in sizes[entrant.component]:
+            case, text = sized_case(entrant.signature, size)
+            with stages.stage(f"roofline of {entrant.label} at {text}"):
+                rows.append(RooflineRow(entrant.label, text, roofline(entrant.engine, case), entrant.component))
+    return rows
+
+
+def _of_all(models: Sequence[str | Path], targets: Sequence[str]) -> list[Entrant]:
+    """The engines of all models. BadInput if there are none, UsageError for a target that opens none of them."""
+    entrants = [entrant for path in models for entrant in _entrants(Path(path), targets)]
     if not entrants:
         raise BadInput("there is no engine to time here", where=", ".join(map(str, models)))
     opened = {registry.backend(entrant.engine.target).name for entrant in entrants}
@@ -64,12 +106,20 @@ def bench(
     if idle:
         advice = f"there are engines of {', '.join(sorted(opened))}"
         raise UsageError("nothing here is opened with it", where=f"--target {idle[0]}", advice=advice)
-    refuse_other_sizes([entrant.signature for entrant in entrants], shapes)
+    return entrants
+
+
+def _by_component(entrants: Sequence[Entrant]) -> dict[str, list[Entrant]]:
     components = dict.fromkeys(entrant.component for entrant in entrants)
-    by_component = {name: [entrant for entrant in entrants if entrant.component == name] for name in components}
-    sizes = {name: shapes or default_shapes(entrants_of[0].signature) for name, entrants_of in by_component.items()}
-    stages = Stages(progress, sum(map(len, sizes.values())))
-    return [row for name, entrants_of in by_component.items() for row in _time(entrants_of, sizes[name], stages)]
+    return {name: [entrant for entrant in entrants if entrant.component == name] for name in components}
+
+
+def _sizes(
+    entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]]
+) -> Mapping[str, Sequence[Mapping[str, int]]]:
+    """Component -> the sizes at which its engines run. UsageError for sizes of axes that no engine has."""
+    refuse_other_sizes([entrant.signature for entrant in entrants], shapes)
+    return {name: shapes or default_shapes(group[0].signature) for name, group in _by_component(entrants).items()}
 
 
 def _time(entrants: Sequence[Entrant], shapes: Sequence[Mapping[str, int]], stages: Stages) -> list[BenchRow]:

@@ -22,6 +22,7 @@ from planish.optimizer.compilation.progress import LOGGER, Stages, count_stages
 from planish.optimizer.compilation.references import ask_original
 from planish.optimizer.compilation.request import Request, request_of
 from planish.optimizer.compilation.result import Result
+from planish.optimizer.compilation.rooflines import rooflines_of
 from planish.optimizer.compilation.transform import Transformer
 from planish.optimizer.compilation.write_output import write_output
 from planish.optimizer.driver.files import check_depfile, check_places, files_read, staged_if_given, written_beside
@@ -39,6 +40,7 @@ from planish.optimizer.system.links import file_in
 from planish.optimizer.system.machine import library_versions
 from planish.optimizer.system.scratch import scratch_folder, temporary
 from planish.optimizer.system.staging import MANIFEST, demand_apart, staged_folder
+from planish.optimizer.timing.roofline import Roofline
 
 
 def optimize(source: str | Path | Any, out: str | Path, options: BuildOptions | None = None, **fields: Any) -> Result:
@@ -72,7 +74,7 @@ def _build(source: str | Path | Any, out: Path, options: BuildOptions) -> Result
     checks, lock = Checks(options.reference), _read_lock(source, options, request, data)
     _refuse_absent(expected, request, checks, lock)
     libraries = library_versions(registry.libraries())  # a backend of others that does not import is told of now
-    stages = Stages(options.progress, _count_stages(request, checks, lock))
+    stages = Stages(options.progress, _count_stages(request, checks, lock, roofline=options.roofline))
     with (
         staged_if_given(options.lock if lock is None else None) as lock_copy,
         staged_folder(out) as folder,
@@ -106,8 +108,12 @@ def _build(source: str | Path | Any, out: Path, options: BuildOptions) -> Result
             build_engine(job, target, transformer, None if lock is None else lock.targets[target.name])
             for target in request.targets
         ]
+        rooflines: dict[str, dict[str, Roofline]] = {}
+        if options.roofline:
+            with stages.stage("roofline"):
+                rooflines = {engine.target.name: rooflines_of(job, engine) for engine in built}
         with stages.stage("report"):
-            result = write_output(job, built)
+            result = write_output(job, built, rooflines)
         if lock_copy is not None:
             shutil.copyfile(folder / LOCK, lock_copy)
     return result
@@ -163,10 +169,10 @@ def _refuse_absent(expected: list[Expectation], request: Request, checks: Checks
     refuse_absent(expected, {t.name: request.passes_for(t) if runs else () for t in request.targets})
 
 
-def _count_stages(request: Request, checks: Checks, lock: Lock | None) -> int:
+def _count_stages(request: Request, checks: Checks, lock: Lock | None, *, roofline: bool) -> int:
     """How many stages there will be."""
     each = count_stages(may_measure=lock is None and checks is Checks.FULL)
-    return 2 + (checks is Checks.OFFLOAD) + each * len(request.targets)
+    return 2 + (checks is Checks.OFFLOAD) + each * len(request.targets) + roofline
 
 
 def _lower(source: str | Path | Any, options: BuildOptions, request: Request) -> Lowered:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from planish.optimizer.errors import BadInput, CheckFailed
 from planish.optimizer.interfaces import option_text, registry
+from planish.optimizer.interfaces.counters import OperatorTime, Probe
 from planish.optimizer.interfaces.option_text import OPTIONS_CONFIG
 from planish.optimizer.interfaces.pass_base import PassResult
 from planish.optimizer.interfaces.recipe import Recipe
@@ -218,6 +219,23 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def missing(cls) -> str | None:
         """The reason, in one line, why this machine cannot open engines of this backend; None if it can."""
+
+    def operator_times(self, path: Path, inputs: Arrays, calls: int) -> list[OperatorTime]:
+        """Open an engine with the runtime's counters, run it ``calls`` times on ``inputs``; its operators, in order.
+
+        BadInput where the runtime has no counters.
+        """
+        raise BadInput(f"target {self.name} tells no time of single operators", where=path)
+
+    @classmethod
+    def has_counters(cls) -> bool:
+        """True if the runtime tells the time of single operators."""
+        return cls.operator_times is not Backend.operator_times
+
+    @classmethod
+    def probes(cls) -> Sequence[Probe]:
+        """Products that show the peaks of this machine, one for each type in which the runtime multiplies here."""
+        return ()
 
     def as_loaders_open(self) -> Self | None:
         """The target as the ecosystem's loaders open its files when they are given no options.

@@ -22,7 +22,7 @@ from planish.optimizer.pipeline.pipeline import PassReport
 from planish.optimizer.runtime.tokenization import TokenizerRecord
 from planish.optimizer.system.json_files import read_json
 from planish.optimizer.system.links import refuse_links_out
-from planish.optimizer.system.staging import MANIFEST, MEASUREMENTS
+from planish.optimizer.system.staging import MANIFEST, MEASURED
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000
 """Maximum bytes of names and paths in common file systems."""
@@ -334,7 +334,7 @@ def refuse_links_of(engine: Path) -> None:
 def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below ``folder`` except manifest and measurements, by relative path."""
     # Measurements differ between equal builds, and the manifest cannot hold its own hash.
-    names = [name for name in names_below(folder) if name not in (MANIFEST, MEASUREMENTS) and not name.startswith(".")]
+    names = [name for name in names_below(folder) if name not in (MANIFEST, *MEASURED) and not name.startswith(".")]
     return {name: digest_of(folder / name) or "" for name in names}
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from planish.optimizer.interfaces import registry
+from planish.optimizer.interfaces.counters import OperatorTime
 from planish.optimizer.ir.program import Arrays
 from planish.optimizer.runtime.cases import thin
 from planish.optimizer.runtime.generation import Decoding
@@ -102,6 +103,15 @@ class Worker:
         self.child.resume()
 
 
+def operator_times(engine: EngineRef, inputs: Arrays, calls: int) -> list[OperatorTime]:
+    """The operators of an engine that is opened with its runtime's counters, in a process of its own."""
+    worker = Worker(engine, _HUGE_PAGES)
+    with closing(worker.child):
+        values = {"target": engine.target, "path": str(engine.path), "calls": calls}
+        reply = worker.child.request("operators", inputs, **values)
+    return [OperatorTime(**values) for values in reply.values["operators"]]
+
+
 @contextmanager
 def opened(engines: Sequence[EngineRef]) -> Iterator[list[Worker]]:
     """A worker for each engine, all open inside, their memory in huge pages where the system has them."""
@@ -129,6 +139,10 @@ class _EngineServer:
             components = values["components"]
             self._engine = Decoding.of(backend, path, components) if components else backend.open(path)
             return Message("opened")
+        if request.name == "operators":
+            backend = registry.backend(values["target"])
+            times = backend.operator_times(Path(values["path"]), arrays, values["calls"])
+            return Message("operators", {"operators": [asdict(each) for each in times]})
         if request.name == "run":
             self._inputs = arrays
             return Message("outputs", arrays=thin(self._engine.run(arrays)))

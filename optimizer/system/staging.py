@@ -24,6 +24,8 @@ from planish.optimizer.system.scratch import COMMITTED, Claim, claimed, sweep
 
 MANIFEST = "planish.json"
 MEASUREMENTS = "measurements.json"
+MEASURED = frozenset({MEASUREMENTS, "measurements.html"})
+"""Files of an output that differ between equal builds."""
 MADE_LATER = {"model.plan"}
 """Files that scripts in an output write later: TensorRT's plan."""
 _RENAME_EXCHANGE = 2
@@ -207,7 +209,7 @@ def _check_content(folder: Path) -> None:
             "this folder exists and is not an output of planish", where=folder, advice="choose another, or remove it"
         )
     listed = read_object(folder / MANIFEST).get("files")
-    expected = {MANIFEST, MEASUREMENTS, *(listed if isinstance(listed, dict) else ())}
+    expected = {MANIFEST, *MEASURED, *(listed if isinstance(listed, dict) else ())}
     strange = sorted(name for name in names - expected if Path(name).name not in MADE_LATER)
     if strange:
         raise BadInput(

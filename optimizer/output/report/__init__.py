@@ -1,16 +1,17 @@
 """`report.html`: results table, effects of each pass, and rolled back passes with reasons, on one self-contained page.
 
-The report is made from manifest and lock only, so it is equal for equal builds. The latest timings are read from
-`measurements.json` beside it.
+The report is made from manifest and lock only, so it is equal for equal builds. It shows the latest timings in a frame:
+`measurements.html` beside it, which is made from `measurements.json`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from planish.optimizer.output.lock import Lock
 from planish.optimizer.output.manifest import Manifest
-from planish.optimizer.system.staging import MEASUREMENTS
 
 SECTIONS = (
     "engines",
@@ -24,6 +25,17 @@ SECTIONS = (
 
 def write_report(folder: Path, manifest: Manifest, lock: Lock) -> None:
     """Write the report of an output into its folder."""
+    page = _template("report.html").render(sections=SECTIONS, manifest=manifest, lock=lock)
+    (folder / "report.html").write_text(page.rstrip("\n"), encoding="utf-8")
+
+
+def write_measurements(folder: Path, measurements: Mapping[str, Any]) -> None:
+    """Write the page of timings and rooflines of an output into its folder."""
+    page = _template("measurements.html").render(measurements=measurements)
+    (folder / "measurements.html").write_text(page, encoding="utf-8")
+
+
+def _template(name: str) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -33,7 +45,4 @@ def write_report(folder: Path, manifest: Manifest, lock: Lock) -> None:
         trim_blocks=True,
         keep_trailing_newline=True,  # of sections, which follow each other on the page
     )
-    page = environment.get_template("report.html").render(
-        sections=SECTIONS, manifest=manifest, lock=lock, measurements=MEASUREMENTS
-    )
-    (folder / "report.html").write_text(page.rstrip("\n"), encoding="utf-8")
+    return environment.get_template(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from planish.optimizer.system.staging import MEASUREMENTS
+from planish.optimizer.system.staging import MEASURED
 from tests.conftest import Planish, once
 
 SHAPE = ["--shape", "batch=1,sequence=16"]
@@ -33,5 +33,5 @@ def digests(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MEASUREMENTS
+        if path.is_file() and path.name not in MEASURED
     }

@@ -26,6 +26,7 @@ from planish.optimizer.lowering import Lowered, lower
 from planish.optimizer.lowering.export.onnx_file import read_signature
 from planish.optimizer.output.lock import LOCK, Lock
 from planish.optimizer.runtime.generation import Decoding, Sampling
+from planish.optimizer.system.staging import MEASURED
 from planish.optimizer.timing.interleaved import Timing
 from tests.clocks import all_equal, all_faster
 from tests.train import MODELS as TRAINED
@@ -275,7 +276,7 @@ def test_locked_builds_are_equal_byte_for_byte(tmp_path: Path, monkeypatch: pyte
     }
     different = {str(path) for path in files["one"] if files["one"][path] != files["other"].get(path)}
     assert files["one"].keys() == files["other"].keys()
-    assert different == {"measurements.json"}
+    assert different == MEASURED
 
 
 def configured(**changes: object) -> Callable[[Path], None]:
