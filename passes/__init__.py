@@ -31,6 +31,7 @@ PASSES = {
         ("pruning", "prune-ffn", "PruneFfn"),
         ("pruning", "remove-padding", "RemovePadding"),
         ("quantization", "convert-float16", "ConvertFloat16"),
+        ("quantization", "group-activations", "GroupActivations"),
         ("quantization", "quantize-cache", "QuantizeCache"),
         ("quantization", "quantize-embeddings", "QuantizeEmbeddings"),
         ("quantization", "quantize-float8", "QuantizeFloat8"),

@@ -15,6 +15,7 @@ from typing import Any
 from planish.backends.openvino.engine import BEAMS, OpenVinoEngine, input_of_variable
 from planish.optimizer.interfaces.counters import OperatorTime
 from planish.optimizer.ir.program import Arrays
+from planish.optimizer.system.machine import instruction_set
 
 _BITS = {"f32": 32, "bf16": 16, "f16": 16, "i8": 8}
 _ARITHMETICS = ("bf16", "f16", "i8", "u8", "f32")
@@ -27,6 +28,7 @@ _MULTIPLYING = (
 _INDICES = ("i32", "i64")
 """Types of constants that shapes are computed from."""
 _NOT_COUNTED = "products without a counter"
+_STORED_INTEGERS = "FullyConnectedCompressed"
 _READERS = 6
 """Readers in a row that are searched for the name of a fused product."""
 
@@ -47,14 +49,15 @@ def operator_times(ov: Any, engine: OpenVinoEngine, model: Any, inputs: Arrays, 
     graph = {node.get_friendly_name(): _Ran(node) for node in run.graph.get_ops()}
     products = _products_by_runtime_name(model, works, graph)
     kinds = {counter.node_name: (counter.node_type, counter.exec_type) for counter in run.counters}
+    rounds = run.group > 0 and "vnni" in instruction_set()
     times = [
-        _operator(name, *kinds[name], statistics.median(milliseconds), products.get(name, ()))
+        _operator(name, *kinds[name], statistics.median(milliseconds), products.get(name, ()), rounds=rounds)
         for name, milliseconds in spent.items()
     ]
     # What no counter goes by the name of is not kept from the sum.
     counted = {id(work) for name in products.keys() & spent.keys() for work in products[name]}
     rest = [work for work in works.values() if work.adds and id(work) not in counted]
-    return [*times, *([_operator(_NOT_COUNTED, _NOT_COUNTED, "", 0.0, rest)] if rest else [])]
+    return [*times, *([_operator(_NOT_COUNTED, _NOT_COUNTED, "", 0.0, rest, rounds=False)] if rest else [])]
 
 
 def _products_by_runtime_name(
@@ -80,8 +83,12 @@ def _products_by_runtime_name(
     return found
 
 
-def _operator(name: str, kind: str, kernel: str, milliseconds: float, products: Sequence[_Work]) -> OperatorTime:
+def _operator(
+    name: str, kind: str, kernel: str, milliseconds: float, products: Sequence[_Work], *, rounds: bool
+) -> OperatorTime:
     arithmetic = next((t for t in _ARITHMETICS if kernel.lower().endswith(t)), "f32").replace("u8", "i8")
+    if rounds and kind == _STORED_INTEGERS:
+        arithmetic = "i8"  # the kernel goes by the type of its activations, and rounds them
     adds, weight_bytes = sum(work.adds for work in products), sum(work.weight_bytes(arithmetic) for work in products)
     activation_bytes = sum(work.activation_bytes(arithmetic) for work in products)
     return OperatorTime(name, kind, kernel, milliseconds, arithmetic, adds, weight_bytes, activation_bytes)
@@ -107,8 +114,10 @@ class _Work:
         self._elements = sum(map(_elements, [*ports, node.get_output_partial_shape(0)])) if self.adds else 0
 
     def weight_bytes(self, arithmetic: str) -> int:
-        """Bytes of its weights in a kernel of this type: none keeps them in more bits than it multiplies."""
-        return sum(min(size, count * _BITS[arithmetic] // 8) for size, count in self._constants)
+        """Bytes of its weights in a kernel of this type: none keeps floats in more bits than it multiplies."""
+        stored = sum(size for size, _ in self._constants)
+        packed = any(size <= count for size, count in self._constants)  # integers, and floats that scale them
+        return stored if packed else min(stored, sum(count for _, count in self._constants) * _BITS[arithmetic] // 8)
 
     def activation_bytes(self, arithmetic: str) -> int:
         """Bytes of what it reads and writes besides."""

@@ -38,6 +38,14 @@ def make_stateful(ov: Any, model: Any, cache: str) -> None:
     model.set_rt_info(cache, ["runtime_options", "KV_CACHE_PRECISION"])
 
 
+def set_activation_group(model: Any, size: str) -> None:
+    """Say in the file how many entries of an activation share a step, where weights are stored in integers.
+
+    The CPU plugin rounds such activations to 8 bits by itself, 32 entries at a time unless the file says otherwise.
+    """
+    model.set_rt_info(size, ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+
+
 def _start_empty(ops: Any, model: Any) -> None:
     """Initialize each variable with as many rows as there are texts, and no tokens."""
     shape = ops.shape_of(model.input("input_ids"), output_type="i64")

@@ -96,6 +96,8 @@ class CountedRun:
     counters: Sequence[Any]
     graph: Any
     inputs: Arrays
+    group: int
+    """Entries of an activation that share a step where weights are stored in integers; 0 if nothing is rounded."""
 
 
 class OpenVinoEngine(Engine):
@@ -131,7 +133,9 @@ class OpenVinoEngine(Engine):
         request = self._request_for(feeds)
         _infer(request, self._stateless(request, feeds))
         inner = request.infer_request
-        return CountedRun(inner.get_profiling_info(), inner.get_compiled_model().get_runtime_model(), feeds)
+        compiled = inner.get_compiled_model()
+        group = int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE"))
+        return CountedRun(inner.get_profiling_info(), compiled.get_runtime_model(), feeds, group)
 
     def step(self, inputs: Arrays, cache: object | None = None) -> tuple[dict[str, np.ndarray], object]:
         """The cache stays in the variables of its request; what is handed round says which rows the next step reads."""

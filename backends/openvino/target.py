@@ -20,6 +20,7 @@ from planish.backends.openvino.emit import (
     import_quietly,
     make_stateful,
     separate_attention_inputs,
+    set_activation_group,
 )
 from planish.backends.openvino.engine import MOST_BUCKETS, PAGE, OpenVinoEngine, Size, of_size
 from planish.backends.openvino.presets import PRESETS
@@ -28,7 +29,7 @@ from planish.optimizer.interfaces.backend import MOST_THREADS, Backend, Engine
 from planish.optimizer.interfaces.counters import OperatorTime, Probe
 from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir import onnx_io
-from planish.optimizer.ir.graph import FINITE_MASK
+from planish.optimizer.ir.graph import ACTIVATION_GROUP, FINITE_MASK
 from planish.optimizer.ir.program import Arrays, Program, Role
 from planish.optimizer.system.scratch import scratch_folder
 
@@ -107,6 +108,8 @@ class OpenVino(Backend):
                         separate_attention_inputs(converted, caches)
                 except RuntimeError as error:
                     raise CheckFailed(f"OpenVINO cannot convert the graph: {in_one_line(error)}") from error
+                if ACTIVATION_GROUP in model.metadata_props:
+                    set_activation_group(converted, model.metadata_props[ACTIVATION_GROUP])
                 give_stable_names(converted)
                 ov.save_model(converted, str(folder / self.file_of(name)), compress_to_fp16=False)
                 del converted  # it maps the scratch file

@@ -144,8 +144,8 @@ def request_of(options: BuildOptions, *, calibrated: bool) -> Request:
         asked=budget,
         shapes=tuple(shapes),
         extras=_extras(backends, preset if padded else None),
-        alternatives=_tried(backends, preset if calibrated else None, When.CALIBRATED, first),
-        stepping=_tried(backends, preset, When.GENERATING, first),
+        alternatives=_tried(backends, preset, [When.ALTERNATIVE, *([When.CALIBRATED] if calibrated else [])], first),
+        stepping=_tried(backends, preset, [When.GENERATING], first),
         evaluation=evaluation,
         last_logits=options.logits == "last",
         profile=None if options.profile is None else Path(options.profile),
@@ -186,13 +186,17 @@ def _pipelines_for(
 
 def _extras(targets: Sequence[Backend], preset: str | None) -> dict[str, Pipeline]:
     """Passes that are tried behind the pipelines of each target, for several texts of which some are padded."""
-    tried = _tried(targets, preset, When.PADDED, ())
+    tried = _tried(targets, preset, [When.PADDED], ())
     return {name: Pipeline(tuple(step for one in own for step in one.passes)) for name, own in tried.items()}
 
 
 def _tried(
-    targets: Sequence[Backend], preset: str | None, when: When, first: Sequence[str]
+    targets: Sequence[Backend], preset: str | None, cases: Sequence[When], first: Sequence[str]
 ) -> dict[str, list[Pipeline]]:
-    """The recipes that a preset, if there is one, tries for each target in one case, each behind ``first``."""
-    found = {t.name: presets.recipes(preset, t.name, when) if preset is not None else () for t in targets}
-    return {name: [Pipeline.parse(",".join([*first, *recipe.passes])) for recipe in own] for name, own in found.items()}
+    """The recipes that a preset, if there is one, tries for each target in some cases, each behind ``first``."""
+    own = {
+        t.name: [r for c in cases if preset is not None for r in presets.recipes(preset, t.name, c)] for t in targets
+    }
+    return {
+        name: [Pipeline.parse(",".join([*first, *each.passes])) for each in recipes] for name, recipes in own.items()
+    }

@@ -1,4 +1,4 @@
-"""What a runtime's own counters say of each operator of an engine, and products that show what its kernels reach."""
+"""Time and work of the operators of an engine, and products that show what the kernels of a runtime reach."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OperatorTime:
     weight_bytes: int = 0
     """Constants that it reads, in the type in which the kernel keeps them."""
     activation_bytes: int = 0
-    """What it reads and writes besides."""
+    """Everything that it reads and writes besides."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ class When(Enum):
     """Always: the pipeline of the preset."""
     MAIN_CALIBRATED = auto()
     """In place of `MAIN` if there are calibration data, without a race: for what no clock decides."""
+    ALTERNATIVE = auto()
+    """Beside the main pipeline, and kept where it is faster."""
     CALIBRATED = auto()
     """Beside the main pipeline if there are calibration data, and kept where it is faster."""
     GENERATING = auto()

@@ -1,4 +1,4 @@
-"""What this machine can do, measured: multiply-adds by type, and how fast memory is read.
+"""Peaks of this machine, measured: multiply-adds by type, and how fast memory is read.
 
 Multiply-adds are those of the fastest large product of any installed runtime: what kernels reach whose operands lie
 well, which is less than the data sheet of the processor says. Memory is read by as many threads as there are cores,

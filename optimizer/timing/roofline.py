@@ -1,4 +1,4 @@
-"""How far each operator of an engine is from what the machine can do.
+"""Distance of each operator of an engine from what the machine can do.
 
 No product can be faster than the larger of two times: that of its multiply-adds at the peak of their type, and that of
 its weights and activations at the rate at which memory is read. The sum over all products is what perfect kernels would

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from planish.optimizer.ir.program import Program
 from planish.optimizer.lowering import lower
 from planish.optimizer.output.lock import LOCK, Lock
 from planish.optimizer.output.manifest import Manifest
+from planish.optimizer.system.machine import instruction_set
 from tests.backends.conftest import contents
 from tests.backends.test_onnxruntime import FEEDS
 from tests.backends.test_tensorrt import generator
@@ -255,3 +257,20 @@ def test_a_plain_load_computes_attention_to_inputs_with_the_lengths_of_each_call
         feeds["encoder_attention_mask"] = np.ones((batch, encoded), np.int64)
         expected, actual = exact.run(feeds)["logits"], plain.run(feeds)["logits"]
         np.testing.assert_allclose(actual, expected, atol=0.02 * np.abs(expected).max(), rtol=0)
+
+
+def test_files_say_how_many_entries_of_an_activation_share_a_step(program: Program, tmp_path: Path) -> None:
+    """Loaders without options take it from the file; coarser steps give other outputs."""
+    outputs = {}
+    for name, last in {"plain": "", "grouped": ",group-activations{size=24}"}.items():
+        model = (
+            Pipeline.parse(f"quantize-int8{{minimum=1 activations=runtime}}{last}").run(program.sole()[0].clone()).model
+        )
+        place = tmp_path / name
+        place.mkdir()
+        registry.backend("openvino").emit(replace(program, components={"model": model}), place)
+        outputs[name] = registry.backend("openvino").open(place).run(FEEDS)["last_hidden_state"]
+        said = '<DYNAMIC_QUANTIZATION_GROUP_SIZE value="24"' in (place / "openvino_model.xml").read_text()
+        assert said == (name == "grouped")
+    if "vnni" in instruction_set():
+        assert not np.array_equal(outputs["plain"], outputs["grouped"])
