@@ -17,8 +17,8 @@ from typing import Annotated, ClassVar
 import onnx_ir as ir
 from annotated_types import Ge
 
-from planish.optimizer.interfaces.pass_base import Pass, PassResult, admitted
-from planish.optimizer.ir.graph import ACTIVATION_GROUP, location_of, producer_of
+from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
+from planish.optimizer.ir.graph import ACTIVATION_GROUP, location_of, producer_of, sizes_of
 
 
 @dataclass(frozen=True)
@@ -29,25 +29,33 @@ class GroupActivations(Pass):
     exact: ClassVar[bool] = False
 
     size: Annotated[int, Ge(16)] = 128
-    """Entries of a row that share a step. The runtime may take less where a row has less."""
+    """Entries of a row that share a step. Where weights have a scale for fewer entries the model is left alone: in
+    larger groups than those the runtime rounds nothing, and is slower."""
 
     def call(self, model: ir.Model) -> PassResult:
-        """Mark the model if it has such a product."""
+        """Mark the model if all products of stored integers bear it."""
         result = PassResult(model, modified=False)
-        products = [location_of(node) for node in model.graph if _reads_stored_integers(node)]
-        if products and model.metadata_props.get(ACTIVATION_GROUP) != str(self.size) and admitted():
+        blocks = {node: block for node in model.graph if (block := _block_of(node))}
+        narrow = [node for node, block in blocks.items() if block < self.size]
+        result.refusals = [
+            Refusal.at(node, f"a scale for {blocks[node]} weights, fewer than {self.size}", node.inputs[1])
+            for node in narrow
+        ]
+        if blocks and not narrow and model.metadata_props.get(ACTIVATION_GROUP) != str(self.size) and admitted():
             model.metadata_props[ACTIVATION_GROUP] = str(self.size)
             # The runtime knows one size for all of them, so they are one site.
-            result.sites = [f"all products that read stored integers, from {products[0]}"]
-            result.facts = {"products": len(products)}
+            result.sites = [f"all products that read stored integers, from {location_of(next(iter(blocks)))}"]
+            result.facts = {"products": len(blocks)}
             result.modified = True
         return result
 
 
-def _reads_stored_integers(node: ir.Node) -> bool:
-    """True for a MatMul of an activation in float by a matrix that is stored in integers."""
+def _block_of(node: ir.Node) -> int:
+    """Entries of a column that share a scale, for a MatMul of a float activation by stored integers; else 0."""
     if node.op_type != "MatMul":
-        return False
+        return 0
     rounded, matrix = (producer_of(value, "DequantizeLinear") for value in node.inputs)
     stored = None if matrix is None else matrix.inputs[0]
-    return rounded is None and stored is not None and stored.is_initializer()
+    if rounded is not None or matrix is None or stored is None or stored.const_value is None:
+        return 0
+    return matrix.attributes.get_int("block_size", 0) or sizes_of(stored.const_value)[0]

@@ -262,7 +262,7 @@ def test_a_plain_load_computes_attention_to_inputs_with_the_lengths_of_each_call
 def test_files_say_how_many_entries_of_an_activation_share_a_step(program: Program, tmp_path: Path) -> None:
     """Loaders without options take it from the file; coarser steps give other outputs."""
     outputs = {}
-    for name, last in {"plain": "", "grouped": ",group-activations{size=24}"}.items():
+    for name, last in {"plain": "", "grouped": ",group-activations{size=16}"}.items():
         model = (
             Pipeline.parse(f"quantize-int8{{minimum=1 activations=runtime}}{last}").run(program.sole()[0].clone()).model
         )
@@ -270,7 +270,7 @@ def test_files_say_how_many_entries_of_an_activation_share_a_step(program: Progr
         place.mkdir()
         registry.backend("openvino").emit(replace(program, components={"model": model}), place)
         outputs[name] = registry.backend("openvino").open(place).run(FEEDS)["last_hidden_state"]
-        said = '<DYNAMIC_QUANTIZATION_GROUP_SIZE value="24"' in (place / "openvino_model.xml").read_text()
+        said = '<DYNAMIC_QUANTIZATION_GROUP_SIZE value="16"' in (place / "openvino_model.xml").read_text()
         assert said == (name == "grouped")
     if "vnni" in instruction_set():
         assert not np.array_equal(outputs["plain"], outputs["grouped"])
