@@ -31,6 +31,7 @@ PRESETS = {
             (
                 *_PRODUCTS,
                 "quantize-int8{activations=runtime}",  # heads as well: there is no second copy of an embedding to share
+                "group-activations{size=64}",
                 *_LEGALIZE,
                 LAST,
             ),
@@ -45,7 +46,7 @@ PRESETS = {
                 LAST,
             ),
             When.ALTERNATIVE,
-            why="the runtime rounds activations faster in groups of 128 than of 32, and less closely",
+            why="the runtime rounds activations faster in groups of 128 than of 64, and less closely",
         ),
         Recipe(
             (
@@ -61,6 +62,18 @@ PRESETS = {
             ),
             When.CALIBRATED,
             why="fixed steps run faster than steps found anew",
+        ),
+        Recipe(
+            (
+                *_PRODUCTS,
+                "smooth-activations{anywhere=true}",
+                *_LEGALIZE,
+                "quantize-int8{activations=static range=average method=gptq correct_bias=true}",
+                "quantize-int8{activations=runtime}",
+                LAST,
+            ),
+            When.CALIBRATED,
+            why="outliers that stay in their product are rounded with it, and cost no product of their own",
         ),
         Recipe(
             (
