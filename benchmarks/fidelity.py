@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.record import record
 from benchmarks.subjects import (
+    AS_LOADED,
     CHECKPOINTS,
     TARGETS,
     dynamic_int8,
@@ -17,6 +18,7 @@ from benchmarks.subjects import (
     minilm,
     nncf_int8,
     our_engines,
+    plain_exports,
     vnni_int8,
 )
 from planish.optimizer.interfaces import registry
@@ -110,7 +112,8 @@ def main(models: tuple[str, ...], count: int, keep: bool) -> None:
         engines = {
             "onnxruntime's dynamic int8": (TARGETS[0], dynamic_int8(name)),
             "optimum's int8 for VNNI": (TARGETS[0], vnni_int8(name)),
-            "NNCF's static int8 on openvino": (TARGETS[1], nncf_int8(name)),
+            "torch.onnx.export on openvino": (AS_LOADED, plain_exports(name)["torch.onnx.export"]),
+            "NNCF's static int8 on openvino": (AS_LOADED, nncf_int8(name)),
         } | our_engines(name)
         figures[name] = {
             label: figures_of(engine_outputs(target, path, batches), expected, batches)

@@ -8,6 +8,7 @@ import click
 
 from benchmarks.record import family, record, settle_memory
 from benchmarks.subjects import (
+    AS_LOADED,
     CHECKPOINTS,
     TARGETS,
     dynamic_int8,
@@ -38,7 +39,7 @@ def field(name: str) -> dict[str, tuple[str, Path]]:
     found["optimum's int8 for VNNI"] = (TARGETS[0], vnni_int8(name))
     peers = {_PLAIN: plain_exports(name)["torch.onnx.export"], _NNCF: nncf_int8(name)}
     for label, path in peers.items():
-        found[label] = ("openvino{threads=2 precision=default}", path)  # as a loader without options opens it
+        found[label] = (AS_LOADED, path)
         found[f"{label}, f32"] = ("openvino{threads=2 precision=f32}", path)
     return found | our_engines(name)
 

@@ -35,6 +35,8 @@ PRESETS = ("exact", "fast", "small")
 _NO_DATA = "fast, no data"
 """The preset `fast` without calibration."""
 TARGETS = ("onnxruntime{threads=2}", "openvino{threads=2}")
+AS_LOADED = "openvino{threads=2 precision=default}"
+"""How a loader without options opens a file of OpenVINO."""
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 

@@ -107,6 +107,10 @@ class OutOfResources(PlanishError):
     exit_code = 5
 
 
+class NoAnswer(OutOfResources):
+    """A process of ours gave no answer in time, and was ended."""
+
+
 class InternalError(PlanishError):
     """A bug of ours; the message names the file that reproduces it."""
 

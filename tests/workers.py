@@ -39,6 +39,12 @@ class WorkerHere:
             raise errors.decode(errors.encode(told)) from None
         return _sent(reply)
 
+    def request_within(
+        self, _: float, name: str, arrays: Mapping[str, np.ndarray] | None = None, /, **v: Any
+    ) -> Message:
+        """The reply to a request."""
+        return self.request(name, arrays, **v)
+
     def close(self) -> None:
         """Let go of the engine and its memory."""
         self._server = _EngineServer()

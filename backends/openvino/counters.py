@@ -27,6 +27,7 @@ _MULTIPLYING = (
 """Beginnings of the runtime's own operators that may hold a product."""
 _INDICES = ("i32", "i64")
 """Types of constants that shapes are computed from."""
+_GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 _NOT_COUNTED = "products without a counter"
 _STORED_INTEGERS = "FullyConnectedCompressed"
 _READERS = 6
@@ -39,25 +40,31 @@ def operator_times(ov: Any, engine: OpenVinoEngine, model: Any, inputs: Arrays, 
     ``engine`` was compiled with the property PERF_COUNT; ``model`` is its file, and gets the sizes of the inputs.
     """
     spent: dict[str, list[float]] = defaultdict(list)
-    run = engine.counted(inputs)  # the first call prepares kernels for these sizes
+    engine.counted(inputs)  # the first call prepares kernels for these sizes
     for _ in range(calls):
-        run = engine.counted(inputs)
-        for counter in run.counters:
-            if counter.status == ov.ProfilingInfo.Status.EXECUTED:
-                spent[counter.node_name].append(counter.real_time.total_seconds() * 1e3)
-    works = _works_of(ov, model, run.inputs)
-    graph = {node.get_friendly_name(): _Ran(node) for node in run.graph.get_ops()}
+        request, feeds = engine.counted(inputs)
+        counters = [each for each in request.get_profiling_info() if each.status == ov.ProfilingInfo.Status.EXECUTED]
+        sums: dict[str, float] = defaultdict(float)
+        for counter in counters:
+            sums[counter.node_name] += counter.real_time.total_seconds() * 1e3
+        for name, milliseconds in sums.items():
+            spent[name].append(milliseconds)
+    compiled = request.get_compiled_model()
+    works = _works_of(ov, model, feeds)
+    graph = {node.get_friendly_name(): _Ran(node) for node in compiled.get_runtime_model().get_ops()}
     products = _products_by_runtime_name(model, works, graph)
-    kinds = {counter.node_name: (counter.node_type, counter.exec_type) for counter in run.counters}
-    rounds = run.group > 0 and "vnni" in instruction_set()
+    # The group in which activations are rounded, where the runtime does so (decision 53).
+    group = int(compiled.get_property(_GROUP)) if "vnni" in instruction_set() else 0
+    kinds = {counter.node_name: (counter.node_type, counter.exec_type) for counter in counters}
     times = [
-        _operator(name, *kinds[name], statistics.median(milliseconds), products.get(name, ()), rounds=rounds)
-        for name, milliseconds in spent.items()
+        _operator(name, *kinds[name], statistics.median(each), products.get(name, ()), group)
+        for name, each in spent.items()
+        if name in kinds
     ]
-    # What no counter goes by the name of is not kept from the sum.
-    counted = {id(work) for name in products.keys() & spent.keys() for work in products[name]}
-    rest = [work for work in works.values() if work.adds and id(work) not in counted]
-    return [*times, *([_operator(_NOT_COUNTED, _NOT_COUNTED, "", 0.0, rest, rounds=False)] if rest else [])]
+    # What no counter goes by the name of, or whose sizes are not known, is not kept from the sum.
+    counted = {id(work) for name in products.keys() & kinds.keys() for work in products[name]}
+    rest = [work for work in works.values() if work.multiplies and id(work) not in counted]
+    return [*times, *([_operator(_NOT_COUNTED, _NOT_COUNTED, "", 0.0, rest, 0)] if rest else [])]
 
 
 def _products_by_runtime_name(
@@ -77,20 +84,20 @@ def _products_by_runtime_name(
                 found[name].append(work)
                 break
             readers = reader.output(0).get_target_inputs()
-            if len(readers) != 1:
-                break
             reader = next(iter(readers)).get_node()
+            if len(readers) != 1 or works[reader.get_friendly_name()].multiplies:
+                break
     return found
 
 
 def _operator(
-    name: str, kind: str, kernel: str, milliseconds: float, products: Sequence[_Work], *, rounds: bool
+    name: str, kind: str, kernel: str, milliseconds: float, products: Sequence[_Work], group: int
 ) -> OperatorTime:
     arithmetic = next((t for t in _ARITHMETICS if kernel.lower().endswith(t)), "f32").replace("u8", "i8")
-    if rounds and kind == _STORED_INTEGERS:
+    activation_bytes = sum(work.activation_bytes(arithmetic) for work in products)
+    if kind == _STORED_INTEGERS and 0 < group <= min((work.block for work in products), default=0):
         arithmetic = "i8"  # the kernel goes by the type of its activations, and rounds them
     adds, weight_bytes = sum(work.adds for work in products), sum(work.weight_bytes(arithmetic) for work in products)
-    activation_bytes = sum(work.activation_bytes(arithmetic) for work in products)
     return OperatorTime(name, kind, kernel, milliseconds, arithmetic, adds, weight_bytes, activation_bytes)
 
 
@@ -108,10 +115,17 @@ class _Work:
 
     def __init__(self, node: Any, weights: Mapping[int, Sequence[tuple[int, int]]]) -> None:
         """``weights`` are bytes and number of elements of the constants behind each input."""
-        self.adds = _PRODUCTS.get(node.get_type_name(), lambda _: 0)(node)
+        self.multiplies = node.get_type_name() in _PRODUCTS
+        self.adds = _PRODUCTS[node.get_type_name()](node) if self.multiplies else 0
         self._constants = [each for constants in weights.values() for each in constants]
         ports = [node.get_input_partial_shape(port) for port in range(node.get_input_size()) if port not in weights]
         self._elements = sum(map(_elements, [*ports, node.get_output_partial_shape(0)])) if self.adds else 0
+
+    @property
+    def block(self) -> int:
+        """Weights that share a scale: the largest constant over the next one."""
+        counts = sorted((count for _, count in self._constants), reverse=True)
+        return counts[0] // counts[1] if len(counts) > 1 else 0
 
     def weight_bytes(self, arithmetic: str) -> int:
         """Bytes of its weights in a kernel of this type: none keeps floats in more bits than it multiplies."""
@@ -137,13 +151,14 @@ def _works_of(ov: Any, model: Any, inputs: Arrays) -> Mapping[str, _Work]:
     from openvino import opset13 as ops
     from openvino.passes import ConstantFolding, Manager
 
-    weights: dict[str, dict[int, list[tuple[int, int]]]] = defaultdict(dict)
     parameters = []
     for node in model.get_ops():
         if node.get_type_name() == "ReadValue":
             shape = inputs[input_of_variable(node.get_variable_id())].shape
             parameters.append(ops.parameter(ov.PartialShape(list(shape)), node.get_output_element_type(0)))
             node.output(0).replace(parameters[-1].output(0))
+    weights: dict[str, dict[int, list[tuple[int, int]]]] = defaultdict(dict)
+    for node in model.get_ops():
         for port in range(node.get_input_size() if node.get_type_name() in _PRODUCTS else 0):
             constants = _constants(node, port)
             if constants:
@@ -158,7 +173,9 @@ def _works_of(ov: Any, model: Any, inputs: Arrays) -> Mapping[str, _Work]:
     for sink in model.get_sinks():
         model.remove_sink(sink)
     known = {**{name: array.shape for name, array in inputs.items()}, BEAMS: (len(next(iter(inputs.values()))),)}
-    sizes = {port: list(known[port.get_any_name()]) for port in model.inputs}
+    # A tensor that an Identity gives another name has both.
+    names = {port: next(name for name in port.get_names() if name in known) for port in model.inputs}
+    sizes = {port: list(known[name]) for port, name in names.items()}
     model.add_parameters(parameters)
     model.reshape(sizes)
     folding = Manager()

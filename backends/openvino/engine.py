@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,17 +89,6 @@ class HeldCache:
     rows: np.ndarray
 
 
-@dataclass(frozen=True)
-class CountedRun:
-    """One run by the runtime's counters, the graph of its operators, and all inputs by name."""
-
-    counters: Sequence[Any]
-    graph: Any
-    inputs: Arrays
-    group: int
-    """Entries of an activation that share a step where weights are stored in integers; 0 if nothing is rounded."""
-
-
 class OpenVinoEngine(Engine):
     """A compiled model and a pool of inference requests, so that threads may call it at the same time.
 
@@ -127,15 +116,12 @@ class OpenVinoEngine(Engine):
         rest = self._stateless(request, feeds)
         return lambda: _infer(request, rest)
 
-    def counted(self, inputs: Arrays) -> CountedRun:
-        """Run once, and read the performance counters; the model was compiled with the property PERF_COUNT."""
+    def counted(self, inputs: Arrays) -> tuple[Any, Mapping[str, np.ndarray]]:
+        """Run once; the request, which has the performance counters of a model compiled with them, and all inputs."""
         feeds = self._feeds(inputs)
         request = self._request_for(feeds)
         _infer(request, self._stateless(request, feeds))
-        inner = request.infer_request
-        compiled = inner.get_compiled_model()
-        group = int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE"))
-        return CountedRun(inner.get_profiling_info(), compiled.get_runtime_model(), feeds, group)
+        return request.infer_request, feeds
 
     def step(self, inputs: Arrays, cache: object | None = None) -> tuple[dict[str, np.ndarray], object]:
         """The cache stays in the variables of its request; what is handed round says which rows the next step reads."""

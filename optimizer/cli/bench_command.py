@@ -46,9 +46,12 @@ def command(
     for model in (*models, *against):
         demand_apart(model, {}, {"--json": json_file if str(json_file) != "-" else None})
     sizes = parse_shapes(shapes)
+    lines = []
+    if roofline:  # before the race, which takes longer: a runtime without counters is told of at once
+        with progress_bar(quiet=str(json_file) == "-") as progress:
+            lines = rooflines((*against, *models), sizes, targets, progress=progress)
     with progress_bar(quiet=str(json_file) == "-") as progress:
         rows = bench(models, against, sizes, targets, progress=progress)
-        lines = rooflines((*against, *models), sizes, targets, progress=progress) if roofline else []
     described = {(line.label, line.shape, line.component): line.roofline.described() for line in lines}
     figures = [
         {"model": r.label, "shape": r.shape, **asdict(r.timing)}

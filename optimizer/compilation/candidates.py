@@ -13,9 +13,10 @@ from planish.optimizer.calibration.sensitivity import Decision, decisions
 from planish.optimizer.compilation.emission import PlainEngine, emit
 from planish.optimizer.compilation.job import Checks, Job
 from planish.optimizer.compilation.transform import Freedom, Transformed, Transformer
-from planish.optimizer.compilation.verdicts import Verdict, judge
-from planish.optimizer.fidelity.engine_check import UNUSABLE
+from planish.optimizer.compilation.verdicts import Verdict, budgets_of, judge
+from planish.optimizer.fidelity.engine_check import UNUSABLE, unusable
 from planish.optimizer.interfaces.backend import Backend
+from planish.optimizer.interfaces.pass_base import Pass
 from planish.optimizer.output.lock import Product, Selection
 from planish.optimizer.output.sites import Rewritten, check_expectations
 from planish.optimizer.pipeline.pipeline import Outcome, PassReport, Pipeline
@@ -35,6 +36,11 @@ class Candidate:
         return {name: part.outcome for name, part in self.parts.items()}
 
     @property
+    def applied(self) -> dict[str, tuple[Pass, ...]]:
+        """The passes that were kept, by component."""
+        return {name: outcome.applied.passes for name, outcome in self.outcomes.items()}
+
+    @property
     def reports(self) -> list[PassReport]:
         """Reports of all components, one after the other."""
         return [report for part in self.parts.values() for report in part.outcome.reports]
@@ -50,7 +56,10 @@ class Candidate:
 
     def changed_more_than(self, other: Candidate) -> bool:
         """True if passes that are not those of ``other`` changed a component."""
-        return any(report.modified and not report.rolled_back for report in self.reports_beyond(other))
+        # What stands behind them in both is no passes of its own, though it works on another graph.
+        known = {report.text for report in other.reports}
+        beyond = [report for report in self.reports_beyond(other) if report.text not in known]
+        return any(report.modified and not report.rolled_back for report in beyond)
 
 
 @dataclass(frozen=True)
@@ -99,15 +108,14 @@ def make_candidates(
         for n, place in places.items():
             _emit(job, target, candidates[n], place)
     with stage(f"{target.name}: check"):
-        emitted = {n: _check(job, plain, candidates[n], place) for n, place in places.items()}
+        emitted = {n: _check(job, plain, candidates[n], place, tried=n > 0) for n, place in places.items()}
     # A candidate that changed nothing is the main engine: it is neither emitted nor checked again.
     return [emitted.get(n) or replace(emitted[0], candidate=candidate) for n, candidate in enumerate(candidates)]
 
 
 def emitted_at(job: Job, plain: PlainEngine, target: Backend, candidate: Candidate, place: Path) -> Emitted:
     """An engine folder that stands in ``place``, with its verdict in the arithmetic of ``target``."""
-    passes = {name: outcome.applied.passes for name, outcome in candidate.outcomes.items()}
-    return Emitted(candidate, target, place, judge(job, plain, target, place, passes))
+    return Emitted(candidate, target, place, judge(job, plain, target, place, candidate.applied))
 
 
 def _emit(job: Job, target: Backend, candidate: Candidate, place: Path) -> None:
@@ -115,9 +123,9 @@ def _emit(job: Job, target: Backend, candidate: Candidate, place: Path) -> None:
     emit(job, target, {name: outcome.model for name, outcome in candidate.outcomes.items()}, place)
 
 
-def _check(job: Job, plain: PlainEngine, candidate: Candidate, place: Path) -> Emitted:
+def _check(job: Job, plain: PlainEngine, candidate: Candidate, place: Path, *, tried: bool) -> Emitted:
     """The engine in ``place`` in the arithmetic of the plain one; where it leaves its budget, or does not run, it is
-    emitted again in the next."""
+    emitted again in the next. One that is only ``tried`` beside the main pipeline need not run."""
     for target, following in itertools.pairwise(plain.arithmetics):
         try:
             emitted = emitted_at(job, plain, target, candidate, place)
@@ -126,7 +134,14 @@ def _check(job: Job, plain: PlainEngine, candidate: Candidate, place: Path) -> E
         except UNUSABLE as error:
             job.stages.tell(f"{target} does not run: {error}")
         _emit(job, following, candidate, place)
-    return emitted_at(job, plain, plain.arithmetics[-1], candidate, place)
+    target = plain.arithmetics[-1]
+    try:
+        return emitted_at(job, plain, target, candidate, place)
+    except UNUSABLE as error:
+        if not tried:
+            raise
+        verdict = Verdict(budgets_of(job, target, candidate.applied), unusable(target, place, error))
+        return Emitted(candidate, target, place, verdict)
 
 
 def _transform(

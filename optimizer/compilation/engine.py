@@ -169,7 +169,7 @@ def _select_anew(job: Job, plain: PlainEngine, candidates: Sequence[Emitted]) ->
     if untimed is not None:
         return Selected(main, untimed, {})
     with job.stages.stage(f"{target.name}: measurement"):
-        eligible = [emitted for emitted in eligible if not same_files(plain.place, emitted.place)]
+        eligible = _unlike(plain.place, eligible)
         folders = [(plain.target, plain.place), *((emitted.target, emitted.place) for emitted in eligible)]
         plain_timings, *timings = _time(job, folders) if eligible else [{}]
     if not eligible:
@@ -185,6 +185,15 @@ def _select_anew(job: Job, plain: PlainEngine, candidates: Sequence[Emitted]) ->
     chosen = selection.timed_selection(target, engine.candidate, ranking, candidates, tried)
     timed = selection.side_by_side(plain_timings, ranking.timed)
     return Selected(engine, chosen, timed, tuple(selection.disturbances(target, timed)))
+
+
+def _unlike(plain: Path, engines: Sequence[Emitted]) -> list[Emitted]:
+    """The engines whose files are neither those of the plain lowering nor those of an engine before them."""
+    kept: list[Emitted] = []
+    for emitted in engines:
+        if not any(same_files(place, emitted.place) for place in [plain, *(other.place for other in kept)]):
+            kept.append(emitted)
+    return kept
 
 
 def _time(job: Job, folders: Sequence[tuple[Backend, Path]]) -> list[Timed]:

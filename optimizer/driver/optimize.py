@@ -111,7 +111,9 @@ def _build(source: str | Path | Any, out: Path, options: BuildOptions) -> Result
         rooflines: dict[str, dict[str, Roofline]] = {}
         if options.roofline:
             with stages.stage("roofline"):
-                rooflines = {engine.target.name: rooflines_of(job, engine) for engine in built}
+                for number, engine in enumerate(built):
+                    rooflines[engine.target.name], notes = rooflines_of(job, engine)
+                    built[number] = replace(engine, notes=(*engine.notes, *notes))
         with stages.stage("report"):
             result = write_output(job, built, rooflines)
         if lock_copy is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from planish.optimizer.errors import BadInput, CheckFailed, InternalError, MissingRuntime
+from planish.optimizer.errors import BadInput, CheckFailed, InternalError, MissingRuntime, NoAnswer, PlanishError
 from planish.optimizer.fidelity.budget import Budget
 from planish.optimizer.fidelity.generation_metrics import compare_continuations
 from planish.optimizer.fidelity.metrics import Comparison, compare
@@ -18,7 +18,7 @@ from planish.optimizer.runtime.interpreter import runner_of
 from planish.optimizer.runtime.worker import EngineRef, Worker
 from planish.optimizer.system.machine import demand_memory
 
-UNUSABLE = (BadInput, CheckFailed, MissingRuntime, InternalError)
+UNUSABLE = (BadInput, CheckFailed, MissingRuntime, InternalError, NoAnswer)
 """Errors of an engine that cannot be opened, or does not run."""
 
 
@@ -50,6 +50,12 @@ class Fidelity:
         if len(compared) == 1:
             return next(iter(compared.values()))
         return Comparison({f"{name}.{output}": m for name, c in compared.items() for output, m in c.outputs.items()})
+
+
+def unusable(target: Backend, place: Path, error: PlanishError) -> Fidelity:
+    """The fidelity of an engine in ``place`` that cannot be used. Paths of this machine stay out of the files."""
+    what = " ".join(error.what.split()).replace(str(place), place.name)
+    return Fidelity(Parts({}), target.name, 0, f"it cannot be used ({what})")
 
 
 def demand_room(target: Backend, weights: int) -> None:
@@ -108,8 +114,7 @@ def check_as_loaders_open(
         return check_engines(default, place, signatures, references)
     # Default options are not those of the build, so that a failure must not end it.
     except UNUSABLE as error:
-        what = " ".join(error.what.split()).replace(str(place), place.name)
-        return Fidelity(Parts({}), default.name, 0, f"it cannot be used ({what})")
+        return unusable(default, place, error)
 
 
 def check_engine(engine: EngineRef, signature: Signature, reference: Reference) -> tuple[Comparison, int]:

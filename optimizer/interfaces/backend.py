@@ -225,12 +225,12 @@ class Backend(abc.ABC):
 
         BadInput where the runtime has no counters.
         """
-        raise BadInput(f"target {self.name} tells no time of single operators", where=path)
+        raise BadInput(f"target {self} tells no time of single operators", where=path)
 
-    @classmethod
-    def has_counters(cls) -> bool:
-        """True if the runtime tells the time of single operators."""
-        return cls.operator_times is not Backend.operator_times
+    @property
+    def has_counters(self) -> bool:
+        """True if `operator_times` tells the time of single operators with these options."""
+        return type(self).operator_times is not Backend.operator_times
 
     @classmethod
     def probes(cls) -> Sequence[Probe]:

@@ -32,6 +32,15 @@ _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 it is luck whether the weights of a process lie well."""
 
 
+_PATIENCE = 180.0
+"""Seconds that any request may take, beside those for the weights."""
+_CALLS_IN_ONE = 4
+"""As many times the limit has a request that opens an engine and runs it often."""
+_SLOWEST = 4e6
+"""Bytes of weights a second: a machine that is busy with other things, or reads them from a slow disk each time, is
+faster by far."""
+
+
 @dataclass(frozen=True)
 class EngineRef:
     """An engine that can be opened anywhere: its target as text, and its path."""
@@ -41,6 +50,12 @@ class EngineRef:
     components: tuple[str, ...] = ()
     """The path is an engine folder whose components generate together; otherwise it is one model."""
 
+    @property
+    def patience(self) -> float:
+        """Seconds after which an engine that does not answer never will."""
+        folder = self.path.parent if self.path.is_file() else self.path  # weights may lie beside it, under any name
+        return _PATIENCE + sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) / _SLOWEST
+
 
 class Worker:
     """A process that holds one opened engine."""
@@ -48,6 +63,7 @@ class Worker:
     def __init__(self, engine: EngineRef, environment: Mapping[str, str] | None = None) -> None:
         """Start the process; ``environment`` holds variables that it has unless this process has others."""
         self.engine = engine
+        self._patience = engine.patience
         self.child = ChildProcess.start(
             "planish.optimizer.runtime.worker",
             "the process of this engine",
@@ -67,7 +83,10 @@ class Worker:
     def open(self) -> None:
         """Open the engine in the process; raises what opening it raised."""
         engine = self.engine
-        self.child.request("open", target=engine.target, path=str(engine.path), components=engine.components)
+        self._ask("open", target=engine.target, path=str(engine.path), components=engine.components)
+
+    def _ask(self, name: str, arrays: Arrays | None = None, **values: Any) -> Message:
+        return self.child.request_within(self._patience, name, arrays, **values)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -77,22 +96,28 @@ class Worker:
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """Outputs of the engine, by name, thinned as those of the reference are."""
-        return dict(self.child.request("run", inputs).arrays)
+        return dict(self._ask("run", inputs).arrays)
 
     def score_teacher_forced(self, wanted: GreedyContinuation) -> np.ndarray:
         """Scores of the engine along a continuation of the original, shape (steps, batch, vocabulary)."""
         prompt = {f"prompt:{name}": array for name, array in wanted.prompt.items()}
         arrays = {**prompt, "start": wanted.start, "tokens": wanted.tokens}
-        return self.child.request("score", arrays, reorder_at=wanted.reorder_at).arrays["scores"]
+        return self._ask("score", arrays, reorder_at=wanted.reorder_at).arrays["scores"]
 
     def time(self, calls: int, seconds: float) -> list[float]:
         """Milliseconds of up to ``calls`` calls with the inputs of the last `run`, at least two."""
-        reply = self.child.request("time", calls=calls, seconds=seconds)
+        reply = self._ask("time", calls=calls, seconds=seconds)
         return [float(value) for value in reply.values["milliseconds"]]
+
+    def operator_times(self, inputs: Arrays, calls: int) -> list[OperatorTime]:
+        """The operators of the engine, which is opened with its runtime's counters for this and need not be open."""
+        values = {"target": self.engine.target, "path": str(self.engine.path), "calls": calls}
+        reply = self.child.request_within(_CALLS_IN_ONE * self._patience, "operators", inputs, **values)
+        return [OperatorTime(**values) for values in reply.values["operators"]]
 
     def memory(self) -> int:
         """Peak resident memory of the process so far, in bytes."""
-        return int(self.child.request("memory").values["bytes"])
+        return int(self._ask("memory").values["bytes"])
 
     def pause(self) -> None:
         """Stop the process where the system can."""
@@ -104,12 +129,10 @@ class Worker:
 
 
 def operator_times(engine: EngineRef, inputs: Arrays, calls: int) -> list[OperatorTime]:
-    """The operators of an engine that is opened with its runtime's counters, in a process of its own."""
+    """The operators of an engine, counted in a process of its own."""
     worker = Worker(engine, _HUGE_PAGES)
     with closing(worker.child):
-        values = {"target": engine.target, "path": str(engine.path), "calls": calls}
-        reply = worker.child.request("operators", inputs, **values)
-    return [OperatorTime(**values) for values in reply.values["operators"]]
+        return worker.operator_times(inputs, calls)
 
 
 @contextmanager

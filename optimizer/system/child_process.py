@@ -26,7 +26,7 @@ from typing import IO, Any, NoReturn, Self
 import numpy as np
 
 from planish.optimizer import errors
-from planish.optimizer.errors import InternalError, OutOfResources, PlanishError
+from planish.optimizer.errors import InternalError, NoAnswer, OutOfResources, PlanishError
 from planish.optimizer.system import interrupts
 from planish.optimizer.system.child_main import end_with
 from planish.optimizer.system.scratch import scratch_file
@@ -181,6 +181,20 @@ class ChildProcess:
     def request(self, name: str, arrays: Mapping[str, np.ndarray] | None = None, /, **values: Any) -> Message:
         """Send a request and wait for its reply; raises as `receive` does."""
         self.send(name, arrays, **values)
+        return self.receive()
+
+    def request_within(
+        self, seconds: float, name: str, arrays: Mapping[str, np.ndarray] | None = None, /, **values: Any
+    ) -> Message:
+        """The reply to a request; where there is none after ``seconds`` the process is ended, and NoAnswer raised.
+
+        Runtimes were seen to spin for ever.
+        """
+        self.send(name, arrays, **values)
+        if not self._channel.has_message(seconds):
+            self._process.kill()
+            what = f"{self._subject} gave no answer for {seconds:.0f} s, and was ended"
+            raise NoAnswer(what, where=self._where, advice="try other options of the target, or other passes")
         return self.receive()
 
     def send(self, name: str, arrays: Mapping[str, np.ndarray] | None = None, /, **values: Any) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import onnx_ir as ir
-from annotated_types import Ge
+from annotated_types import Ge, MultipleOf
 
 from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.ir.graph import ACTIVATION_GROUP, location_of, producer_of, sizes_of
@@ -28,20 +28,21 @@ class GroupActivations(Pass):
     name: ClassVar[str] = "group-activations"
     exact: ClassVar[bool] = False
 
-    size: Annotated[int, Ge(16)] = 128
-    """Entries of a row that share a step. Where weights have a scale for fewer entries the model is left alone: in
-    larger groups than those the runtime rounds nothing, and is slower."""
+    size: Annotated[int, Ge(16), MultipleOf(16)] = 128
+    """Entries of a row that share a step. Where weights have a scale for fewer entries, or a remainder, the model is
+    left alone: the runtime then rounds nothing, or slowly. Other runtimes than OpenVINO take no notice."""
 
     def call(self, model: ir.Model) -> PassResult:
         """Mark the model if all products of stored integers bear it."""
         result = PassResult(model, modified=False)
-        blocks = {node: block for node in model.graph if (block := _block_of(node))}
-        narrow = [node for node, block in blocks.items() if block < self.size]
+        blocks = {node: block for node in model.graph.all_nodes() if (block := _block_of(node))}
         result.refusals = [
-            Refusal.at(node, f"a scale for {blocks[node]} weights, fewer than {self.size}", node.inputs[1])
-            for node in narrow
+            Refusal.at(node, f"{block} weights share a scale, no multiple of {self.size}", node.inputs[1])
+            for node, block in blocks.items()
+            if block % self.size
         ]
-        if blocks and not narrow and model.metadata_props.get(ACTIVATION_GROUP) != str(self.size) and admitted():
+        marked = model.metadata_props.get(ACTIVATION_GROUP) == str(self.size)
+        if blocks and not result.refusals and not marked and admitted():
             model.metadata_props[ACTIVATION_GROUP] = str(self.size)
             # The runtime knows one size for all of them, so they are one site.
             result.sites = [f"all products that read stored integers, from {location_of(next(iter(blocks)))}"]

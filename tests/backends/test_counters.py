@@ -91,7 +91,8 @@ def test_a_step_of_a_decoder_is_counted_with_its_cache(tmp_path: Path) -> None:
 
 def test_a_backend_without_counters_says_so(tmp_path: Path) -> None:
     backend = registry.backend("tensorrt")
-    assert not backend.has_counters()
+    assert not backend.has_counters
+    assert not registry.backend("openvino{device=GPU}").has_counters
     with pytest.raises(BadInput, match="target tensorrt tells no time of single operators"):
         backend.operator_times(tmp_path, {}, 1)
 
@@ -111,6 +112,73 @@ def test_operators_inside_a_loop_are_part_of_it(tmp_path: Path) -> None:
     model = ir.from_onnx_text(text)
     folder = _emitted("onnxruntime", model, tmp_path)
     times = registry.backend("onnxruntime").operator_times(folder, {"x": np.ones((4, 4), np.float32)}, 3)
-    kinds = [each.kind for each in times]
-    assert "Loop" in kinds
-    assert "MatMul" not in kinds
+    (loop,) = [each for each in times if each.kind == "Loop"]
+    assert loop.multiply_adds == 5 * 4**3
+    assert "MatMul" not in [each.kind for each in times]
+
+
+def _run(text: str, target: str, folder: Path, **inputs: np.ndarray) -> list[OperatorTime]:
+    return registry.backend(target).operator_times(_emitted(target, ir.from_onnx_text(text), folder), inputs, 3)
+
+
+@pytest.mark.parametrize("target", CPU)
+def test_products_in_a_row_are_counted_apart(target: str, tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[6,8] x, float[8,16] u, float[16,4] v) => (float[6,4] y) {
+        h = MatMul (x, u)
+        y = MatMul (h, v)
+    }
+    """
+    shapes = {"x": (6, 8), "u": (8, 16), "v": (16, 4)}
+    times = _run(text, target, tmp_path, **{name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    found = sorted(each.multiply_adds for each in times if each.multiply_adds)
+    assert found == [6 * 16 * 4, 6 * 8 * 16]
+
+
+def test_a_transposed_left_operand_and_one_of_another_type(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (double[3,5] x, double[3,7] w) => (double[5,7] y) {
+        y = Gemm <transA = 1> (x, w)
+    }
+    """
+    inputs = {"x": np.ones((3, 5)), "w": np.ones((3, 7))}
+    (found,) = [each for each in _run(text, "onnxruntime", tmp_path, **inputs) if each.multiply_adds]
+    assert (found.multiply_adds, found.arithmetic, found.weight_bytes) == (3 * 5 * 7, "f64", 0)
+
+
+def test_operators_that_multiply_and_are_not_counted_say_so(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[3,5] x, float[5,7] w) => (float[3,7] y) {
+        y = Einsum <equation = "ij,jk->ik"> (x, w)
+    }
+    """
+    inputs = {"x": np.ones((3, 5), np.float32), "w": np.ones((5, 7), np.float32)}
+    assert "Einsum (products not counted)" in [each.kind for each in _run(text, "onnxruntime", tmp_path, **inputs)]
+
+
+def test_sizes_that_depend_on_values_leave_a_row_of_their_own(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[6,8] x, float[8,4] w, bool[6] kept) => (float[n,4] y) {
+        some = Compress <axis = 0> (x, kept)
+        y = MatMul (some, w)
+    }
+    """
+    kept = np.array([True, False] * 3)
+    inputs = {"x": np.ones((6, 8), np.float32), "w": np.ones((8, 4), np.float32), "kept": kept}
+    assert "products without a counter" in [e.kind for e in _run(text, "openvino", tmp_path, **inputs)]
+
+
+def test_the_preset_fast_says_how_activations_are_grouped(tmp_path: Path) -> None:
+    """Through clones, legalization and folding, and again from the lock."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    checkpoint = build(Species("bert", "feature-extraction", sizes), tmp_path / "checkpoint")
+    lock = tmp_path / "engine.lock"
+    for name in ("out", "again"):
+        out, keep = tmp_path / name, "cosine>=0.9"
+        optimize(checkpoint, out, targets=("openvino",), preset="fast", keep=keep, lock=lock, clock=all_faster)
+        file = (tmp_path / name / "openvino" / "openvino_model.xml").read_text()
+        assert '<DYNAMIC_QUANTIZATION_GROUP_SIZE value="64"' in file

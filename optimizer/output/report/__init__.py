@@ -1,4 +1,4 @@
-"""`report.html`: results table, effects of each pass, and rolled back passes with reasons, on one self-contained page.
+"""`report.html`: results table, effects of each pass, and rolled back passes with reasons, on one page.
 
 The report is made from manifest and lock only, so it is equal for equal builds. It shows the latest timings in a frame:
 `measurements.html` beside it, which is made from `measurements.json`.

@@ -2,15 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from planish.backends.openvino.target import PROPERTIES, OpenVino
 from planish.optimizer import optimize, verify
-from planish.optimizer.compilation.job import Clock
+from planish.optimizer.compilation import candidates
+from planish.optimizer.compilation.emission import PlainEngine
+from planish.optimizer.compilation.job import Clock, Job
 from planish.optimizer.compilation.options import BuildOptions
-from planish.optimizer.errors import BadInput
+from planish.optimizer.compilation.verdicts import Verdict, judge
+from planish.optimizer.errors import BadInput, NoAnswer
 from planish.optimizer.interfaces import registry
+from planish.optimizer.interfaces.backend import Backend
+from planish.optimizer.interfaces.recipe import Recipe, When
 from planish.optimizer.output.lock import LOCK, Lock
 from planish.optimizer.output.manifest import target_at
 from tests.backends.conftest import contents
@@ -107,6 +113,23 @@ def test_an_arithmetic_that_does_not_run_is_not_taken(
     )  # fmt: skip
     assert result.manifest.targets["openvino"].target == "openvino"
     assert any(line.startswith("openvino{device=NPU precision=default} does not run: ") for line in told)
+
+
+def test_an_engine_that_is_only_tried_need_not_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = Recipe(("quantize-int8{minimum=1 activations=runtime}",))
+    also = Recipe(("quantize-int8{minimum=1 activations=tensor}",), When.ALTERNATIVE, why="it is tried")
+    monkeypatch.setattr(OpenVino, "presets", {"fast": (main, also)})
+
+    def broken(job: Job, plain: PlainEngine, target: Backend, place: Path, passes: Any) -> Verdict:
+        if place.name == "openvino-1":
+            raise NoAnswer(f"{place / 'model.xml'} gave no answer", where=place, advice="none")
+        return judge(job, plain, target, place, passes)
+
+    monkeypatch.setattr(candidates, "judge", broken)
+    result = optimize(tiny, tmp_path / "out", targets=["openvino"], preset="fast", clock=all_faster)
+    assert result.manifest.targets["openvino"].shipped == "optimized"
+    (trial,) = Lock.read(tmp_path / "out" / LOCK).targets["openvino"].tried
+    assert trial.why == "outside the budget: it cannot be used (openvino-1/model.xml gave no answer)"
 
 
 def test_a_lock_that_opens_another_target_is_refused_before_lowering(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from planish.optimizer.errors import BadInput, InternalError, OutOfResources
+from planish.optimizer.errors import BadInput, InternalError, NoAnswer, OutOfResources
 from planish.optimizer.runtime.worker import EngineRef, Worker
 from planish.optimizer.timing.interleaved import (
     Race,
@@ -132,6 +132,23 @@ def test_what_a_worker_raises_is_raised_here(engine: EngineRef, tmp_path: Path) 
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
     with pytest.raises(BadInput), Worker(EngineRef("onnxruntime", tmp_path / "broken.onnx")):
         pass
+
+
+def test_an_engine_that_does_not_answer_is_ended(engine: EngineRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Worker(engine) as worker:
+        monkeypatch.setattr(worker, "_patience", 0.5)
+        worker.pause()  # as good as one that spins for ever
+        with pytest.raises(NoAnswer, match="the process of this engine gave no answer for 0 s, and was ended"):
+            worker.run(CASE)
+        assert worker.child.wait() == -signal.SIGKILL
+
+
+def test_large_engines_may_take_longer(engine: EngineRef) -> None:
+    """Weights lie beside the model, in files of any name."""
+    alone = engine.patience
+    with (engine.path.parent / "shared.data").open("wb") as file:
+        file.truncate(400_000_000)
+    assert engine.patience == pytest.approx(alone + 100)
 
 
 @pytest.mark.parametrize(("how", "kind"), [(signal.SIGKILL, OutOfResources), (signal.SIGSEGV, InternalError)])

@@ -9,6 +9,7 @@ import pytest
 
 from planish.optimizer import optimize
 from planish.optimizer.driver import bench
+from planish.optimizer.errors import NoAnswer
 from planish.optimizer.interfaces.counters import OperatorTime, Probe
 from planish.optimizer.system.staging import MEASUREMENTS
 from planish.optimizer.timing import peaks as measured
@@ -91,6 +92,17 @@ def test_the_measurements_of_a_build_hold_rooflines_on_request(tiny: Path, tmp_p
     page = (tmp_path / "out" / "measurements.html").read_text()
     assert "onnxruntime: roofline at batch=1,sequence=8" in page
     assert 'src="measurements.html"' in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("_known_peaks")
+def test_a_build_does_not_fail_for_a_roofline(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Roofline:
+        raise NoAnswer("the process of this engine gave no answer")
+
+    monkeypatch.setattr("planish.optimizer.compilation.rooflines.roofline", broken)
+    result = optimize(tiny, tmp_path / "out", roofline=True, clock=all_equal)
+    assert any(note.endswith(": the process of this engine gave no answer") for note in result.notes)
+    assert result.measurements["targets"]["onnxruntime"]["roofline"] == {}
 
 
 @pytest.mark.usefixtures("_known_peaks")
