@@ -62,5 +62,6 @@ def product(rows: int, width: int, probe: Probe) -> ir.Model:
 
 
 def _constant(name: str, value: np.ndarray | np.generic) -> ir.Value:
-    tensor = ir.tensor(np.asarray(value), name=name)
-    return ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+    array = np.asarray(value)
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
