@@ -119,7 +119,16 @@ class InternalError(PlanishError):
 
 _CLASSES: Mapping[str, type[PlanishError]] = {
     kind.__name__: kind
-    for kind in (PlanishError, CheckFailed, UsageError, BadInput, MissingRuntime, OutOfResources, InternalError)
+    for kind in (
+        PlanishError,
+        CheckFailed,
+        UsageError,
+        BadInput,
+        MissingRuntime,
+        OutOfResources,
+        NoAnswer,
+        InternalError,
+    )
 }
 """The classes that `encode` names."""
 

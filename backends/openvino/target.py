@@ -29,7 +29,8 @@ from planish.optimizer.interfaces.backend import MOST_THREADS, Backend, Engine
 from planish.optimizer.interfaces.counters import OperatorTime, Probe
 from planish.optimizer.interfaces.recipe import Recipe
 from planish.optimizer.ir import onnx_io
-from planish.optimizer.ir.graph import ACTIVATION_GROUP, FINITE_MASK
+from planish.optimizer.ir.annotations import ACTIVATION_GROUP
+from planish.optimizer.ir.graph import FINITE_MASK
 from planish.optimizer.ir.program import Arrays, Program, Role
 from planish.optimizer.system.scratch import scratch_folder
 

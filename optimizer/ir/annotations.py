@@ -14,6 +14,8 @@ import onnx_ir as ir
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key of the PyTorch exporter for the module path of a node, which is the source location in messages."""
+ACTIVATION_GROUP = "planish.activation_group"
+"""Metadata key of a model: the number of entries that share a step where the runtime rounds activations itself."""
 _KEPT = frozenset({NAME_SCOPES, "pkg.torch.onnx.class_hierarchy"})
 _OF_TOOLS = ("pkg.", "planish.")
 """Prefixes of the metadata keys of exporters (stack traces, internal names) and of our passes."""

@@ -16,8 +16,6 @@ _RANDOM = frozenset(
 
 FINITE_MASK = "planish.finite_mask"
 """Metadata key of an Attention whose mask is finite: no row is fully masked, and no result is NaN."""
-ACTIVATION_GROUP = "planish.activation_group"
-"""Metadata key of a model: the number of entries that share a step where the runtime rounds activations itself."""
 IN_FLOAT = "planish.in_float"
 """Metadata key of a MatMul that must not be quantized: it multiplies the outlier channels."""
 SPELLED_OUT = "planish.spelled_out"

@@ -18,7 +18,8 @@ import onnx_ir as ir
 from annotated_types import Ge, MultipleOf
 
 from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
-from planish.optimizer.ir.graph import ACTIVATION_GROUP, location_of, producer_of, sizes_of
+from planish.optimizer.ir.annotations import ACTIVATION_GROUP
+from planish.optimizer.ir.graph import location_of, producer_of, sizes_of
 
 
 @dataclass(frozen=True)
