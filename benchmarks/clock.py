@@ -68,21 +68,22 @@ def race(layers: int) -> Timing:
 
 
 @click.command()
-@click.option("--races", default=100, show_default=True, help="Of each kind.")
+@click.option("--races", default=100, show_default=True, help="Of twins.")
+@click.option("--gains", default=30, show_default=True, help="Races of engines that differ by 3 %.")
 @click.option("--quiet/--loaded", default=True, help="Beside nothing, or beside four processes that use a core each.")
-def main(races: int, quiet: bool) -> None:
+def main(races: int, gains: int, quiet: bool) -> None:
     """Count intervals of twins that exclude one, and gains of 3 % that are found."""
     figures, rows = {}, []
     with load(0 if quiet else 4):
-        for kind, layers in {"twins": _LAYERS, "3 % faster": _FEWER}.items():
-            timings = [race(layers) for _ in range(races)]
+        for kind, layers, count in (("twins", _LAYERS, races), ("3 % faster", _FEWER, gains)):
+            timings = [race(layers) for _ in range(count)]
             apart = sum(not timing.low <= 1 <= timing.high for timing in timings)
             faster = sum(timing.faster for timing in timings)
             figures[kind] = [timing.__dict__ for timing in timings]
             width = float(np.median([timing.high / timing.low - 1 for timing in timings]))
             middle = float(np.median([timing.speedup for timing in timings]))
             rows.append(
-                (kind, str(races), f"{middle:.3f}", f"{width:.1%}", f"{apart / races:.0%}", f"{faster / races:.0%}")
+                (kind, str(count), f"{middle:.3f}", f"{width:.1%}", f"{apart / count:.0%}", f"{faster / count:.0%}")
             )
     name = "clock-quiet" if quiet else "clock-loaded"
     what = f"Races of equal engines and of a known gain, {'nothing' if quiet else 'four busy processes'} beside them"
