@@ -59,7 +59,8 @@ def main(models: tuple[str, ...], shape: str) -> None:
         case, _ = sized_case(signature, sizes)
         for label, (target, path) in field(name).items():
             line = roofline(EngineRef(target, path), case)
-            figures[f"{name} {label}"] = line.described()
+            # Single operators would be fifty thousand lines; `planish bench --roofline --json` has them.
+            figures[f"{name} {label}"] = {k: v for k, v in line.described().items() if k != "by_operator"}
             share = line.roof_milliseconds / line.milliseconds
             times = f"{line.milliseconds:.2f}", f"{line.roof_milliseconds:.2f}", f"{share:.0%}"
             rows.append((name, label, *times, _kinds(line)))

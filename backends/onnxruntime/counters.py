@@ -126,7 +126,7 @@ def _operator(events: Sequence[_Event], calls: int, nodes: Mapping[str, ir.Node]
         microseconds = sum(event.microseconds for event in events) / calls
     works = [_work(each, nodes) for event in events[:several] for each in (event, *event.inside)]
     products = [work for work in works if work.adds]
-    uncounted = first.kind in _UNCOUNTED or any(each.kind in _UNCOUNTED for each in first.inside)
+    uncounted = any(map(_is_uncounted, (first, *first.inside)))
     return OperatorTime(
         first.name,
         f"{first.kind} (products not counted)" if uncounted else first.kind,
@@ -137,6 +137,14 @@ def _operator(events: Sequence[_Event], calls: int, nodes: Mapping[str, ir.Node]
         sum(work.weight_bytes for work in works),
         sum(event.activation_bytes for event in events[:several]),
     )
+
+
+def _is_uncounted(event: _Event) -> bool:
+    """True for an operator that multiplies, and whose sizes the profile does not tell: packed weights of a Conv."""
+    if event.kind in _UNCOUNTED:
+        return True
+    works = event.kind in _PRODUCTS and bool(event.outputs) and math.prod(event.outputs[0]) > 0
+    return works and not _PRODUCTS[event.kind](event)[0]
 
 
 def _work(event: _Event, nodes: Mapping[str, ir.Node]) -> _Work:

@@ -75,19 +75,19 @@ def _products_by_runtime_name(
     A product that is fused with what follows may go by the name of the latter, so its readers are searched too.
     """
     names = {original: name for name, ran in graph.items() for original in ran.originals if ran.may_multiply}
-    found: dict[str, list[_Work]] = defaultdict(list)
+    products: dict[str, list[_Work]] = defaultdict(list)
     for node in model.get_ops():
         work, reader = works[node.get_friendly_name()], node
         for _ in range(_READERS if work.adds else 0):
             name = names.get(reader.get_friendly_name())
             if name is not None:
-                found[name].append(work)
+                products[name].append(work)
                 break
             readers = reader.output(0).get_target_inputs()
             reader = next(iter(readers)).get_node()
             if len(readers) != 1 or works[reader.get_friendly_name()].multiplies:
                 break
-    return found
+    return products
 
 
 def _operator(

@@ -135,8 +135,8 @@ class OpenVino(Backend):
     @classmethod
     def probes(cls) -> Sequence[Probe]:
         """One for each arithmetic that the runtime takes by itself on this machine, f32, and 8 bits."""
-        own = cls()._own_precision()
-        types = dict.fromkeys(["f32", *([own] if own else [])])
+        precision = cls()._own_precision()
+        types = dict.fromkeys(["f32", *([precision] if precision else [])])
         return [
             *(Probe(each, f"openvino{{precision={each}}}") for each in types),
             Probe("i8", "openvino{precision=f32}"),

@@ -91,20 +91,20 @@ def _print_roofline(line: RooflineRow) -> None:
     """Print the peaks, the operators by kind, and the slowest of them."""
     from planish.optimizer.cli.display import print_table
 
-    found, peaks = line.roofline, line.roofline.peaks
+    roofline, peaks = line.roofline, line.roofline.peaks
     click.echo(f"\nroofline of {line.label} at {line.shape}")
     rates = ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in peaks.multiply_adds.items())
     click.echo(
         f"peaks of this machine: 10⁹ multiply-adds/s {rates}; memory {peaks.weights / 1e9:.0f} GB/s for as many bytes "
         f"as the weights, {peaks.activations / 1e9:.0f} GB/s for 1 MiB"
     )
-    share = found.roof_milliseconds / (found.milliseconds or 1.0)
+    share = roofline.roof_milliseconds / (roofline.milliseconds or 1.0)
     click.echo(
-        f"all operators {found.milliseconds:.2f} ms by the runtime's counters, "
-        f"their products at the peaks {found.roof_milliseconds:.2f} ms ({share:.0%})"
+        f"all operators {roofline.milliseconds:.2f} ms by the runtime's counters, "
+        f"their products at the peaks {roofline.roof_milliseconds:.2f} ms ({share:.0%})"
     )
-    print_table("by kind", _COLUMNS, list(map(_cells, found.by_kind())))
-    print_table(f"the slowest {_SLOWEST}", _COLUMNS, list(map(_cells, found.by_operator()[:_SLOWEST])))
+    print_table("by kind", _COLUMNS, list(map(_cells, roofline.by_kind())))
+    print_table(f"the slowest {_SLOWEST}", _COLUMNS, list(map(_cells, roofline.by_operator()[:_SLOWEST])))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

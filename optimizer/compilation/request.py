@@ -194,9 +194,10 @@ def _tried(
     targets: Sequence[Backend], preset: str | None, cases: Sequence[When], first: Sequence[str]
 ) -> dict[str, list[Pipeline]]:
     """The recipes that a preset, if there is one, tries for each target in some cases, each behind ``first``."""
-    own = {
+    recipes_of = {
         t.name: [r for c in cases if preset is not None for r in presets.recipes(preset, t.name, c)] for t in targets
     }
     return {
-        name: [Pipeline.parse(",".join([*first, *each.passes])) for each in recipes] for name, recipes in own.items()
+        name: [Pipeline.parse(",".join([*first, *each.passes])) for each in recipes]
+        for name, recipes in recipes_of.items()
     }

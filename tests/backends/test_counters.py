@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from planish.backends.onnxruntime.counters import _Event, _operator
 from planish.optimizer import optimize
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fidelity.inputs import sized_case
@@ -157,6 +159,14 @@ def test_operators_that_multiply_and_are_not_counted_say_so(tmp_path: Path) -> N
     """
     inputs = {"x": np.ones((3, 5), np.float32), "w": np.ones((5, 7), np.float32)}
     assert "Einsum (products not counted)" in [each.kind for each in _run(text, "onnxruntime", tmp_path, **inputs)]
+
+
+def test_a_convolution_whose_weights_are_packed_says_that_it_is_not_counted() -> None:
+    image, weights = (1, 3, 8, 8), (4, 3, 1, 1)
+    packed = _Event("c", "Conv", 0, 5, "float", (image,), ((1, 4, 8, 8),), 0, 0)
+    told = replace(packed, inputs=(image, weights))
+    assert _operator([packed], 1, {}).kind == "Conv (products not counted)"
+    assert (_operator([told], 1, {}).kind, _operator([told], 1, {}).multiply_adds) == ("Conv", 4 * 8 * 8 * 3)
 
 
 def test_sizes_that_depend_on_values_leave_a_row_of_their_own(tmp_path: Path) -> None:
