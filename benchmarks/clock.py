@@ -6,7 +6,7 @@ The engines are stacks of equal layers, 100 and 97 of them, so that the gain is 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -21,8 +21,10 @@ from planish.optimizer.runtime.worker import EngineRef
 from planish.optimizer.timing.interleaved import Timing, time_against_first
 
 _LAYERS, _FEWER = 100, 97
-_WIDTH = 256
+_WIDTH = 128
 _ROWS = 64
+_WRITE_AFTER = 10
+"""Races after which the table is written anew: whoever ends the run early keeps what it has measured."""
 
 
 def stack(layers: int) -> Path:
@@ -73,22 +75,31 @@ def race(layers: int) -> Timing:
 @click.option("--quiet/--loaded", default=True, help="Beside nothing, or beside four processes that use a core each.")
 def main(races: int, gains: int, quiet: bool) -> None:
     """Count intervals of twins that exclude one, and gains of 3 % that are found."""
-    figures, rows = {}, []
+    timed: dict[str, list[Timing]] = {}
     with load(0 if quiet else 4):
         for kind, layers, count in (("twins", _LAYERS, races), ("3 % faster", _FEWER, gains)):
-            timings = [race(layers) for _ in range(count)]
-            apart = sum(not timing.low <= 1 <= timing.high for timing in timings)
-            faster = sum(timing.faster for timing in timings)
-            figures[kind] = [timing.__dict__ for timing in timings]
-            width = float(np.median([timing.high / timing.low - 1 for timing in timings]))
-            middle = float(np.median([timing.speedup for timing in timings]))
-            rows.append(
-                (kind, str(count), f"{middle:.3f}", f"{width:.1%}", f"{apart / count:.0%}", f"{faster / count:.0%}")
-            )
-    name = "clock-quiet" if quiet else "clock-loaded"
+            timed[kind] = []
+            for number in range(count):
+                timed[kind].append(race(layers))
+                if (number + 1) % _WRITE_AFTER == 0 or number + 1 == count:
+                    write(timed, quiet)
+
+
+def write(timed: Mapping[str, Sequence[Timing]], quiet: bool) -> None:
+    """Record what is timed so far, by kind of race."""
+    rows = []
+    for kind, timings in timed.items():
+        apart = sum(not timing.low <= 1 <= timing.high for timing in timings)
+        faster = sum(timing.faster for timing in timings)
+        width = float(np.median([timing.high / timing.low - 1 for timing in timings]))
+        middle = float(np.median([timing.speedup for timing in timings]))
+        shares = [f"{number} ({number / len(timings):.0%})" for number in (apart, faster)]
+        rows.append((kind, str(len(timings)), f"{middle:.3f}", f"{width:.1%}", *shares))
+    figures = {kind: [timing.__dict__ for timing in timings] for kind, timings in timed.items()}
+    name = f"clock-{'quiet' if quiet else 'loaded'}"
     what = f"Races of equal engines and of a known gain, {'nothing' if quiet else 'four busy processes'} beside them"
     columns = ("engines", "races", "median ratio", "median width", "intervals without one", "found faster")
-    record(name, what, columns, rows, figures)
+    record(name, what, columns, rows, figures, command="clock" + ("" if quiet else " --loaded"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Decoders in 4 bits beside those who are known for it, tokens a second: `python -m benchmarks.decode`.
 
-Qwen2-0.5B's shape with random weights: how fast it is does not depend on them. Every engine reads the same prompt and
-writes the same number of tokens, the best one each time, in a process of its own; turns alternate while the others are
+Qwen2-0.5B's shape with random weights: how fast it is does not depend on them. Gemma 3 270M with its own, and what it
+loses in few bits, as perplexity on docstrings that nobody calibrated on. Every engine reads the same prompt and writes
+the same number of tokens, the best one each time, in a process of its own; turns alternate while the others are
 stopped.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import statistics
@@ -16,19 +18,35 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import click
 
-from benchmarks.exact import MODELS, OPTIMUM_INTEL, Refused, made
+from benchmarks.exact import OPTIMUM_INTEL
 from benchmarks.record import record, settle_memory
-from benchmarks.subjects import PLACE, TARGETS, environment, qwen2
+from benchmarks.subjects import (
+    AS_LOADED,
+    PLACE,
+    TARGETS,
+    Refused,
+    environment,
+    gemma3,
+    gemma3_gguf,
+    made,
+    qwen2,
+    run,
+)
 from planish.optimizer import optimize
 from planish.optimizer.interfaces import registry
+from planish.optimizer.lowering.checkpoint.tokenizer import load_tokenizer
+from planish.optimizer.output.manifest import Manifest
 from planish.optimizer.pipeline.presets import pipeline_text
+from planish.optimizer.runtime.generation import DECODER
 from planish.optimizer.system.machine import instruction_set
 from planish.optimizer.timing.interleaved import timing
+from tests.train import docstrings
 
 PROMPT, STEPS = 128, 32
 _GENAI, _LLAMA = PLACE / "genai", PLACE / "llama"
@@ -51,6 +69,32 @@ _SWITCHES = {
 }
 """Instruction sets that llama.cpp is built for where the processor has them, beside its defaults. Its kernels for AMX
 are left out: they end with an illegal instruction at their first load of a tile where this was measured."""
+_KEEP = "perplexity<=1.02x"
+_CALIBRATED_ON = 48
+"""Docstrings of modules; none of a package."""
+_UNSEEN = "[jeux]*/*.py"
+"""Files of packages, whose docstrings the perplexity is that of."""
+_WINDOWS, _WINDOW = 32, 64
+"""Texts and tokens of the perplexity."""
+_LLAMA_TYPES = {"qwen2-0.5b": "Q4_0", "gemma3-270m": "Q4_K_M"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A decoder, and how it is called in a title."""
+
+    name: str
+    title: str
+    checkpoint: Callable[[], Path]
+    gguf: Callable[[], Path]
+    """The file that llama.cpp opens."""
+    trained: bool
+    """Weights of its own: what it loses counts."""
+
+    @property
+    def plain(self) -> Path:
+        """Where files of the peers lie."""
+        return PLACE / "plain" / self.name
 
 
 @dataclass(frozen=True)
@@ -62,6 +106,8 @@ class Writer:
     kind: str
     path: Path
     target: str = ""
+    scores_all: bool = True
+    """False for an engine whose twin with the scores of all tokens has the same weights: only that one is judged."""
 
     def command(self) -> list[str]:
         """The command line of its process."""
@@ -90,14 +136,22 @@ class Process:
 
     def turn(self) -> tuple[float, float]:
         """Milliseconds of the prompt, and of one token behind it."""
+        read, written = self._ask([])
+        return float(read), float(written)
+
+    def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
+        """Of the next tokens in windows of a text."""
+        return float(self._ask(windows))
+
+    def _ask(self, windows: Sequence[Sequence[int]]) -> Any:
         self._process.send_signal(signal.SIGCONT)
         if self._process.stdin is None:
             raise RuntimeError("the process has no input")
-        self._process.stdin.write("turn\n")
+        self._process.stdin.write(json.dumps(windows) + "\n")
         self._process.stdin.flush()
-        read, written = json.loads(self._line())
+        reply = json.loads(self._line())
         self._process.send_signal(signal.SIGSTOP)
-        return float(read), float(written)
+        return reply
 
     def _line(self) -> str:
         line = "" if self._process.stdout is None else self._process.stdout.readline()
@@ -107,16 +161,16 @@ class Process:
         return line
 
 
-def genai(block: int = 32) -> Path:
+def genai(subject: Subject, block: int) -> Path:
     """onnxruntime-genai's own model builder in 4 bits, in blocks of 32 as its documentation recommends for a CPU."""
 
     def make() -> None:
         options = [f"int4_block_size={block}", "int4_accuracy_level=4"]
         builder = [environment(_GENAI, _PACKAGES[_GENAI]), "-m", "onnxruntime_genai.models.builder", "-p", "int4"]
-        named = [*builder, "-i", qwen2(), "-o", place, "-e", "cpu", "-c", PLACE / "genai-cache"]
-        subprocess.run(list(map(str, [*named, "--extra_options", *options])), check=True, stdout=subprocess.DEVNULL)
+        named = [*builder, "-i", subject.checkpoint(), "-o", place, "-e", "cpu", "-c", PLACE / "genai-cache"]
+        run([*named, "--extra_options", *options])
 
-    place = PLACE / "plain" / "qwen2-0.5b" / f"genai-int4-{block}"
+    place = subject.plain / f"genai-int4-{block}"
     return made(place, make)
 
 
@@ -127,75 +181,93 @@ def llama_python() -> Path:
     return environment(_LLAMA, _PACKAGES[_LLAMA], CMAKE_ARGS=" ".join(switches))
 
 
-def llama() -> Path:
+def qwen2_gguf() -> Path:
     """A file of llama.cpp in Q4_0, made by its own Python package."""
 
     def make() -> None:
         place.mkdir()
-        script = Path(__file__).with_name("gguf_of_qwen2.py")
-        subprocess.run([llama_python(), script, qwen2(), place / "model.gguf"], check=True)
+        run([llama_python(), Path(__file__).with_name("qwen2_to_gguf.py"), qwen2(), place / "model.gguf"])
 
     place = PLACE / "plain" / "qwen2-0.5b" / "llama"
     return made(place, make) / "model.gguf"
 
 
-def optimum_intel() -> Path:
+def optimum_intel(subject: Subject) -> Path:
     """`optimum-cli export openvino --weight-format int4`."""
 
     def make() -> None:
-        model = MODELS["qwen2-0.5b"]
+        if not OPTIMUM_INTEL.exists():
+            run(["make", OPTIMUM_INTEL])
         exporter = [OPTIMUM_INTEL / "bin" / "python", "-m", "optimum.commands.optimum_cli", "export", "openvino"]
-        options = [
-            "--library",
-            "transformers",
-            "--task",
-            model.task,
-            "--weight-format",
-            "int4",
-            "--model",
-            qwen2(),
-            place,
-        ]
-        subprocess.run(list(map(str, [*exporter, *options])), check=True, stdout=subprocess.DEVNULL)
+        options = ["--library", "transformers", "--task", "text-generation-with-past", "--weight-format", "int4"]
+        run([*exporter, *options, "--model", subject.checkpoint(), place])
 
-    place = PLACE / "plain" / "qwen2-0.5b" / "optimum-intel-int4"
+    place = subject.plain / "optimum-intel-int4"
     return made(place, make)
 
 
-def ours(target: str, logits: Literal["all", "last"]) -> Path:
-    """The pipeline of the preset `small`, everything in 4 bits. Random weights do not survive that, and what is timed
-    is not their answers: nothing is compared."""
-    name = target.partition("{")[0]
-    place = PLACE / "ours" / f"qwen2-0.5b-small-{logits}-{name}"
+def ours(subject: Subject, target: str, logits: Literal["all", "last"]) -> Path:
+    """The preset `small` of a trained model, and again the pipeline that it chose for the scores of the last token.
+
+    Random weights do not survive 4 bits, and what is timed is not their answers: there it is the preset's pipeline,
+    everything is in 4 bits and nothing is compared.
+    """
+    name = registry.backend(target).name
+    place = PLACE / "ours" / f"{subject.name}-small-{logits}-{name}"
 
     def make() -> None:
-        text = pipeline_text("small", name)
-        optimize(qwen2(), place, targets=[target], pipeline=text, reference="none", logits=logits)
+        built = partial(optimize, subject.checkpoint(), place, targets=[target], logits=logits)
+        if not subject.trained:
+            built(pipeline=pipeline_text("small", name), reference="none")
+        elif logits == "all":
+            built(preset="small", keep=[_KEEP], calibration=list(itertools.islice(docstrings(), _CALIBRATED_ON)))
+        else:
+            chosen = Manifest.read(ours(subject, target, "all")).targets[name].pipelines[DECODER]
+            texts = list(itertools.islice(docstrings(), _CALIBRATED_ON))
+            built(pipeline=chosen, reference="none", calibration=texts)
 
     return made(place, make) / name
 
 
-def field() -> list[Writer]:
+def plain(subject: Subject, target: str) -> Path:
+    """The lowering as it is, without a pass that makes it faster."""
+    name = registry.backend(target).name
+    place = PLACE / "plain" / subject.name / f"lowered-{name}"
+
+    def make() -> None:
+        optimize(subject.checkpoint(), place, targets=[target], pipeline="", reference="none")
+
+    return made(place, make) / name
+
+
+def field(subject: Subject) -> list[Writer]:
     """Everybody; the first is what others are compared with."""
     here = Path(sys.executable)
 
-    def own(target: str, logits: Literal["all", "last"]) -> Writer:
+    def own(target: str, logits: Literal["all", "last"], opened: str, told: str = "") -> Writer:
         scores = "" if logits == "all" else ", last scores"
-        return Writer(
-            f"planish small on {registry.backend(target).name}{scores}", here, "planish", ours(target, logits), target
-        )
+        label = f"planish small on {registry.backend(target).name}{scores}{told}"
+        return Writer(label, here, "planish", ours(subject, target, logits), opened, scores_all=logits == "all")
 
+    def of_genai(block: int, told: str = "") -> Writer:
+        python = environment(_GENAI, _PACKAGES[_GENAI])
+        return Writer(f"onnxruntime-genai int4{told}", python, "genai", genai(subject, block))
+
+    def of_optimum(opened: str, told: str = "") -> Writer:
+        return Writer(f"optimum-intel int4{told}", here, "planish", optimum_intel(subject), opened)
+
+    llama = f"llama.cpp {_LLAMA_TYPES[subject.name]}, last scores"
     makers: list[Callable[[], Writer]] = [
-        lambda: Writer("onnxruntime-genai int4", environment(_GENAI, _PACKAGES[_GENAI]), "genai", genai()),
-        lambda: Writer(
-            "onnxruntime-genai int4, blocks of 128", environment(_GENAI, _PACKAGES[_GENAI]), "genai", genai(128)
-        ),
-        lambda: own(TARGETS[0], "all"),
-        lambda: own(TARGETS[0], "last"),
-        lambda: Writer("llama.cpp Q4_0, last scores", llama_python(), "llama", llama()),
-        lambda: Writer("optimum-intel int4", here, "planish", optimum_intel(), TARGETS[1]),
-        lambda: own(TARGETS[1], "all"),
-        lambda: own(TARGETS[1], "last"),
+        lambda: of_genai(32),
+        lambda: of_genai(128, ", blocks of 128"),
+        lambda: own(TARGETS[0], "all", TARGETS[0]),
+        lambda: own(TARGETS[0], "last", TARGETS[0]),
+        lambda: Writer(llama, llama_python(), "llama", subject.gguf()),
+        lambda: of_optimum(AS_LOADED),
+        lambda: of_optimum(TARGETS[1], ", in f32"),
+        lambda: own(TARGETS[1], "all", AS_LOADED),
+        lambda: own(TARGETS[1], "last", AS_LOADED),
+        lambda: own(TARGETS[1], "last", TARGETS[1], ", in f32"),
     ]
     found = []
     for make in makers:
@@ -206,6 +278,23 @@ def field() -> list[Writer]:
         except (subprocess.CalledProcessError, Refused) as error:
             print(f"left out: {error}", file=sys.stderr)
     return found
+
+
+SUBJECTS = {
+    subject.name: subject
+    for subject in (
+        Subject("qwen2-0.5b", "Qwen2-0.5B's shape", qwen2, qwen2_gguf, trained=False),
+        Subject("gemma3-270m", "Gemma 3 270M", gemma3, gemma3_gguf, trained=True),
+    )
+}
+
+
+def unseen(subject: Subject) -> list[list[int]]:
+    """Windows of a text that nobody has calibrated on, each behind the token that texts begin with."""
+    tokenizer: Any = load_tokenizer(subject.checkpoint())
+    ids = list(itertools.chain.from_iterable(tokenizer(text)["input_ids"] for text in docstrings(_UNSEEN)))
+    size = _WINDOW - 1
+    return [[tokenizer.bos_token_id, *ids[start : start + size]] for start in range(0, _WINDOWS * size, size)]
 
 
 def alternate(writers: Sequence[Writer], rounds: int) -> list[list[tuple[float, float]]]:
@@ -222,12 +311,20 @@ def alternate(writers: Sequence[Writer], rounds: int) -> list[list[tuple[float, 
 
 
 @click.command()
+@click.option("--model", "names", multiple=True, type=click.Choice(list(SUBJECTS)), help="Only this; both if none.")
 @click.option("--rounds", default=15, show_default=True)
-def main(rounds: int) -> None:
+def main(names: tuple[str, ...], rounds: int) -> None:
     """Time decoders in 4 bits."""
-    writers = field()
+    for name in names or SUBJECTS:
+        measure(SUBJECTS[name], rounds)
+
+
+def measure(subject: Subject, rounds: int) -> None:
+    """Time everybody, and judge those whose weights are trained."""
+    writers = field(subject)
     start = time.perf_counter()
     turns = alternate(writers, rounds)
+    windows = unseen(subject) if subject.trained else []
     figures, rows = {}, []
     for writer, own in zip(writers, turns, strict=True):
         # A round counts as an opening of its own: some of these peers open once for all rounds.
@@ -235,11 +332,19 @@ def main(rounds: int) -> None:
         speed = 1e3 / statistics.median(turn[1] for turn in own)
         figures[writer.label] = {"prefill": parts[0].__dict__, "decode": parts[1].__dict__, "tokens_per_second": speed}
         ratios = [f"{one.speedup:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in parts]
-        rows.append((writer.label, f"{parts[0].median_ms:.0f}", f"{speed:.1f}", *ratios))
+        rows.append([writer.label, f"{parts[0].median_ms:.0f}", f"{speed:.1f}", *ratios])
+        if windows and writer.scores_all:
+            with Process(writer) as process:
+                figures[writer.label]["perplexity"] = process.perplexity(windows)
+        if windows:
+            found = figures[writer.label].get("perplexity")
+            rows[-1].append("" if found is None else f"{found:.2f}")
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
     base = writers[0].label
-    columns = ("engine", f"prompt of {PROMPT}, ms", "tokens a second", f"prompt, times {base}", f"decode, times {base}")
-    record("decode", "Qwen2-0.5B's shape in 4 bits, one text, two threads", columns, rows, figures)
+    columns = ["engine", f"prompt of {PROMPT}, ms", "tokens a second", f"prompt, times {base}", f"decode, times {base}"]
+    columns += ["perplexity"] if windows else []
+    title = f"{subject.title} in 4 bits, one text, two threads"
+    record(f"decode-{subject.name}", title, columns, rows, figures, command="decode")
 
 
 if __name__ == "__main__":

@@ -27,17 +27,20 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.record import RESULTS, machine, record, settle_memory
+from benchmarks.record import machine, record, results, settle_memory
 from benchmarks.subjects import (
     PEERS,
     PLACE,
     TARGETS,
+    Refused,
     bert_base,
     distilbert,
     gpt2,
+    made,
     minilm,
     optimum_export,
     qwen2,
+    run,
     t5_small,
     torch_export,
 )
@@ -52,7 +55,7 @@ from planish.optimizer.timing.interleaved import OPENINGS, Timing, time_interlea
 
 _SHAPES = ((1, 16), (1, 128), (8, 128))
 """Texts and tokens; behind a cache, texts and tokens in the cache."""
-OPTIMUM_INTEL = Path("build") / "interop" / "openvino-env"
+OPTIMUM_INTEL = Path("build") / "interop" / "openvino-2026.4.1-env"
 _LEVELS = ("O1", "O2", "O3")
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FullyConnected")
 _OURS = "planish exact"
@@ -95,17 +98,6 @@ MODELS = {
 }
 
 
-class Refused(Exception):
-    """What a peer said when it was asked for a file."""
-
-
-def run(command: Sequence[object]) -> None:
-    """Run a peer's command; Refused with its last line if it fails."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Refused((done.stderr or done.stdout).strip().splitlines()[-1][:120])
-
-
 def peers_of(model: Model) -> dict[str, tuple[str, Callable[[], Path]]]:
     """Label -> target, and what makes the folder or file that holds the components."""
     folder = PLACE / "plain" / model.name
@@ -126,26 +118,6 @@ def peers_of(model: Model) -> dict[str, tuple[str, Callable[[], Path]]]:
         found[_UNROUNDED] = (TARGETS[1], partial(made, precise, lambda: _cache_in_f32(intel, precise)))
     found["torch.onnx.export, openvino"] = (TARGETS[1], partial(made, dynamo, lambda: _dynamo(model, dynamo)))
     return found
-
-
-def made(place: Path, make: Callable[[], None]) -> Path:
-    """``place``, made once; a refusal is kept and raised again."""
-    said = place.with_name(f"{place.name}.refused")
-    if said.exists():
-        raise Refused(said.read_text(encoding="utf-8"))
-    if not place.exists():
-        print(f"making {place}", file=sys.stderr)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            make()
-        except Refused as refused:
-            shutil.rmtree(place, ignore_errors=True)
-            said.write_text(str(refused), encoding="utf-8")
-            raise
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)  # half of it would pass for all
-            raise
-    return place
 
 
 def _optimum(model: Model, place: Path) -> None:
@@ -416,7 +388,7 @@ def main(names: tuple[str, ...], wanted: tuple[str, ...], seconds: float, openin
 
 def _kept() -> dict[str, Any]:
     """Figures that stand there: those that are not measured now stay, and say which machine gave them."""
-    path = RESULTS / "exact.json"
+    path = results() / "exact.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"figures": {}}
     return {what: {"machine": found["machine"], **own} for what, own in found["figures"].items()}
 

@@ -1,7 +1,8 @@
 """Accuracy over latency of all-MiniLM-L6-v2 as budgets get wider: `python -m benchmarks.frontier`.
 
 For each budget the preset `fast` chooses anew which products are rounded. All engines run in one alternation, beside
-the plain export and the usual quantizers; accuracy is that of sentences that nobody calibrated on.
+the plain export and the usual quantizers, each as a loader without options opens it; accuracy is that of sentences that
+nobody calibrated on.
 """
 
 from __future__ import annotations
@@ -12,8 +13,18 @@ from pathlib import Path
 import click
 
 from benchmarks.fidelity import engine_outputs, figures_of, inputs, original
-from benchmarks.record import RESULTS, canvas, record, settle_memory
-from benchmarks.subjects import PLACE, TARGETS, calibration, dynamic_int8, minilm, nncf_int8, plain_exports, vnni_int8
+from benchmarks.record import canvas, record, results, settle_memory
+from benchmarks.subjects import (
+    AS_LOADED,
+    PLACE,
+    TARGETS,
+    calibration,
+    dynamic_int8,
+    minilm,
+    nncf_int8,
+    plain_exports,
+    vnni_int8,
+)
 from planish.optimizer import optimize
 from planish.optimizer.fidelity.inputs import sized_case
 from planish.optimizer.output.lock import LOCK, Lock
@@ -40,10 +51,10 @@ def field() -> dict[str, tuple[str, Path]]:
         BASE: (TARGETS[0], plain_exports("minilm")[BASE]),
         "onnxruntime's dynamic int8": (TARGETS[0], dynamic_int8("minilm")),
         "optimum's int8 for VNNI": (TARGETS[0], vnni_int8("minilm")),
-        "NNCF's static int8": (TARGETS[1], nncf_int8("minilm")),
+        "NNCF's static int8": (AS_LOADED, nncf_int8("minilm")),
     }
     for budget in BUDGETS:
-        for target in TARGETS:
+        for target in (TARGETS[0], AS_LOADED):
             name = target.partition("{")[0]
             found[f"{name}, cosine>={budget:g}"] = (target, built(budget) / name)
     return found
@@ -111,7 +122,7 @@ def main(seconds: float, keep: bool) -> None:
         "rounded",
     )
     record("frontier", what, columns, rows, figures)
-    plot(figures, RESULTS / "frontier.svg")
+    plot(figures, results() / "frontier.svg")
 
 
 if __name__ == "__main__":

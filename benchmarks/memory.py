@@ -25,7 +25,7 @@ import click
 import numpy as np
 import psutil
 
-from benchmarks.record import RESULTS, canvas, record
+from benchmarks.record import canvas, record, results
 from benchmarks.subjects import PLACE, qwen2
 from planish.optimizer import optimize
 
@@ -272,7 +272,7 @@ def main(name: str, limit_gib: float | None, place: Path) -> None:
         for point, run in runs.items()
     ]
     file = "memory" if name == "exact" else f"memory-{name}"
-    plot(runs, subject, RESULTS / f"{file}.svg")
+    plot(runs, subject, results() / f"{file}.svg")
     columns = (subject.axis, "seconds", "peak GB, anonymous", "GB written")
     figures = {str(point): asdict(run) for point, run in runs.items()}
     record(file, f"{subject.what}, {limited}", columns, rows, figures, f"memory {name}")

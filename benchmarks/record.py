@@ -1,4 +1,4 @@
-"""Results: as JSON with versions and machine, and as a table."""
+"""Results: as JSON with versions and machine, and as a table, in a folder for each instruction set."""
 
 from __future__ import annotations
 
@@ -15,33 +15,6 @@ from planish.optimizer.cli.display import print_table
 from planish.optimizer.interfaces import registry
 from planish.optimizer.system.machine import cores, instruction_set, library_versions
 
-RESULTS = Path(__file__).parent / "results"
-
-
-def record(
-    name: str,
-    what: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    figures: Any,
-    command: str | None = None,
-) -> None:
-    """Write `results/NAME.json` and `results/NAME.md`, and print the table; ``command`` is NAME if not given."""
-    RESULTS.mkdir(exist_ok=True)
-    head = {
-        "what": what,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "python": platform.python_version(),
-        "libraries": library_versions(registry.libraries()),
-    }
-    (RESULTS / f"{name}.json").write_text(json.dumps(head | {"figures": figures}, indent=1) + "\n", encoding="utf-8")
-    lines = [f"# {what}", "", f"{head['date']}, {machine()}; `python -m benchmarks.{command or name}`.", ""]
-    lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}", *(f"| {' | '.join(row)} |" for row in rows)]
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print_table(what, columns, rows)
-
-
 _FAMILIES = {
     "amx_int8": "amx",
     "avx512_bf16": "avx512-bf16",
@@ -52,9 +25,40 @@ _FAMILIES = {
 
 
 def family() -> str:
-    """The instruction set that decides which kernels run here, for names of results that differ by it."""
+    """The instruction set that decides which kernels run here."""
     flags = instruction_set().split()
     return next((name for flag, name in _FAMILIES.items() if flag in flags), platform.machine())
+
+
+def results() -> Path:
+    """The folder of what is measured on processors with these instructions: `results/avx512-bf16`."""
+    folder = Path(__file__).parent / "results" / family()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def record(
+    name: str,
+    what: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    figures: Any,
+    command: str | None = None,
+) -> None:
+    """Write `NAME.json` and `NAME.md`, and print the table; ``command`` is NAME if not given."""
+    folder = results()
+    head = {
+        "what": what,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "python": platform.python_version(),
+        "libraries": library_versions(registry.libraries()),
+    }
+    (folder / f"{name}.json").write_text(json.dumps(head | {"figures": figures}, indent=1) + "\n", encoding="utf-8")
+    lines = [f"# {what}", "", f"{head['date']}, {machine()}; `python -m benchmarks.{command or name}`.", ""]
+    lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print_table(what, columns, rows)
 
 
 def canvas(width: float, height: float) -> tuple[Any, Any]:

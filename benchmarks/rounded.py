@@ -16,9 +16,9 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.exact import MODELS, case_of, made, peers_of
+from benchmarks.exact import MODELS, case_of, peers_of
 from benchmarks.record import record, settle_memory
-from benchmarks.subjects import PLACE, TARGETS, t5_small
+from benchmarks.subjects import AS_LOADED, PLACE, TARGETS, made, t5_small
 from planish.optimizer import optimize
 from planish.optimizer.fidelity.metrics import log_probabilities
 from planish.optimizer.interfaces import registry
@@ -32,6 +32,8 @@ from tests.train import MODELS as TRAINED
 from tests.train import docstrings, pairs
 
 PRESETS = ("fast", "small")
+_OPENED = (TARGETS[0], AS_LOADED)
+"""How a loader without options opens the engines."""
 _BASE = "optimum export"
 _TOKENS = (16, 128)
 _LENGTH = 64
@@ -82,7 +84,7 @@ def speeds(seconds: float) -> dict[str, dict[str, float]]:
     for tokens in _TOKENS:
         case = case_of(signature, 1, tokens, behind=True)
         racing = {_BASE: EngineRef(TARGETS[0], plain)}
-        for preset, target in itertools.product(PRESETS, TARGETS):
+        for preset, target in itertools.product(PRESETS, _OPENED):
             backend = registry.backend(target)
             path = backend.path_of(NEXT, shaped(preset) / backend.name)
             racing[f"planish {preset} on {backend.name}"] = EngineRef(target, path)
@@ -155,7 +157,7 @@ def main(seconds: float, count: int, keep: bool) -> None:
     wanted = answers(TARGETS[0], lowered("translator"), count)
     truth = perplexity(TARGETS[0], lowered("writer"), count)
     kept: dict[str, dict[str, float]] = {"fp32": {"perplexity": truth}}
-    for preset, target in itertools.product(PRESETS, TARGETS):
+    for preset, target in itertools.product(PRESETS, _OPENED):
         name = registry.backend(target).name
         label = f"planish {preset} on {name}"
         found = answers(target, built("translator", preset) / name, count)

@@ -27,6 +27,7 @@ from planish.optimizer.timing.interleaved import Timing, time_interleaved
 
 _PLAIN = "torch.onnx.export on openvino"
 _NNCF = "NNCF's static int8 on openvino"
+_SHAPE = "batch=1,sequence=128"
 _BASES = ("optimum export on onnxruntime", "optimum's int8 for VNNI", _PLAIN, _NNCF)
 
 
@@ -58,7 +59,7 @@ def measure(name: str, shape: dict[str, int], seconds: float) -> dict[str, dict[
 
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(list(CHECKPOINTS)), help="Only this; both if none.")
-@click.option("--shape", default="batch=1,sequence=128", show_default=True)
+@click.option("--shape", default=_SHAPE, show_default=True)
 @click.option("--seconds", default=600.0, show_default=True, help="Longest time for one checkpoint.")
 @click.option("--keep", is_flag=True, help="Measure the engines that were built before.")
 def main(models: tuple[str, ...], shape: str, seconds: float, keep: bool) -> None:
@@ -77,7 +78,15 @@ def main(models: tuple[str, ...], shape: str, seconds: float, keep: bool) -> Non
     what = (
         f"Latency at {shape}, two threads, OpenVINO's files in its own arithmetic but where f32 is said, on {family()}"
     )
-    record(f"speed-{family()}", what, ("checkpoint", "engine", "median ms", *bases), rows, figures, command="speed")
+    name = "speed" if shape == _SHAPE else f"speed-{'x'.join(map(str, sizes.values()))}"
+    record(
+        name,
+        what,
+        ("checkpoint", "engine", "median ms", *bases),
+        rows,
+        figures,
+        command="speed" if shape == _SHAPE else f"speed --shape {shape}",
+    )
 
 
 if __name__ == "__main__":

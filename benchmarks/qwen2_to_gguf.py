@@ -1,4 +1,4 @@
-"""A checkpoint of Qwen2 as a file of llama.cpp in Q4_0, by its own package: python gguf_of_qwen2.py CHECKPOINT OUT.
+"""A checkpoint of Qwen2 as a file of llama.cpp in Q4_0, by its own package: python qwen2_to_gguf.py CHECKPOINT OUT.
 
 All matrices are in Q4_0, the embedding that is the head as well; words have made-up names, for there is no tokenizer.
 """
