@@ -24,7 +24,6 @@ from typing import Any, Literal, Self
 
 import click
 
-from benchmarks.exact import OPTIMUM_INTEL
 from benchmarks.record import record, settle_memory
 from benchmarks.subjects import (
     AS_LOADED,
@@ -49,16 +48,18 @@ from planish.optimizer.timing.interleaved import timing
 from tests.train import docstrings
 
 PROMPT, STEPS = 128, 32
-_GENAI, _LLAMA = PLACE / "genai", PLACE / "llama"
+_GENAI, _LLAMA, _OPTIMUM_INTEL = PLACE / "genai", PLACE / "llama", PLACE / "optimum-intel"
 _PACKAGES = {
     _GENAI: (
         "torch==2.13.0",
         "onnxruntime-genai==0.18.0",
         "onnxruntime==1.31.1",
-        "transformers",
+        "transformers==4.57.6",
         "onnx-ir",
         "requests",
     ),
+    # Newer transformers are refused for Gemma 3, by both exporters.
+    _OPTIMUM_INTEL: ("torch==2.13.0", "optimum-intel==2.2.0", "openvino==2026.4.1", "transformers==4.57.6"),
     _LLAMA: ("llama-cpp-python==0.3.36", "gguf", "safetensors", "torch==2.13.0"),
 }
 _SWITCHES = {
@@ -196,9 +197,9 @@ def optimum_intel(subject: Subject) -> Path:
     """`optimum-cli export openvino --weight-format int4`."""
 
     def make() -> None:
-        if not OPTIMUM_INTEL.exists():
-            run(["make", OPTIMUM_INTEL])
-        exporter = [OPTIMUM_INTEL / "bin" / "python", "-m", "optimum.commands.optimum_cli", "export", "openvino"]
+        # torchvision's CUDA build breaks a torch for CPUs.
+        python = environment(_OPTIMUM_INTEL, _PACKAGES[_OPTIMUM_INTEL], without=["torchvision"])
+        exporter = [python, "-m", "optimum.commands.optimum_cli", "export", "openvino"]
         options = ["--library", "transformers", "--task", "text-generation-with-past", "--weight-format", "int4"]
         run([*exporter, *options, "--model", subject.checkpoint(), place])
 
@@ -222,7 +223,7 @@ def ours(subject: Subject, target: str, logits: Literal["all", "last"]) -> Path:
         elif logits == "all":
             built(preset="small", keep=[_KEEP], calibration=list(itertools.islice(docstrings(), _CALIBRATED_ON)))
         else:
-            chosen = Manifest.read(ours(subject, target, "all")).targets[name].pipelines[DECODER]
+            chosen = Manifest.read(ours(subject, target, "all").parent).targets[name].pipelines[DECODER]
             texts = list(itertools.islice(docstrings(), _CALIBRATED_ON))
             built(pipeline=chosen, reference="none", calibration=texts)
 

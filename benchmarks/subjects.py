@@ -77,15 +77,20 @@ def made(place: Path, make: Callable[[], None]) -> Path:
     return place
 
 
-def environment(place: Path, packages: Sequence[str], **variables: str) -> Path:
-    """The interpreter of a peer's own environment, made on the first run; packages are built under ``variables``."""
+def environment(place: Path, packages: Sequence[str], without: Sequence[str] = (), **variables: str) -> Path:
+    """The interpreter of a peer's own environment, made on the first run; packages are built under ``variables``.
+
+    ``without`` are dependencies that are removed again.
+    """
     if not place.exists():
         print(f"making {place}", file=sys.stderr)
         try:
             subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
             fresh = ["--no-cache-dir"] if variables else []  # what was built under others would be taken
-            install = [str(place / "bin" / "pip"), "install", "-q", *fresh, *packages]
-            subprocess.run(install, check=True, env=os.environ | variables)
+            pip = str(place / "bin" / "pip")
+            subprocess.run([pip, "install", "-q", *fresh, *packages], check=True, env=os.environ | variables)
+            if without:
+                subprocess.run([pip, "uninstall", "-q", "-y", *without], check=True)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)  # half of it would pass for all
             raise

@@ -7,7 +7,6 @@ made it from; sizes it does not tell. They come from the file, reshaped to the s
 from __future__ import annotations
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,41 +29,55 @@ _INDICES = ("i32", "i64")
 _GROUP = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 _NOT_COUNTED = "products without a counter"
 _STORED_INTEGERS = "FullyConnectedCompressed"
+_FIRST_CALLS = 3
 _READERS = 6
 """Readers in a row that are searched for the name of a fused product."""
 
 
 def operator_times(ov: Any, engine: OpenVinoEngine, model: Any, inputs: Arrays, calls: int) -> list[OperatorTime]:
-    """Time and work of every operator that ran, medians of ``calls`` runs.
+    """Time and work of every operator that ran, means of ``calls`` runs.
 
     ``engine`` was compiled with the property PERF_COUNT; ``model`` is its file, and gets the sizes of the inputs.
     """
-    spent: dict[str, list[float]] = defaultdict(list)
-    engine.counted(inputs)  # the first call prepares kernels for these sizes
+    # A counter tells the mean of all calls so far, and the first ones prepare kernels and read weights from the file.
+    for _ in range(_FIRST_CALLS):
+        request, _ = engine.counted(inputs)
+    first = _milliseconds(ov, request)
     for _ in range(calls):
         request, feeds = engine.counted(inputs)
-        counters = [each for each in request.get_profiling_info() if each.status == ov.ProfilingInfo.Status.EXECUTED]
-        sums: dict[str, float] = defaultdict(float)
-        for counter in counters:
-            sums[counter.node_name] += counter.real_time.total_seconds() * 1e3
-        for name, milliseconds in sums.items():
-            spent[name].append(milliseconds)
+    means = _of_last_calls(first, _milliseconds(ov, request), calls)
     compiled = request.get_compiled_model()
     works = _works_of(ov, model, feeds)
     graph = {node.get_friendly_name(): _Ran(node) for node in compiled.get_runtime_model().get_ops()}
     products = _products_by_runtime_name(model, works, graph)
     # The group in which activations are rounded, where the runtime does so (decision 53).
     group = int(compiled.get_property(_GROUP)) if "vnni" in instruction_set() else 0
-    kinds = {counter.node_name: (counter.node_type, counter.exec_type) for counter in counters}
-    times = [
-        _operator(name, *kinds[name], statistics.median(each), products.get(name, ()), group)
-        for name, each in spent.items()
-        if name in kinds
-    ]
+    kinds = {each.node_name: (each.node_type, each.exec_type) for each in _executed(ov, request)}
+    times = [_operator(name, *kinds[name], mean, products.get(name, ()), group) for name, mean in means.items()]
     # What no counter goes by the name of, or whose sizes are not known, is not kept from the sum.
     counted = {id(work) for name in products.keys() & kinds.keys() for work in products[name]}
     rest = [work for work in works.values() if work.multiplies and id(work) not in counted]
     return [*times, *([_operator(_NOT_COUNTED, _NOT_COUNTED, "", 0.0, rest, 0)] if rest else [])]
+
+
+def _executed(ov: Any, request: Any) -> list[Any]:
+    return [each for each in request.get_profiling_info() if each.status == ov.ProfilingInfo.Status.EXECUTED]
+
+
+def _milliseconds(ov: Any, request: Any) -> dict[str, float]:
+    """Mean time of every operator, over all calls of the model so far."""
+    sums: dict[str, float] = defaultdict(float)
+    for each in _executed(ov, request):
+        sums[each.node_name] += each.real_time.total_seconds() * 1e3
+    return sums
+
+
+def _of_last_calls(first: Mapping[str, float], all_calls: Mapping[str, float], calls: int) -> dict[str, float]:
+    """Means of the last ``calls``, by those of the first ``_FIRST_CALLS`` and those of all."""
+    sums = {
+        name: mean * (_FIRST_CALLS + calls) - first.get(name, 0.0) * _FIRST_CALLS for name, mean in all_calls.items()
+    }
+    return {name: max(0.0, spent / calls) for name, spent in sums.items()}
 
 
 def _products_by_runtime_name(

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from planish.backends.onnxruntime.counters import _Event, _operator
+from planish.backends.openvino.counters import _FIRST_CALLS, _of_last_calls
 from planish.optimizer import optimize
 from planish.optimizer.errors import BadInput
 from planish.optimizer.fidelity.inputs import sized_case
@@ -180,6 +181,13 @@ def test_sizes_that_depend_on_values_leave_a_row_of_their_own(tmp_path: Path) ->
     kept = np.array([True, False] * 3)
     inputs = {"x": np.ones((6, 8), np.float32), "w": np.ones((8, 4), np.float32), "kept": kept}
     assert "products without a counter" in [e.kind for e in _run(text, "openvino", tmp_path, **inputs)]
+
+
+def test_first_calls_are_kept_out_of_means_over_all_calls() -> None:
+    slow, calls = 90.0, 20
+    mean = (slow + 2.0 * (_FIRST_CALLS - 1 + calls)) / (_FIRST_CALLS + calls)
+    first = (slow + 2.0 * (_FIRST_CALLS - 1)) / _FIRST_CALLS
+    assert _of_last_calls({"a": first}, {"a": mean}, calls) == {"a": pytest.approx(2.0)}
 
 
 def test_the_preset_fast_says_how_activations_are_grouped(tmp_path: Path) -> None:

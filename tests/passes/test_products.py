@@ -180,7 +180,8 @@ def test_products_are_rounded_wherever_they_stand(name: str, target: str, preset
     text = text.replace("quantize-weights,", "quantize-weights{minimum=0},")
     wanted = engine_answers("onnxruntime", model.clone(), tmp_path / "float", cases)
     model, rounded, _ = quantized(text, model, cases)
-    assert rounded == count
+    # W and A read one value: packed, they are one product.
+    assert rounded == count - (name == "in a row" and "pack-projections" in text)
     for right, got in zip(wanted, engine_answers(target, model, tmp_path / "rounded", cases), strict=True):
         error = np.linalg.norm(got - right) / np.linalg.norm(right)
         assert 1e-5 < error < (0.05 if preset == "fast" else 0.35), error
