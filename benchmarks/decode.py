@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -49,18 +49,14 @@ from tests.train import docstrings
 
 PROMPT, STEPS = 128, 32
 _GENAI, _LLAMA, _OPTIMUM_INTEL = PLACE / "genai", PLACE / "llama", PLACE / "optimum-intel"
+_GENAI_BUILDER = PLACE / "genai-builder"
+_GENAI_REST = ("torch==2.13.0", "onnxruntime==1.31.1", "onnx-ir", "requests")
 _PACKAGES = {
-    _GENAI: (
-        "torch==2.13.0",
-        "onnxruntime-genai==0.18.0",
-        "onnxruntime==1.31.1",
-        "transformers==4.57.6",
-        "onnx-ir",
-        "requests",
-    ),
-    # Newer transformers are refused for Gemma 3, by both exporters.
-    _OPTIMUM_INTEL: ("torch==2.13.0", "optimum-intel==2.2.0", "openvino==2026.4.1", "transformers==4.57.6"),
+    _GENAI: (*_GENAI_REST, "onnxruntime-genai==0.18.0", "transformers"),
+    # The newest builder needs transformers 5, and an entry of Gemma 3's configuration that they no longer have.
+    _GENAI_BUILDER: (*_GENAI_REST, "onnxruntime-genai==0.12.2", "transformers==4.57.6"),
     _LLAMA: ("llama-cpp-python==0.3.36", "gguf", "safetensors", "torch==2.13.0"),
+    _OPTIMUM_INTEL: ("torch==2.13.0", "optimum-intel==2.2.0", "openvino==2026.4.1", "transformers==4.57.6"),
 }
 _SWITCHES = {
     "avx512f": "AVX512",
@@ -71,8 +67,10 @@ _SWITCHES = {
 """Instruction sets that llama.cpp is built for where the processor has them, beside its defaults. Its kernels for AMX
 are left out: they end with an illegal instruction at their first load of a tile where this was measured."""
 _KEEP = "perplexity<=1.02x"
-_CALIBRATED_ON = 48
-"""Docstrings of modules; none of a package."""
+_CALIBRATED_ON = 96
+"""Docstrings of modules, none of a package: 32 that a build checks itself on, and 64 of calibration data."""
+_CHARACTERS = 200
+"""Shortest text: single lines say little about a decoder."""
 _UNSEEN = "[jeux]*/*.py"
 """Files of packages, whose docstrings the perplexity is that of."""
 _WINDOWS, _WINDOW = 32, 64
@@ -89,6 +87,8 @@ class Subject:
     checkpoint: Callable[[], Path]
     gguf: Callable[[], Path]
     """The file that llama.cpp opens."""
+    genai_builder: Path
+    """The environment of onnxruntime-genai that can build it."""
     trained: bool
     """Weights of its own: what it loses counts."""
 
@@ -167,7 +167,8 @@ def genai(subject: Subject, block: int) -> Path:
 
     def make() -> None:
         options = [f"int4_block_size={block}", "int4_accuracy_level=4"]
-        builder = [environment(_GENAI, _PACKAGES[_GENAI]), "-m", "onnxruntime_genai.models.builder", "-p", "int4"]
+        python = environment(subject.genai_builder, _PACKAGES[subject.genai_builder])
+        builder = [python, "-m", "onnxruntime_genai.models.builder", "-p", "int4"]
         named = [*builder, "-i", subject.checkpoint(), "-o", place, "-e", "cpu", "-c", PLACE / "genai-cache"]
         run([*named, "--extra_options", *options])
 
@@ -218,13 +219,13 @@ def ours(subject: Subject, target: str, logits: Literal["all", "last"]) -> Path:
 
     def make() -> None:
         built = partial(optimize, subject.checkpoint(), place, targets=[target], logits=logits)
+        texts = list(itertools.islice(long_docstrings(), _CALIBRATED_ON))
         if not subject.trained:
             built(pipeline=pipeline_text("small", name), reference="none")
         elif logits == "all":
-            built(preset="small", keep=[_KEEP], calibration=list(itertools.islice(docstrings(), _CALIBRATED_ON)))
+            built(preset="small", keep=[_KEEP], calibration=texts)
         else:
             chosen = Manifest.read(ours(subject, target, "all").parent).targets[name].pipelines[DECODER]
-            texts = list(itertools.islice(docstrings(), _CALIBRATED_ON))
             built(pipeline=chosen, reference="none", calibration=texts)
 
     return made(place, make) / name
@@ -284,17 +285,23 @@ def field(subject: Subject) -> list[Writer]:
 SUBJECTS = {
     subject.name: subject
     for subject in (
-        Subject("qwen2-0.5b", "Qwen2-0.5B's shape", qwen2, qwen2_gguf, trained=False),
-        Subject("gemma3-270m", "Gemma 3 270M", gemma3, gemma3_gguf, trained=True),
+        Subject("qwen2-0.5b", "Qwen2-0.5B's shape", qwen2, qwen2_gguf, _GENAI, trained=False),
+        Subject("gemma3-270m", "Gemma 3 270M", gemma3, gemma3_gguf, _GENAI_BUILDER, trained=True),
     )
 }
+
+
+def long_docstrings(files: str = "*.py") -> Iterator[str]:
+    """Docstrings of the standard library that are no single lines."""
+    return (text for text in docstrings(files) if len(text) >= _CHARACTERS)
 
 
 def unseen(subject: Subject) -> list[list[int]]:
     """Windows of a text that nobody has calibrated on, each behind the token that texts begin with."""
     tokenizer: Any = load_tokenizer(subject.checkpoint())
-    ids = list(itertools.chain.from_iterable(tokenizer(text)["input_ids"] for text in docstrings(_UNSEEN)))
+    encoded = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in long_docstrings(_UNSEEN))
     size = _WINDOW - 1
+    ids = list(itertools.islice(itertools.chain.from_iterable(encoded), _WINDOWS * size))
     return [[tokenizer.bos_token_id, *ids[start : start + size]] for start in range(0, _WINDOWS * size, size)]
 
 

@@ -259,7 +259,7 @@ class SelectMatMuls(Instrument):
         for pass_to_run in (replace(pass_, skip=tuple(loss.product for loss in order[:count])), *later):
             pass_to_run(trial)
         engine, reference = self.load(trial), self.reference()
-        outputs = (thin(engine.run(case)) for case in reference.inputs)
+        outputs = (thin(case, engine.run(case)) for case in reference.inputs)
         return not self.budget.violations(compare(self.signature, reference.inputs, reference.outputs, outputs))
 
 

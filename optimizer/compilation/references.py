@@ -118,9 +118,9 @@ def refuse_random(lowered: Lowered, engine: Engine, inputs: Sequence[Case]) -> N
     if drawn is None:
         return
     for case in inputs:
-        first = thin(engine.run(case))
+        first = thin(case, engine.run(case))
         # Several times: a few entries, each kept or dropped, are the same twice by chance.
-        again = (thin(engine.run(case)) for _ in range(_DRAWS))
+        again = (thin(case, engine.run(case)) for _ in range(_DRAWS))
         if any(not np.array_equal(first[name], other[name], equal_nan=True) for other in again for name in first):
             raise BadInput(
                 "this draws other numbers in each run, so that nothing can be compared with them",

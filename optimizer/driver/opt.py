@@ -129,7 +129,7 @@ def _checks(lowered: Lowered, asked: Budget) -> list[Instrument]:
     engine = load(lowered.program.sole()[0])
     refuse_random(lowered, engine, reference.inputs)
     outputs = [engine.run(case) for case in reference.inputs]
-    moved = compare(signature, reference.inputs, reference.outputs, list(map(thin, outputs)))
+    moved = compare(signature, reference.inputs, reference.outputs, list(map(thin, reference.inputs, outputs)))
     violations = exact.violations(moved)
     if violations:  # converters of opsets have errors as well
         notes = "; ".join(lowered.program.provenance.notes)

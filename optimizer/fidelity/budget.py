@@ -62,6 +62,14 @@ class Budget:
             if (metric := clause.metric) in metrics and not clause.holds(metrics[metric])
         ]
 
+    def unmeasured(self, comparison: Comparison) -> list[str]:
+        """One text for each clause whose metric no output has: `violations` says nothing of it."""
+        return [
+            f"nothing measured {clause.metric}, the budget asks {clause}"
+            for clause in self.clauses
+            if comparison.worst(clause.metric) is None
+        ]
+
     def only(self, metrics: Container[str]) -> Budget:
         """The clauses on these metrics."""
         return Budget(tuple(clause for clause in self.clauses if clause.metric in metrics))

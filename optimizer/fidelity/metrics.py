@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planish.optimizer.ir.program import SUM, Role, Signature, TensorSpec
-from planish.optimizer.runtime.cases import Case
+from planish.optimizer.runtime.cases import BEST, NEXT, Case, log_likelihoods
 
 METRICS = ("max_abs", "max_rel", "cosine", "cosine_min", "top1", "perplexity", "kl", "greedy", "score")
 ERRORS = ("max_abs", "max_rel", "perplexity", "kl")
@@ -92,9 +92,9 @@ def compare(
             if name not in got:
                 raise ValueError(f"output {name!r} is missing")
             visible = visible_part(signature, tally.tensor, feeds, wanted[name])
-            tally.add(wanted[name], got[name], visible)
+            tally.add(wanted, got, visible)
             if signature.cached and tally.tensor.role is Role.LOGITS:
-                tally.read_on(feeds.get("input_ids"), wanted[name], got[name], visible)
+                tally.read_on(feeds.get("input_ids"), wanted, got, visible)
     return Comparison(_joined({name: (tally.tensor, tally.metrics()) for name, tally in tallies.items()}))
 
 
@@ -163,8 +163,10 @@ class _Tally:
         """Log likelihood of each next token under the original minus that under the engine, in nats."""
         self.agreements: list[np.ndarray] = []
 
-    def add(self, expected: np.ndarray, actual: np.ndarray, visible: np.ndarray | None) -> None:
+    def add(self, wanted_case: Case, got_case: Case, visible: np.ndarray | None) -> None:
         """Add one case."""
+        name = self.tensor.name
+        expected, actual = wanted_case[name], got_case[name]
         if expected.shape != actual.shape:
             raise ValueError(f"output {self.tensor.name!r} has shape {actual.shape}, expected {expected.shape}")
         if not expected.size:
@@ -173,14 +175,20 @@ class _Tally:
         wanted, got = expected.reshape(-1, width), actual.reshape(-1, width)
         shown = np.broadcast_to(True if visible is None else visible, expected.shape).reshape(-1, width)
         step = max(1, _BLOCK // width)
+        best = [case.get(f"{name}{BEST}") for case in (wanted_case, got_case)]
+        scores = self.tensor.role is Role.LOGITS and width > 1 and best[0] is None
         for rows in (slice(start, start + step) for start in range(0, len(wanted), step)):
-            self._add_rows(wanted[rows], got[rows], shown[rows], vectors=expected.ndim > 0)
+            self._add_rows(wanted[rows], got[rows], shown[rows], vectors=expected.ndim > 0, scores=scores)
+        if best[0] is not None and best[1] is not None:
+            self.agreements.append((best[0] == best[1]).ravel()[shown.any(axis=-1)])
 
-    def read_on(
-        self, ids: np.ndarray | None, expected: np.ndarray, actual: np.ndarray, visible: np.ndarray | None
-    ) -> None:
+    def read_on(self, ids: np.ndarray | None, wanted_case: Case, got_case: Case, visible: np.ndarray | None) -> None:
         """Add the log likelihoods of the next tokens, if the output holds scores of the vocabulary at each token."""
-        if ids is None or expected.shape[:-1] != ids.shape or expected.shape[-1] != self.tensor.shape[-1]:
+        name = self.tensor.name
+        expected, actual = wanted_case[name], got_case[name]
+        known = [case.get(f"{name}{NEXT}") for case in (wanted_case, got_case)]
+        whole = expected.shape[-1] == self.tensor.shape[-1]
+        if ids is None or expected.shape[:-1] != ids.shape or not (whole or known[0] is not None):
             return
         # A token counts if it and the one before are valid: the first token of a text has no prediction.
         both = np.ones(ids[:, 1:].shape, bool)
@@ -189,11 +197,17 @@ class _Tally:
             both = valid[:, 1:] & valid[:, :-1]
         following = ids[:, 1:][both]
         if following.size:
-            likelihoods = [log_likelihoods(scores[:, :-1], both, following) for scores in (expected, actual)]
+            pairs = zip(known, (expected, actual), strict=True)
+            likelihoods = [
+                log_likelihoods(scores[:, :-1], both, following) if kept is None else kept[both]
+                for kept, scores in pairs
+            ]
             self.surprise.append(likelihoods[0] - likelihoods[1])
 
-    def _add_rows(self, expected: np.ndarray, actual: np.ndarray, shown: np.ndarray, *, vectors: bool) -> None:
-        """Add a block of rows."""
+    def _add_rows(
+        self, expected: np.ndarray, actual: np.ndarray, shown: np.ndarray, *, vectors: bool, scores: bool
+    ) -> None:
+        """Add a block of rows: vectors, or single numbers; of ``scores`` the best ones shall agree."""
         wanted = np.where(shown, expected, 0).astype(np.float64, copy=False)
         got = np.where(shown, actual, 0).astype(np.float64, copy=False)
         same = (wanted == got) | (np.isnan(wanted) & np.isnan(got))  # also equal infinities
@@ -204,13 +218,13 @@ class _Tally:
         ordinary = np.abs(wanted[np.isfinite(wanted) & (np.abs(wanted) < _ABSURD)])
         self.scale = max(self.scale, float(ordinary.max(initial=0.0)))
         if vectors:
-            self._add_vectors(wanted, got, shown)
+            self._add_vectors(wanted, got, shown, scores=scores)
 
-    def _add_vectors(self, wanted: np.ndarray, got: np.ndarray, shown: np.ndarray) -> None:
+    def _add_vectors(self, wanted: np.ndarray, got: np.ndarray, shown: np.ndarray, *, scores: bool) -> None:
         kept = shown.any(axis=-1)
         rows = [array[kept] for array in (wanted, got, shown)]
         self.cosines.append(_cosines(rows[0], rows[1]))
-        if self.tensor.role is Role.LOGITS and wanted.shape[-1] > 1:
+        if scores:
             best = [np.where(rows[2], row, -np.inf).argmax(axis=-1) for row in rows[:2]]
             self.agreements.append(best[0] == best[1])
 
@@ -235,19 +249,6 @@ def log_probabilities(scores: np.ndarray) -> np.ndarray:
     # exp would overflow for large scores.
     values -= values.max(axis=-1, keepdims=True)
     return np.asarray(values - np.log(np.exp(values).sum(axis=-1, keepdims=True)))
-
-
-def log_likelihoods(scores: np.ndarray, shown: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Log probabilities of ``words``, one for each row of ``scores`` (…, vocabulary) that is ``shown``, in order.
-
-    Computed row by row in single precision, since vocabularies are large; sums are in double precision.
-    """
-    likelihoods = np.empty(words.shape, np.float64)
-    for place, (row, word) in enumerate(zip(np.argwhere(shown), words, strict=True)):
-        values = scores[tuple(row)].astype(np.float32, copy=False)
-        shifted = values - values.max()
-        likelihoods[place] = shifted[word] - np.log(np.exp(shifted).sum(dtype=np.float64))
-    return likelihoods
 
 
 def divergence(wanted: np.ndarray, given: np.ndarray) -> float:

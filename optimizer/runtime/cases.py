@@ -20,6 +20,9 @@ _STORED = {"BOOL": "?"} | {f"{kind}{bits}": f"{kind.lower()}{bits // 8}"
 """Element types of safetensors that cases have, as numpy names them."""
 _ELEMENTS = 1 << 24
 """Outputs with more elements than this are kept in part."""
+BEST, NEXT = "/best", "/next"
+"""Endings of names: the best entry of each row of an output that is kept in part, and the log likelihood of the token
+behind each row but the last."""
 
 
 def save_cases(cases: Sequence[Case], path: Path) -> None:
@@ -75,13 +78,42 @@ def size_of_case(case: Case) -> int:
     return sum(array.size for array in case.values())
 
 
-def thin(outputs: Case) -> dict[str, np.ndarray]:
+def thin(inputs: Case, outputs: Case) -> dict[str, np.ndarray]:
     """Outputs, of which huge ones (scores over a large vocabulary) keep evenly spaced entries of the last axis.
 
     The same output of reference and engine is thinned alike, so the two stay comparable. What is left out is not kept
-    in memory.
+    in memory; what metrics need of whole rows is, under names with `BEST` and `NEXT`.
     """
-    return {
-        name: array[..., :: -(-array.size // _ELEMENTS)].copy() if array.ndim and array.size > _ELEMENTS else array
-        for name, array in outputs.items()
-    }
+    kept: dict[str, np.ndarray] = {}
+    for name, array in outputs.items():
+        if array.ndim and array.size > _ELEMENTS:
+            kept |= _of_whole_rows(inputs.get("input_ids"), name, array)
+            kept[name] = array[..., :: -(-array.size // _ELEMENTS)].copy()
+        else:
+            kept[name] = array
+    return kept
+
+
+def _of_whole_rows(ids: np.ndarray | None, name: str, scores: np.ndarray) -> Case:
+    """The best entry of each row, and the log likelihood of each token by the row before; nothing if these are no
+    scores (batch, tokens, vocabulary) behind tokens."""
+    if ids is None or scores.shape[:-1] != ids.shape or scores.dtype.kind != "f":
+        return {}
+    following = ids[:, 1:]
+    if following.size and not 0 <= following.min() <= following.max() < scores.shape[-1]:
+        return {}
+    likelihoods = log_likelihoods(scores[:, :-1], np.ones(following.shape, bool), following.ravel())
+    return {f"{name}{BEST}": scores.argmax(axis=-1), f"{name}{NEXT}": likelihoods.reshape(following.shape)}
+
+
+def log_likelihoods(scores: np.ndarray, shown: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Log probabilities of ``words``, one for each row of ``scores`` (…, vocabulary) that is ``shown``, in order.
+
+    Computed row by row in single precision, since vocabularies are large; sums are in double precision.
+    """
+    likelihoods = np.empty(words.shape, np.float64)
+    for place, (row, word) in enumerate(zip(np.argwhere(shown), words, strict=True)):
+        values = scores[tuple(row)].astype(np.float32, copy=False)
+        shifted = values - values.max()
+        likelihoods[place] = shifted[word] - np.log(np.exp(shifted).sum(dtype=np.float64))
+    return likelihoods

@@ -168,7 +168,7 @@ class _EngineServer:
             return Message("operators", {"operators": [asdict(each) for each in times]})
         if request.name == "run":
             self._inputs = arrays
-            return Message("outputs", arrays=thin(self._engine.run(arrays)))
+            return Message("outputs", arrays=thin(arrays, self._engine.run(arrays)))
         if request.name == "score":
             scores = score_teacher_forced(self._engine, _continuation(arrays, values["reorder_at"]))
             return Message("scores", arrays={"scores": scores})

@@ -292,7 +292,7 @@ def _plain(channel: Channel, path: Path, model: ir.Model, cases: Sequence[Case])
     try:
         engine = registry.interpreter().load(model)
         channel.send(Message(_OPENED))
-        return [thin(engine.run(case)) for case in cases]
+        return [thin(case, engine.run(case)) for case in cases]
     except (BadInput, CheckFailed) as error:
         if any(said in error.what for said in _NO_MEMORY):
             raise _no_memory(path) from error
@@ -305,7 +305,7 @@ def _reordered(
     """The outputs with the runtime's own optimizations, None with a reason where they fail or are other ones."""
     try:
         engine = registry.interpreter().open(path)
-        results = [thin(engine.run(case)) for case in cases]
+        results = [thin(case, engine.run(case)) for case in cases]
     except (BadInput, CheckFailed) as error:
         return None, f"ONNX Runtime does not run it with its own optimizations ({error.what})"
     for wanted, given in zip(outputs, results, strict=False):

@@ -99,7 +99,7 @@ class TorchOriginal(Original):
                 return Answers(outputs, None, continued)
 
     def _thinned(self, module: Any, component: str, case: Case, dtype: Any = None) -> dict[str, np.ndarray]:
-        return thin(self._call(module, component, case, dtype))
+        return thin(case, self._call(module, component, case, dtype))
 
     def _call(self, module: Any, component: str, case: Case, dtype: Any = None) -> dict[str, np.ndarray]:
         import torch

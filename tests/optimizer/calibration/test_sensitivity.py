@@ -98,7 +98,7 @@ def test_huge_outputs_are_compared_by_the_entries_that_the_reference_keeps(monke
     monkeypatch.setattr("planish.optimizer.runtime.cases._ELEMENTS", 40)
     watcher = select(model(40.0), "cosine>=0.9")
     whole = watcher.reference()
-    kept = replace(whole, outputs=tuple(map(thin, whole.outputs)))
+    kept = replace(whole, outputs=tuple(map(thin, whole.inputs, whole.outputs)))
     assert kept.outputs[0]["r"].size < whole.outputs[0]["r"].size
     watcher.reference = lambda: kept
     outcome = Pipeline.parse("quantize-weights{minimum=0}").run(model(40.0), [watcher])

@@ -10,8 +10,9 @@ import pytest
 
 from planish.optimizer import Budget
 from planish.optimizer.errors import CheckFailed, UsageError
-from planish.optimizer.fidelity.metrics import compare, log_likelihoods, log_probabilities
+from planish.optimizer.fidelity.metrics import compare, log_probabilities
 from planish.optimizer.ir.program import Role, Signature, TensorSpec
+from planish.optimizer.runtime.cases import log_likelihoods, thin
 
 FLOAT, INT = ir.DataType.FLOAT, ir.DataType.INT64
 MASK = TensorSpec("mask", INT, ("batch", "sequence"), Role.MASK)
@@ -121,3 +122,32 @@ def test_likely_words_in_single_precision() -> None:
     words = rng.integers(0, 999, int(shown.sum()))
     wanted = np.take_along_axis(log_probabilities(scores[shown]), words[:, None], axis=-1)[:, 0]
     np.testing.assert_allclose(log_likelihoods(scores, shown, words), wanted, atol=1e-5)
+
+
+def test_scores_kept_in_part_have_the_perplexity_and_the_best_entries_of_whole_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    ids = TensorSpec("input_ids", INT, ("batch", "sequence"), Role.TOKENS, 96)
+    mask = TensorSpec("attention_mask", INT, ("batch", "past + sequence"), Role.MASK)
+    scores = TensorSpec("logits", FLOAT, ("batch", "sequence", 96), Role.LOGITS)
+    cache = TensorSpec("past_key_values.0.key", FLOAT, ("batch", 1, "past", 2), Role.CACHE)
+    signature = Signature((ids, mask, cache), (scores,))
+    feeds = {"input_ids": rng.integers(0, 96, (2, 5)), "attention_mask": np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])}
+    expected = rng.standard_normal((2, 5, 96)).astype(np.float32)
+    actual = expected + 0.5 * rng.standard_normal(expected.shape).astype(np.float32)
+    whole = compare(signature, [feeds], [{"logits": expected}], [{"logits": actual}]).outputs["logits"]
+    monkeypatch.setattr("planish.optimizer.runtime.cases._ELEMENTS", 300)
+    kept = [thin(feeds, {"logits": each}) for each in (expected, actual)]
+    assert kept[0]["logits"].shape == (2, 5, 24)
+    found = compare(signature, [feeds], [kept[0]], [kept[1]]).outputs["logits"]
+    assert whole["top1"] < 1
+    assert found["perplexity"] == pytest.approx(whole["perplexity"])
+    assert found["top1"] == whole["top1"]
+
+
+def test_a_condition_that_nothing_measured_is_told() -> None:
+    budget = Budget.parse(["perplexity<=1.02x", "max_abs<=1"])
+    array = np.ones((1, 2, 3), np.float32)
+    found = compare(SIGNATURE, [{}], [{"logits": array}], [{"logits": array}])
+    assert budget.unmeasured(found) == ["nothing measured perplexity, the budget asks perplexity<=1.02x"]
