@@ -11,6 +11,7 @@ from benchmarks.record import family, record, settle_memory
 from benchmarks.subjects import (
     AS_LOADED,
     CHECKPOINTS,
+    FAST,
     TARGETS,
     nncf_int8,
     our_engines,
@@ -45,8 +46,8 @@ def encoders(name: str, sizes: dict[str, int]) -> Iterator[Cell]:
         "torch.onnx.export on openvino": (AS_LOADED, plain["torch.onnx.export"]),
         "NNCF's static int8 on openvino": (AS_LOADED, nncf_int8(name)),
     }
-    own = {label: engine for label, engine in our_engines(name).items() if " fast" in label}
-    case, _ = sized_case(Manifest.read(ours(name, "exact")).signatures["model"].signature(), sizes)
+    own = our_engines(name, FAST)
+    case, _ = sized_case(Manifest.read(ours(name, FAST[0])).signatures["model"].signature(), sizes)
     for label, engine in {**peers, **own}.items():
         yield label, EngineRef(*engine), case
 

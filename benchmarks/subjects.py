@@ -40,6 +40,8 @@ KEEP = {"minilm": ("cosine>=0.998",), "bert-base": ("cosine>=0.999",)}
 PRESETS = ("exact", "fast", "small")
 _NO_DATA = "fast, no data"
 """The preset `fast` without calibration."""
+FAST = ("fast", _NO_DATA)
+OURS = (*PRESETS, _NO_DATA)
 TARGETS = ("onnxruntime{threads=2}", "openvino{threads=2}")
 AS_LOADED = "openvino{threads=2 precision=default}"
 """How a loader without options opens a file of OpenVINO."""
@@ -327,10 +329,10 @@ def ours(name: str, preset: str) -> Path:
     return folder
 
 
-def our_engines(name: str) -> dict[str, tuple[str, Path]]:
-    """Label -> target and folder of our engines of all presets; where nothing was won, the label says `(plain)`."""
+def our_engines(name: str, presets: Sequence[str] = OURS) -> dict[str, tuple[str, Path]]:
+    """Label -> target and folder of our engines of these presets; where nothing was won, the label says `(plain)`."""
     found: dict[str, tuple[str, Path]] = {}
-    for preset in (*PRESETS, _NO_DATA):
+    for preset in presets:
         folder = ours(name, preset)
         for short, built in Manifest.read(folder).targets.items():
             found[label_of(preset, short, built.shipped)] = (built.target, folder / short)
@@ -345,5 +347,5 @@ def label_of(preset: str, target: str, shipped: str) -> str:
 def forget_ours() -> None:
     """Remove our engines, so that what is measured is what the tree builds now."""
     for name in CHECKPOINTS:
-        for preset in (*PRESETS, _NO_DATA):
+        for preset in OURS:
             shutil.rmtree(PLACE / "ours" / f"{name}-{preset}", ignore_errors=True)
