@@ -33,7 +33,7 @@ class Projection:
 
     @property
     def result(self) -> ir.Value:
-        """What others read."""
+        """The value that others read."""
         return (self.addition or self.product).outputs[0]
 
     @property
