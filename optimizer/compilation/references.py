@@ -81,7 +81,7 @@ def ask_references(lowered: Lowered, inputs: Mapping[str, Sequence[Arrays]]) -> 
 def _refuse_infinite(outputs: Sequence[Arrays], where: str) -> None:
     """BadInput for an output without a finite number in any case: engines that give none either would be equal."""
     for name in outputs[0]:
-        arrays = [case[name] for case in outputs if case[name].dtype.kind == "f"]
+        arrays = [case[name] for case in outputs if name in case and case[name].dtype.kind == "f"]
         if arrays and not any(np.isfinite(array).any() for array in arrays):
             raise BadInput(
                 f"the original gives no finite number for {name!r}, whatever goes in",

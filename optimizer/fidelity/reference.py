@@ -17,7 +17,7 @@ from planish.optimizer.errors import BadInput
 from planish.optimizer.fidelity.budget import Budget, Clause
 from planish.optimizer.fidelity.metrics import CACHE, compare
 from planish.optimizer.ir.program import Role, Signature
-from planish.optimizer.runtime.cases import Case, load_cases, save_cases
+from planish.optimizer.runtime.cases import BEST, NEXT, Case, load_cases, save_cases
 from planish.optimizer.runtime.teacher_forcing import GreedyContinuation, load_continuations, save_continuations
 
 NOISE_FACTOR = 64.0
@@ -55,7 +55,9 @@ class Reference:
         """Read the files of `save`; BadInput if they are missing or invalid."""
         inputs, outputs = (tuple(load_cases(folder / f"{kind}.safetensors")) for kind in ("inputs", "outputs"))
         measured = noise.keys() - {CACHE}
-        whole = all(measured <= case.keys() == outputs[0].keys() for case in outputs)
+        # Only outputs that are kept in part have what metrics need of whole rows.
+        names = [{name for name in case if not name.endswith((BEST, NEXT))} for case in outputs]
+        whole = all(measured <= each == names[0] for each in names)
         if not inputs or len(inputs) != len(outputs) or not whole:
             raise BadInput(
                 f"its {len(inputs)} inputs and {len(outputs)} outputs do not belong together, or some of "

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from planish.optimizer.interfaces.pass_base import Pass, PassResult, Refusal, admitted
 from planish.optimizer.ir.edit import add_initializer, copy_location, forget_unread
-from planish.optimizer.ir.graph import is_weight_matrix, location_of, sizes_of, sole_user
+from planish.optimizer.ir.graph import IN_FLOAT, is_weight_matrix, location_of, sizes_of, sole_user
 from planish.optimizer.ir.lazy_tensors import lazy
 
 
@@ -56,7 +56,12 @@ class PackProjections(Pass):
         result = PassResult(model, modified=False)
         by_input: dict[int, list[ir.Node]] = {}
         for node in model.graph:
-            if node.op_type == "MatMul" and node.domain == "" and is_weight_matrix(node.inputs[1]):
+            if (
+                node.op_type == "MatMul"
+                and node.domain == ""
+                and is_weight_matrix(node.inputs[1])
+                and IN_FLOAT not in node.metadata_props
+            ):
                 by_input.setdefault(id(node.inputs[0]), []).append(node)
         for nodes in (nodes for nodes in by_input.values() if len(nodes) > 1):
             group = [_projection(node) for node in nodes]
