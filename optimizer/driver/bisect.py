@@ -30,7 +30,7 @@ from planish.optimizer.ir.verifier import verify
 from planish.optimizer.lowering import lower
 from planish.optimizer.output.manifest import Manifest, engine_folder
 from planish.optimizer.pipeline.pipeline import Pipeline
-from planish.optimizer.runtime.cases import size_of_case
+from planish.optimizer.runtime.cases import size_of_case, thin
 from planish.optimizer.system.links import refuse_links_out
 from planish.optimizer.system.scratch import scratch_folder
 from planish.optimizer.system.staging import demand_not_read, staged_file
@@ -92,7 +92,7 @@ class Oracle:
         try:
             verify(model)
             engine = registry.interpreter().load(model)
-            outputs = [engine.run(case) for case in self.reference.inputs]
+            outputs = [thin(case, engine.run(case)) for case in self.reference.inputs]
             comparison = compare(self.signature, self.reference.inputs, self.reference.outputs, outputs)
         except (CheckFailed, ValueError) as error:  # what does not run, or gives outputs of other shapes
             return [str(error)]

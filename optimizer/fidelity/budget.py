@@ -54,20 +54,17 @@ class Budget:
         return " ".join(map(str, self.clauses))
 
     def violations(self, comparison: Comparison) -> list[str]:
-        """One text for each violated clause and output."""
-        return [
+        """One text for each violated clause and output, and for each clause whose metric no output has."""
+        unmeasured = [
+            f"nothing measured {clause.metric}, the budget asks {clause}"
+            for clause in self.clauses
+            if comparison.worst(clause.metric) is None
+        ]
+        return unmeasured + [
             f"{metric} of {output} is {metrics[metric]:.6g}, the budget asks {clause}"
             for clause in self.clauses
             for output, metrics in comparison.outputs.items()
             if (metric := clause.metric) in metrics and not clause.holds(metrics[metric])
-        ]
-
-    def unmeasured(self, comparison: Comparison) -> list[str]:
-        """One text for each clause whose metric no output has: `violations` says nothing of it."""
-        return [
-            f"nothing measured {clause.metric}, the budget asks {clause}"
-            for clause in self.clauses
-            if comparison.worst(clause.metric) is None
         ]
 
     def only(self, metrics: Container[str]) -> Budget:
@@ -77,7 +74,7 @@ class Budget:
     def refuse_unmeasured(self, measured: Container[str]) -> None:
         """Raise UsageError for a clause on a metric that is not ``measured``; it lists the measured ones.
 
-        A comparison has no value of such a metric, so `violations` would ignore the clause.
+        No engine can keep such a clause, which is better said before anything is built.
         """
         for clause in self.clauses:
             if clause.metric not in measured:
@@ -116,7 +113,9 @@ def metrics_of(signature: Signature) -> frozenset[str]:
         scores = tensor.role is Role.LOGITS and tensor.shape[-1:] not in ((), (1,))
         metrics |= {"cosine", "cosine_min"} if tensor.shape else set()
         metrics |= {"top1"} if scores else set()
-        follows = signature.cached and tensor.shape[:-1] == ids and ids[1:] != (1,)
+        follows = (
+            signature.cached and tensor.shape[:-1] == ids and ids[1:] != (1,) and isinstance(tensor.shape[-1], int)
+        )
         metrics |= {"perplexity"} if scores and follows else set()
     return frozenset(metrics)
 

@@ -41,7 +41,7 @@ class Fidelity:
         return [
             violation if len(compared) == 1 else f"{name}: {violation}"
             for name, comparison in compared.items()
-            for violation in (*asked[name].violations(comparison), *asked[name].unmeasured(comparison))
+            for violation in asked[name].violations(comparison)
         ]
 
     def comparison(self) -> Comparison:

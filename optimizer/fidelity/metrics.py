@@ -175,20 +175,23 @@ class _Tally:
         wanted, got = expected.reshape(-1, width), actual.reshape(-1, width)
         shown = np.broadcast_to(True if visible is None else visible, expected.shape).reshape(-1, width)
         step = max(1, _BLOCK // width)
-        best = [case.get(f"{name}{BEST}") for case in (wanted_case, got_case)]
-        scores = self.tensor.role is Role.LOGITS and width > 1 and best[0] is None
+        best = [case[f"{name}{BEST}"] for case in (wanted_case, got_case) if f"{name}{BEST}" in case]
+        scores = self.tensor.role is Role.LOGITS and width > 1
+        in_part = scores and len(best) == 2  # their best entries may not be among those that are kept
         for rows in (slice(start, start + step) for start in range(0, len(wanted), step)):
-            self._add_rows(wanted[rows], got[rows], shown[rows], vectors=expected.ndim > 0, scores=scores)
-        if best[0] is not None and best[1] is not None:
+            self._add_rows(
+                wanted[rows], got[rows], shown[rows], vectors=expected.ndim > 0, scores=scores and not in_part
+            )
+        if in_part:
             self.agreements.append((best[0] == best[1]).ravel()[shown.any(axis=-1)])
 
     def read_on(self, ids: np.ndarray | None, wanted_case: Case, got_case: Case, visible: np.ndarray | None) -> None:
         """Add the log likelihoods of the next tokens, if the output holds scores of the vocabulary at each token."""
         name = self.tensor.name
         expected, actual = wanted_case[name], got_case[name]
-        known = [case.get(f"{name}{NEXT}") for case in (wanted_case, got_case)]
+        kept = [case[f"{name}{NEXT}"] for case in (wanted_case, got_case) if f"{name}{NEXT}" in case]
         whole = expected.shape[-1] == self.tensor.shape[-1]
-        if ids is None or expected.shape[:-1] != ids.shape or not (whole or known[0] is not None):
+        if ids is None or expected.shape[:-1] != ids.shape or not (whole or len(kept) == 2):
             return
         # A token counts if it and the one before are valid: the first token of a text has no prediction.
         both = np.ones(ids[:, 1:].shape, bool)
@@ -197,11 +200,11 @@ class _Tally:
             both = valid[:, 1:] & valid[:, :-1]
         following = ids[:, 1:][both]
         if following.size:
-            pairs = zip(known, (expected, actual), strict=True)
-            likelihoods = [
-                log_likelihoods(scores[:, :-1], both, following) if kept is None else kept[both]
-                for kept, scores in pairs
-            ]
+            likelihoods = (
+                [log_likelihoods(scores[:, :-1], both, following) for scores in (expected, actual)]
+                if whole
+                else [each[both] for each in kept]
+            )
             self.surprise.append(likelihoods[0] - likelihoods[1])
 
     def _add_rows(

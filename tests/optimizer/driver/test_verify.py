@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from planish.optimizer import load
+from planish.optimizer import load, optimize
 from planish.optimizer.errors import BadInput
 from planish.optimizer.output.manifest import Manifest
+from planish.optimizer.runtime.cases import load_cases
+from tests.clocks import all_faster
 from tests.conftest import Planish
 from tests.optimizer.cli.test_bad_input import run
 from tests.optimizer.driver.test_tampered import (
@@ -24,6 +26,7 @@ from tests.optimizer.driver.test_tampered import (
     outputs_in,
     time_nothing,
 )
+from tests.zoo import Species, build
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +50,23 @@ def failed(code: int, message: str, *arguments: object) -> None:
     got, said = run(*arguments)
     assert (got, message in said) == (code, True), said
     assert len([line for line in said.splitlines() if line.startswith("planish: error: ")]) == 1, said
+
+
+@pytest.mark.slow
+def test_perplexity_of_scores_that_are_kept_in_part_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long texts over a large vocabulary are, short ones beside them are not."""
+    monkeypatch.setattr("planish.optimizer.runtime.cases._ELEMENTS", 2000)
+    checkpoint, out = build(Species("llama", "text-generation", {}), tmp_path / "checkpoint"), tmp_path / "out"
+    passes = "pack-projections,quantize-weights{minimum=0}"
+    optimize(checkpoint, out, targets="onnxruntime", pipeline=passes, keep="perplexity<=1.5x", clock=all_faster)
+    names = [set(case) for case in load_cases(out / "reference" / "outputs.safetensors")]
+    assert {"logits/best" in each for each in names} == {True, False}
+    assert all(("logits/next" in each) == ("logits/best" in each) for each in names)
+    code, said = run("verify", out)
+    assert code == DONE, said
+    assert "perplexity" in Manifest.read(out).targets["onnxruntime"].comparison["model.logits"]
 
 
 @pytest.mark.slow

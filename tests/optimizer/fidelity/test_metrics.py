@@ -150,4 +150,4 @@ def test_a_condition_that_nothing_measured_is_told() -> None:
     budget = Budget.parse(["perplexity<=1.02x", "max_abs<=1"])
     array = np.ones((1, 2, 3), np.float32)
     found = compare(SIGNATURE, [{}], [{"logits": array}], [{"logits": array}])
-    assert budget.unmeasured(found) == ["nothing measured perplexity, the budget asks perplexity<=1.02x"]
+    assert budget.violations(found) == ["nothing measured perplexity, the budget asks perplexity<=1.02x"]
