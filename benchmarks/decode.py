@@ -271,15 +271,15 @@ def field(subject: Subject) -> list[Writer]:
         lambda: own(TARGETS[1], "last", AS_LOADED),
         lambda: own(TARGETS[1], "last", TARGETS[1], ", in f32"),
     ]
-    found = []
+    writers = []
     for make in makers:
         try:
             writer = make()
             with Process(writer):
-                found.append(writer)
+                writers.append(writer)
         except (subprocess.CalledProcessError, Refused) as error:
             print(f"left out: {error}", file=sys.stderr)
-    return found
+    return writers
 
 
 SUBJECTS = {
@@ -334,10 +334,10 @@ def measure(subject: Subject, rounds: int) -> None:
     turns = alternate(writers, rounds)
     windows = unseen(subject) if subject.trained else []
     figures, rows = {}, []
-    for writer, own in zip(writers, turns, strict=True):
+    for writer, timed in zip(writers, turns, strict=True):
         # A round counts as an opening of its own: some of these peers open once for all rounds.
-        parts = [timing([[turn[i]] for turn in turns[0]], [[turn[i]] for turn in own]) for i in (0, 1)]
-        speed = 1e3 / statistics.median(turn[1] for turn in own)
+        parts = [timing([[turn[i]] for turn in turns[0]], [[turn[i]] for turn in timed]) for i in (0, 1)]
+        speed = 1e3 / statistics.median(turn[1] for turn in timed)
         figures[writer.label] = {"prefill": parts[0].__dict__, "decode": parts[1].__dict__, "tokens_per_second": speed}
         ratios = [f"{one.speedup:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in parts]
         rows.append([writer.label, f"{parts[0].median_ms:.0f}", f"{speed:.1f}", *ratios])
@@ -345,8 +345,8 @@ def measure(subject: Subject, rounds: int) -> None:
             with Process(writer) as process:
                 figures[writer.label]["perplexity"] = process.perplexity(windows)
         if windows:
-            found = figures[writer.label].get("perplexity")
-            rows[-1].append("" if found is None else f"{found:.2f}")
+            perplexity = figures[writer.label].get("perplexity")
+            rows[-1].append("" if perplexity is None else f"{perplexity:.2f}")
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
     base = writers[0].label
     columns = ["engine", f"prompt of {PROMPT}, ms", "tokens a second", f"prompt, times {base}", f"decode, times {base}"]

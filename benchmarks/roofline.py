@@ -30,6 +30,7 @@ from planish.optimizer.runtime.worker import EngineRef
 from planish.optimizer.timing.roofline import Roofline, roofline
 
 _MODELS = (*CHECKPOINTS, "gemma3-270m")
+_SHAPE = "batch=1,sequence=128"
 _KINDS = 4
 """Kinds of operators that a row of the table names; all are in the JSON."""
 
@@ -76,10 +77,9 @@ def _kinds(line: Roofline) -> str:
 
 @click.command()
 @click.option("--model", "models", multiple=True, type=click.Choice(_MODELS), help="Only this; all if none.")
-@click.option("--shape", default="batch=1,sequence=128", show_default=True)
-def main(models: tuple[str, ...], shape: str) -> None:
+def main(models: tuple[str, ...]) -> None:
     """Measure rooflines of plain files, of peers and of our engines that `benchmarks.speed` and `.decode` built."""
-    (sizes,) = parse_shapes((shape,))
+    (sizes,) = parse_shapes((_SHAPE,))
     settle_memory()
     for name in models or _MODELS:
         rows, figures = [], {}
@@ -91,7 +91,7 @@ def main(models: tuple[str, ...], shape: str) -> None:
             times = f"{line.milliseconds:.2f}", f"{line.roof_milliseconds:.2f}", f"{share:.0%}"
             rows.append((label, *times, _kinds(line)))
         peaks = ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in line.peaks.multiply_adds.items())
-        what = f"Rooflines of {name} at {shape} on {family()}; peaks in 10⁹ multiply-adds a second: {peaks}"
+        what = f"Rooflines of {name} at {_SHAPE} on {family()}; peaks in 10⁹ multiply-adds a second: {peaks}"
         columns = ("engine", "ms of all operators", "ms of their products at the peaks", "share", "slowest kinds")
         record(f"roofline-{name}", what, columns, rows, figures, command="roofline")
 

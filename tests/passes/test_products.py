@@ -19,6 +19,7 @@ from planish.optimizer.interfaces.backend import Backend
 from planish.optimizer.interfaces.pass_base import Refusal
 from planish.optimizer.interfaces.quantization_pass import QuantizationPass
 from planish.optimizer.ir import onnx_io
+from planish.optimizer.ir.graph import IN_FLOAT
 from planish.optimizer.ir.program import Arrays, Program, Provenance
 from planish.optimizer.lowering.export.onnx_file import normalize, signature_of
 from planish.optimizer.pipeline import presets
@@ -277,3 +278,18 @@ def test_a_saved_model_with_branches_is_read_again(tmp_path: Path) -> None:
     stored = [n for n, v in again.graph.initializers.items() if v.dtype is ir.DataType.INT8]
     assert len(stored) == len(set(stored)) == 5
     assert sum(node.op_type == "MatMulIntegerToFloat" for graph in again.graphs() for node in graph) == 7
+
+
+def test_products_that_stay_in_float_are_not_packed() -> None:
+    """`split-outliers` gives each projection one of its own, of the same few channels: packed, they would be rounded."""
+    nodes = [
+        oh.make_node("MatMul", ["x", "V"], ["v"]),
+        oh.make_node("MatMul", ["x", "W"], ["w"]),
+        oh.make_node("Add", ["v", "w"], ["y"]),
+    ]
+    model = model_of(nodes, X, Y, [matrix("V", WIDTH, WIDTH), matrix("W", WIDTH, WIDTH)])
+    assert Pipeline.parse("pack-projections").run(model.clone()).reports[0].modified
+    for node in model.graph:
+        if node.op_type == "MatMul":
+            node.metadata_props[IN_FLOAT] = ""
+    assert not Pipeline.parse("pack-projections").run(model).reports[0].modified
